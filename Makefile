@@ -1,0 +1,46 @@
+# Each target makes the virtual environment that it needs, and does nothing twice.
+#   make demo        the main job on real photographs, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
+#   make test        all tests, on the newest transformers that the package allows
+#   make test-floor  the same tests on the oldest one
+#   make lint        formatting, lint, types
+
+PYTHON ?= python3
+FLOOR_TRANSFORMERS ?= 5.6.0
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test test-floor lint format build clean
+
+demo: .venv/installed
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-floor: .venv-floor/installed
+	.venv-floor/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+build: .venv/installed
+	.venv/bin/python -m build
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-floor/installed: pyproject.toml constraints.txt
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet -c constraints.txt -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output

@@ -1,0 +1,156 @@
+"""A small LLaVA-NeXT with random weights, made on the spot: for demos and tests that must work offline.
+
+Its geometry is real (by default 336-pixel tiles of 24 x 24 cells and the five pinpoints), its width and depth are not: it
+answers nonsense. Everything is built from stock transformers classes.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+
+# The top-level name is a placeholder on transformers 5.6 without torchvision; the class itself needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+_CORPUS = [
+    "USER: What is shown in this image? ASSISTANT: The image shows a cat on a table, next to a cup of coffee.",
+    "USER: Describe the photograph in one sentence. ASSISTANT: An astronaut smiles in front of a flag and a rocket.",
+    "How many people are there? What colour is the background? Is there a dog to the left of the chair? Yes. No.",
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with LLaVA's special tokens, trained on three sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+
+
+def tiny_config(
+    *,
+    tile_size: int = 336,
+    patch_size: int = 14,
+    pinpoints: list[list[int]] | None = None,
+    vision_layers: int = 10,
+    vision_width: int = 64,
+    vision_type: str = "clip_vision_model",
+    text_layers: int = 2,
+    text_width: int = 64,
+    text_type: str = "llama",
+    vocab_size: int = 400,
+    image_token_index: int = 3,
+) -> LlavaNextConfig:
+    """A narrow, shallow LLaVA-NeXT configuration; pinpoints are LLaVA-NeXT's five, in tiles, unless given."""
+    if pinpoints is None:
+        pinpoints = [[h * tile_size, w * tile_size] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    vision_config = AutoConfig.for_model(
+        vision_type,
+        image_size=tile_size,
+        patch_size=patch_size,
+        num_hidden_layers=vision_layers,
+        hidden_size=vision_width,
+        intermediate_size=2 * vision_width,
+        num_attention_heads=vision_width // 32,
+    )
+    text_config = AutoConfig.for_model(
+        text_type,
+        num_hidden_layers=text_layers,
+        hidden_size=text_width,
+        intermediate_size=2 * text_width,
+        num_attention_heads=text_width // 32,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=vocab_size,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlavaNextConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=text_config.to_dict(),
+        image_token_index=image_token_index,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_select_strategy="default" if vision_type == "clip_vision_model" else "full",
+        image_seq_length=(tile_size // patch_size) ** 2,
+    )
+
+
+def tiny_processor(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaNextProcessor:
+    """The stock processor for a configuration."""
+    tile_size = config.vision_config.image_size
+    settings = {
+        # Read through the Auto class, which picks the implementation that this environment has.
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": tile_size},
+        "crop_size": {"height": tile_size, "width": tile_size},
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(settings))
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer or tiny_tokenizer(),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1 if config.vision_feature_select_strategy == "default" else 0,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_model(config: LlavaNextConfig, seed: int = 0) -> LlavaNextForConditionalGeneration:
+    """A stock model with random weights."""
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # Default initialisation leaves attention almost uniform. Sharper queries give scores that differ between cells.
+        for name, parameter in model.model.vision_tower.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.normal_(std=parameter.shape[0] ** -0.5 * 2)
+        # Without this the language model repeats one token, and equal answers would prove nothing.
+        for _, parameter in model.model.language_model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+        model.lm_head.weight.normal_(std=0.2)
+    return model
+
+
+def build_stock_checkpoint(folder: str | Path, seed: int = 0, **geometry) -> Path:
+    """Saves a tiny stock checkpoint, model and processor; `geometry` goes to `tiny_config`."""
+    config = tiny_config(**geometry)
+    tiny_model(config, seed).save_pretrained(folder)
+    tiny_processor(config).save_pretrained(folder)
+    return Path(folder)

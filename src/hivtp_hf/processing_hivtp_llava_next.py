@@ -1,0 +1,110 @@
+"""Processor of LLaVA-NeXT with visual token pruning: writes as many placeholders as the model keeps tokens."""
+
+from typing import Any
+
+from transformers import LlavaNextProcessor
+
+from .methods import pruning_method  # noqa: F401  (named so that this file travels; see `remote code` in the README)
+from .pruning_config import VisualTokenPruningConfig
+from .ranking import descending_rank  # noqa: F401
+from .selectors_hivtp import count_hivtp  # noqa: F401
+from .supported_transformers import check_transformers_version  # noqa: F401
+from .token_layout import TokenLayout
+
+
+class HIVTPLlavaNextProcessor(LlavaNextProcessor):
+    r"""
+    LLaVA-NeXT's processor, except that an image gets as many placeholders as the model keeps of it.
+
+    Args:
+        pruning_config (`VisualTokenPruningConfig`, `dict` or `None`, *optional*):
+            The settings of the model that the inputs go to. None and `{}` mean the defaults. Reads as a
+            [`VisualTokenPruningConfig`], however it was given, and is validated wherever it is set. Given to
+            `from_pretrained`, it replaces the stored settings as a whole.
+        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+        num_additional_image_tokens:
+            As for [`~transformers.LlavaNextProcessor`].
+
+    Raises:
+        ValueError: for settings out of range, and at a call for tiles that do not divide into patches.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    # Spelled out, as transformers takes from this signature which stored settings it may hand over.
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        pruning_config=None,
+        **kwargs,
+    ):
+        self.pruning_config = pruning_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pruning_config":
+            value = VisualTokenPruningConfig.coerce(value)
+        super().__setattr__(name, value)
+
+    def token_layout(self, height: int, width: int) -> TokenLayout:
+        """The layout of an image of `height` x `width` pixels under this processor's settings."""
+        return self._token_layout(height, width, self._tile_size())
+
+    def _tile_size(self) -> int:
+        crop, size = self.image_processor.crop_size, self.image_processor.size
+        return crop["height"] if crop and crop["height"] else size["shortest_edge"] or size["height"]
+
+    def _token_layout(self, height: int, width: int, tile_size: int) -> TokenLayout:
+        return TokenLayout.from_image_size(
+            height,
+            width,
+            self.pruning_config,
+            tile_size=tile_size,
+            patch_size=self.patch_size,
+            pinpoints=self.image_processor.image_grid_pinpoints,
+        )
+
+    def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
+        # Stock's own count carries what belongs to the checkpoint (extra tokens of the tower); only the difference is ours.
+        stock = super()._get_number_of_features(orig_height, orig_width, height, width)
+        layout = self._token_layout(orig_height, orig_width, height)
+        return stock - layout.num_stock + layout.num_retained
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for any processor, with `pruning_config` as a plain dict."""
+        output = super().to_dict()
+        output["pruning_config"] = self.pruning_config.to_dict()
+        return output
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # transformers hands the keywords of from_pretrained to the parts as well; a tokenizer would store ours.
+        kwargs.pop("pruning_config", None)
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
+        # Under llava_next, transformers distrusts the tokenizer class that checkpoints record and reads tokenizer.json as
+        # it is. Under our model type it would obey, and give other ids after "<image>".
+        kwargs.setdefault("tokenizer_type", "llava_next")
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+
+
+__all__ = ["HIVTPLlavaNextProcessor"]
