@@ -7,7 +7,7 @@ so a method that nobody uses costs nothing at import time.
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,19 +91,20 @@ class PruningMethod:
     Attributes:
         name: what `pruning_config.method` says.
         hyperparameters: its own numbers, beside those that all methods share.
-        scored_layers: from a pruning config to the encoder layers (0-based, ascending) whose attention it reads.
+        scored_layers: from a pruning config to the encoder layers (0-based, ascending) whose attention it reads. Lazy where
+            settings bound it: it is asked for before they are held against an encoder's depth.
         load_selector: imports and returns its selector.
     """
 
     name: str
     hyperparameters: tuple[Hyperparameter, ...]
-    scored_layers: Callable[[Any], tuple[int, ...]]
+    scored_layers: Callable[[Any], Sequence[int]]
     load_selector: Callable[[], Selector]
 
 
-def _hivtp_layers(pruning: Any) -> tuple[int, ...]:
+def _hivtp_layers(pruning: Any) -> Sequence[int]:
     first = pruning.importance_start_layer
-    return tuple(range(first, first + pruning.importance_num_layers))
+    return range(first, first + pruning.importance_num_layers)
 
 
 def _hivtp_selector() -> Selector:

@@ -26,10 +26,10 @@ def check_pruning_fits_tower(pruning: VisualTokenPruningConfig, num_layers: int)
             "`exact_count` is False; models need it True for now, because a processor can only write as many placeholders "
             "as the image's size determines. `select_hivtp` itself takes False and returns the published selection."
         )
-    beyond = [layer for layer in pruning.scored_layers if layer >= num_layers]
-    if beyond:
+    layers = pruning.scored_layers
+    if layers and layers[-1] >= num_layers:
         raise ValueError(
-            f"the method {pruning.method!r} reads the encoder layers {list(pruning.scored_layers)}, but the vision tower has "
+            f"the method {pruning.method!r} reads the encoder layers {layers[0]} to {layers[-1]}, but the vision tower has "
             f"{num_layers} layers, 0 to {num_layers - 1}. Lower `importance_start_layer` (given: "
             f"{pruning.importance_start_layer}) or `importance_num_layers` (given: {pruning.importance_num_layers})."
         )

@@ -1,6 +1,6 @@
 """`VisualTokenPruningConfig`: which visual tokens to keep, as validated numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .methods import checked_number, pruning_method
@@ -111,7 +111,7 @@ class VisualTokenPruningConfig:
         return type(self)(**{**self.to_dict(), **changes})
 
     @property
-    def scored_layers(self) -> tuple[int, ...]:
+    def scored_layers(self) -> Sequence[int]:
         """The encoder layers, 0-based and ascending, whose attention this config reads."""
         return pruning_method(self.method).scored_layers(self)
 

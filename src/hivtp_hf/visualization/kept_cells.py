@@ -1,0 +1,131 @@
+"""`draw_kept_cells`: the kept visual tokens of one image, as a picture."""
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from ..token_layout import TokenLayout
+
+# In pixels. Panels have one size for all images: small images would lack the room for borders, large ones need no more.
+PANEL_SIDE = 720
+MARGIN = 12
+CAPTION_HEIGHT = 28
+
+_DROPPED_BRIGHTNESS = 0.3
+_BACKGROUND = (255, 255, 255)
+_CAPTION = (30, 30, 30)
+_CELL_BORDER = (0, 0, 0)
+_TILE_BORDER = (255, 204, 0)
+
+
+def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tensor) -> Image.Image:
+    """Draws which cells of an image are kept: left those of the base tile, right those of the crops.
+
+    Kept cells show the photograph as it is; everything else is grey and dark, also the few pixels at the border that
+    un-padding takes from the stock model as well. Yellow lines separate the tiles. Newline tokens show no cell.
+
+    Args:
+        image: the image that the processor was given, in any mode.
+        layout: the layout of its size, `processor.token_layout(image.height, image.width)`.
+        kept_indices: int64 (n,) on any device, positions in the packed sequence:
+            `model.model.get_image_features(...).kept_indices[i]`.
+
+    Returns:
+        An RGB picture with both panels side by side under their captions. The longer side of a panel measures `PANEL_SIDE`
+        pixels, so an image of that size is drawn pixel by pixel.
+
+    Raises:
+        ValueError: for anything but a PIL image, an image of another size than the layout's, and indices that are no
+            positions of the layout's packed sequence.
+    """
+    kept_indices = _checked_arguments(image, layout, kept_indices)
+    bright = ImageOps.contain(image.convert("RGB"), (PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
+    dark = bright.convert("L").point(lambda level: level * _DROPPED_BRIGHTNESS).convert("RGB")
+
+    every_index = torch.arange(layout.num_stock)
+    tile_of_cell, boxes = layout.cells(every_index)[:, 0], _panel_boxes(layout, every_index, bright.size)
+    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], _panel_boxes(layout, kept_indices, bright.size)
+    crops = range(1, layout.num_tiles)
+    panels = []
+    for title, tiles in (("base tile", range(1)), ("1 crop" if len(crops) == 1 else f"{len(crops)} crops", crops)):
+        in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
+        kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
+        panel = _draw_panel(bright, dark, kept_boxes[kept_in_panel].tolist())
+        _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
+        panels.append((f"{title}: {int(kept_in_panel.sum())} of {int(in_panel.sum())} cells kept", panel))
+    return _side_by_side(panels)
+
+
+def _checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Tensor:
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"`image` is a {type(image).__name__}; it must be a PIL image. Use `PIL.Image.open(path)`, or "
+            "`PIL.Image.fromarray(array)` for an array of bytes (height, width, 3)."
+        )
+    height, width = layout.image_size
+    if (image.height, image.width) != (height, width):
+        raise ValueError(
+            f"`image` has {image.height} x {image.width} pixels (height x width), `layout` is that of {height} x {width}. "
+            "Build it with `processor.token_layout(image.height, image.width)`; for a photograph that its EXIF data rotates, "
+            "take `PIL.ImageOps.exif_transpose(image)`, as transformers does."
+        )
+    if not isinstance(kept_indices, Tensor) or kept_indices.dtype != torch.int64 or kept_indices.ndim != 1:
+        given = type(kept_indices).__name__
+        if isinstance(kept_indices, Tensor):
+            given = f"{kept_indices.dtype} tensor of shape {tuple(kept_indices.shape)}"
+        raise ValueError(
+            f"`kept_indices` is a {given}; it must be an int64 tensor of shape (n,). Pass the one of this image, "
+            "`get_image_features(...).kept_indices[i]`."
+        )
+    kept_indices = kept_indices.cpu().unique()
+    outside = kept_indices[(kept_indices < 0) | (kept_indices >= layout.num_stock)]
+    if len(outside):
+        raise ValueError(
+            f"`kept_indices` contains {int(outside[0])}; an image of {height} x {width} pixels has the positions 0 to "
+            f"{layout.num_stock - 1}. Pass the indices and the layout of the same image and the same processor."
+        )
+    return kept_indices
+
+
+def _panel_boxes(layout: TokenLayout, indices: Tensor, panel_size: tuple[int, int]) -> Tensor:
+    """Left, top, right, bottom in whole pixels of a panel, int64 (cells, 4); the last two lie outside the cell."""
+    height, width = layout.image_size
+    scale = torch.tensor([panel_size[0] / width, panel_size[1] / height] * 2, dtype=torch.float64)
+    return (layout.pixel_boxes(indices) * scale).round().long()
+
+
+def _draw_panel(bright: Image.Image, dark: Image.Image, boxes: list[list[int]]) -> Image.Image:
+    panel = dark.copy()
+    draw = ImageDraw.Draw(panel)
+    for left, top, right, bottom in boxes:
+        if right > left and bottom > top:
+            panel.paste(bright.crop((left, top, right, bottom)), (left, top))
+            # One line between two cells, not two: each cell draws its upper and left border only.
+            draw.line([(left, bottom - 1), (left, top), (right - 1, top)], fill=_CELL_BORDER)
+    return panel
+
+
+def _draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor) -> None:
+    draw = ImageDraw.Draw(panel)
+    for tile in tile_of_cell.unique():
+        corners = boxes[tile_of_cell == tile]
+        left, top = corners[:, :2].amin(0).tolist()
+        right, bottom = corners[:, 2:].amax(0).tolist()
+        if left > 0:
+            draw.line([(left, top), (left, bottom - 1)], fill=_TILE_BORDER)
+        if top > 0:
+            draw.line([(left, top), (right - 1, top)], fill=_TILE_BORDER)
+
+
+def _side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
+    width, height = panels[0][1].size
+    size = (MARGIN + (width + MARGIN) * len(panels), CAPTION_HEIGHT + height + MARGIN)
+    picture = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for number, (caption, panel) in enumerate(panels):
+        left = MARGIN + (width + MARGIN) * number
+        draw.text((left, CAPTION_HEIGHT // 2), caption, fill=_CAPTION, font=ImageFont.load_default(16), anchor="lm")
+        picture.paste(panel, (left, CAPTION_HEIGHT))
+    return picture

@@ -1,0 +1,23 @@
+"""Shared fixtures. Everything runs offline, on models made here."""
+
+import os
+import socket
+
+# Read by transformers and huggingface_hub when they are imported: nothing may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # workers share the cores
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,180 @@
+"""The model's promises: what is kept is stock's, a ratio of 1 is stock, batches equal single runs."""
+
+import pytest
+import torch
+
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, received_attention, select_hivtp
+from hivtp_hf.received_attention import ReceivedAttention
+from tiny_models import LOW_RATIO, greedy, photo, twins
+
+SIZES = [(60, 100), (112, 112), (200, 50), (37, 300), (20, 20)]
+PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return twins(LOW_RATIO)
+
+
+@pytest.fixture
+def pruning_of(pair):
+    """Sets the pruning of model and processor together, and puts the old one back."""
+    before = pair.pruned.config.pruning_config
+
+    def change(settings):
+        pair.pruned.config.pruning_config = settings
+        pair.processor.pruning_config = settings
+
+    yield change
+    change(before)
+
+
+SETTINGS = [
+    {},
+    {"retention_ratio": 0.5},
+    {"retention_ratio": 2 / 9},
+    {"retention_ratio": 1 / 18},
+    {"retention_ratio": 1.0},
+    {"retention_ratio": 0.3, "keep_newlines": False},
+    {"retention_ratio": 1.0, "keep_newlines": False},
+    {"global_ratio": 0.6, "local_window": 3, "regions": 3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_kept_features_are_stocks(pair, pruning_of, settings):
+    pruning_of(settings)
+    images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
+    inputs = pair.processor(images=images, text=[PROMPT] * len(images), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        stock = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+    assert isinstance(output.pooler_output, list)
+    placeholders = (inputs.input_ids == pair.pruned.config.image_token_id).sum(1).tolist()
+    for i, (kept, features, packed) in enumerate(
+        zip(output.kept_indices, output.pooler_output, stock.pooler_output, strict=True)
+    ):
+        assert kept.dtype == torch.int64
+        assert bool((kept.diff() > 0).all())
+        assert torch.equal(features, packed[kept])
+        assert len(features) == placeholders[i] == pair.processor.token_layout(*SIZES[i]).num_retained
+    if settings == {"retention_ratio": 1.0}:
+        assert [len(kept) for kept in output.kept_indices] == [len(packed) for packed in stock.pooler_output]
+    assert torch.equal(output.last_hidden_state, stock.last_hidden_state)
+
+
+def test_kept_cells_are_the_selectors_choice(pair):
+    """The whole chain once more by hand: scores of the scored layers, the selector, the packed sequence."""
+    size = (60, 100)
+    inputs = pair.processor(images=photo(*size), text=PROMPT, return_tensors="pt")
+    pruning = pair.pruned.config.pruning_config
+    layout = pair.processor.token_layout(*size)
+    model = pair.pruned.model
+    collector = ReceivedAttention(pruning.scored_layers)
+    with torch.no_grad():
+        kept = model.get_image_features(inputs.pixel_values, inputs.image_sizes).kept_indices[0]
+        pixels = inputs.pixel_values[0, : layout.num_tiles]
+        model._received_attention_tap.call(model.vision_tower, collector, pixels)
+    scores = collector.mean()[:, 1:].view(-1, 8, 8)
+    assert torch.equal(kept, layout.kept_indices(select_hivtp(scores, layout.valid, pruning)))
+
+
+def test_ratio_one_is_stock_bit_for_bit_and_scores_nothing(pair, pruning_of, monkeypatch):
+    pruning_of({"retention_ratio": 1})
+
+    def never(*args):
+        raise AssertionError("scored at a ratio of 1")
+
+    monkeypatch.setattr(received_attention, "received_attention", never)
+    images = [photo(60, 100), photo(112, 112, 1)]
+    text = [PROMPT, "<image> and this one?"]
+    inputs = pair.processor(images=images, text=text, return_tensors="pt", padding=True)
+    stock_inputs = pair.stock_processor(images=images, text=text, return_tensors="pt", padding=True)
+    assert inputs.keys() == stock_inputs.keys()
+    assert all(torch.equal(inputs[key], stock_inputs[key]) for key in inputs)
+    with torch.no_grad():
+        assert torch.equal(pair.pruned(**inputs).logits, pair.stock(**inputs).logits)
+        features = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        stock_features = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+    assert all(torch.equal(*pair) for pair in zip(features.pooler_output, stock_features.pooler_output, strict=True))
+    assert torch.equal(greedy(pair.pruned, inputs), greedy(pair.stock, inputs))
+
+
+def test_prompts_without_an_image_are_stocks(pair):
+    inputs = pair.processor(text=["no image here", "nor here, at some length"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert torch.equal(pair.pruned(**inputs).logits, pair.stock(**inputs).logits)
+    assert torch.equal(greedy(pair.pruned, inputs), greedy(pair.stock, inputs))
+
+
+ROWS = [
+    (["USER: <image>\nWhat is this? ASSISTANT:"], [(60, 100)]),
+    (["<image> and <image> and a longer text than the others have. ASSISTANT:"], [(112, 112), (200, 50)]),
+    (["no image at all. ASSISTANT:"], []),
+    (["<image>"], [(20, 20)]),
+]
+
+
+@pytest.mark.parametrize("settings", [{}, LOW_RATIO], ids=str)
+def test_a_mixed_batch_equals_single_runs(pair, pruning_of, settings):
+    pruning_of(settings)
+    images = [[photo(*size, 10 * row + i) for i, size in enumerate(sizes)] for row, (_, sizes) in enumerate(ROWS)]
+    texts = [text for (text,), _ in ROWS]
+    batch = pair.processor(
+        images=[image for row in images for image in row], text=texts, return_tensors="pt", padding=True, padding_side="left"
+    )
+    with torch.no_grad():
+        batch_logits = pair.pruned(**batch).logits
+        batch_kept = pair.pruned.model.get_image_features(batch.pixel_values, batch.image_sizes).kept_indices
+    batch_tokens = greedy(pair.pruned, batch)
+    first = 0
+    for row, text in enumerate(texts):
+        single = pair.processor(images=images[row] or None, text=text, return_tensors="pt")
+        length = single.input_ids.shape[1]
+        assert torch.equal(batch.input_ids[row, -length:], single.input_ids[0])
+        with torch.no_grad():
+            torch.testing.assert_close(batch_logits[row, -length:], pair.pruned(**single).logits[0], atol=1e-4, rtol=0)
+            if images[row]:
+                kept = pair.pruned.model.get_image_features(single.pixel_values, single.image_sizes).kept_indices
+                together = batch_kept[first : first + len(kept)]
+                assert all(torch.equal(*indices) for indices in zip(kept, together, strict=True))
+                first += len(kept)
+        assert torch.equal(batch_tokens[row], greedy(pair.pruned, single)[0])
+    assert first == len(batch_kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype):
+    pair = twins(LOW_RATIO)
+    pair.pruned.to(dtype)
+    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt").to(dtype)
+    output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+    assert output.pooler_output[0].dtype == dtype
+    assert len(output.kept_indices[0]) == pair.processor.token_layout(60, 100).num_retained
+    assert greedy(pair.pruned, inputs).shape == (1, 6)
+
+
+def test_the_tower_may_lack_a_class_token():
+    pair = twins(LOW_RATIO, vision_type="siglip_vision_model")
+    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        stock = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+    assert torch.equal(output.pooler_output[0], stock.pooler_output[0][output.kept_indices[0]])
+    assert greedy(pair.pruned, inputs).shape == (1, 6)
+
+
+def test_features_can_be_asked_for_as_a_tuple_and_from_either_class(pair):
+    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        output = pair.pruned.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        as_tuple = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[-1][0], output.kept_indices[0])
+
+
+def test_the_default_prunes_to_half(pair):
+    layout = TokenLayout.from_image_size(
+        112, 112, VisualTokenPruningConfig(), tile_size=56, patch_size=7, pinpoints=[[112, 112]]
+    )
+    assert sum(layout.tile_totals) == layout.num_tiles * 64 // 2

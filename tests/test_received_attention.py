@@ -1,0 +1,296 @@
+"""Scores: equal to attention maps computed in full, under every implementation, and nobody notices that they are taken."""
+
+import copy
+import importlib.util
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hivtp_hf import received_attention as scoring
+from hivtp_hf.received_attention import ReceivedAttention, attach, received_attention
+from tiny_checkpoint import tiny_config
+
+LAYERS = (1, 2, 4)
+TOWERS = ["clip_vision_model", "siglip_vision_model"]
+
+
+def tower_of(vision_type="clip_vision_model", implementation="sdpa", dtype=torch.float32):
+    config = tiny_config(tile_size=56, patch_size=7, vision_layers=5, vision_type=vision_type).vision_config
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.normal_(std=0.3)  # default weights give almost uniform attention, which would hide mistakes
+    return tower.to(dtype)
+
+
+def pixels(number=3, dtype=torch.float32):
+    return torch.randn(number, 3, 56, 56, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def attention_modules(tower):
+    return [module for module in tower.modules() if type(module).__name__ in ("CLIPAttention", "SiglipAttention")]
+
+
+def full_maps(tower, images):
+    """Received attention per layer, from the outputs of q_proj and k_proj and whole float32 maps."""
+    modules = attention_modules(tower)
+    outputs = {}
+    hooks = [
+        projection.register_forward_hook(lambda module, args, output: outputs.__setitem__(module, output.float()))
+        for module in modules
+        for projection in (module.q_proj, module.k_proj)
+    ]
+    with torch.no_grad():
+        tower(images)
+    for hook in hooks:
+        hook.remove()
+    received = []
+    for module in modules:
+        query, key = (
+            outputs[projection].unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            for projection in (module.q_proj, module.k_proj)
+        )
+        maps = torch.softmax(query @ key.transpose(-1, -2) * module.scale, dim=-1)
+        received.append(maps.mean(dim=(1, 2)))
+    return received
+
+
+def scores(tower, tap, images, layers=LAYERS):
+    collector = ReceivedAttention(layers)
+    with torch.no_grad():
+        tap.call(tower, collector, images)
+    return collector.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_scores_equal_full_attention_maps(vision_type, implementation, dtype):
+    tower = tower_of(vision_type, implementation, dtype)
+    images = pixels(dtype=dtype)
+    expected = full_maps(tower, images)
+    assert max(float(layer.std()) for layer in expected) > 1e-3  # far from uniform
+    tap = attach(tower, 5)
+    got = scores(tower, tap, images)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, sum(expected[layer] for layer in LAYERS) / 3, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("vision_type", "forwards"), [("clip_vision_model", True), ("siglip_vision_model", False)])
+def test_how_the_collector_travels(vision_type, forwards):
+    assert attach(tower_of(vision_type), 5).forwards_keywords is forwards
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_the_tower_computes_what_it_did(vision_type, implementation):
+    stock, tower = tower_of(vision_type, implementation), tower_of(vision_type, implementation)
+    tap = attach(tower, 5)
+    with torch.no_grad():
+        expected = stock(pixels()).last_hidden_state
+        assert torch.equal(tower(pixels()).last_hidden_state, expected)
+        collector = ReceivedAttention(LAYERS)
+        assert torch.equal(tap.call(tower, collector, pixels()).last_hidden_state, expected)
+
+
+def test_flex_attention_reports_too():
+    tower = tower_of()
+    tap = attach(tower, 5)
+    expected = scores(tower, tap, pixels())
+    tower.set_attn_implementation("flex_attention")
+    got = scores(tower, tap, pixels())
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_the_implementation_behind_sees_the_real_module():
+    seen = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, module.is_causal, "hivtp_received_attention" in kwargs))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("spy_attention", spy)
+    try:
+        tower = tower_of()
+        tap = attach(tower, 5)
+        tower.set_attn_implementation("spy_attention")
+        assert tower.config._attn_implementation == "spy_attention"
+        scores(tower, tap, pixels())
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["spy_attention"]
+    assert seen == [("spy_attention", False, False)] * 5
+
+
+def test_eager_maps_can_still_be_asked_for():
+    tower = tower_of(implementation="eager")
+    attach(tower, 5)
+    with torch.no_grad():
+        maps = tower(pixels(), output_attentions=True).attentions
+    assert len(maps) == 5
+    torch.testing.assert_close(torch.stack([layer.mean(dim=(1, 2)) for layer in maps]), torch.stack(full_maps(tower, pixels())))
+
+
+def test_a_silent_layer_is_an_error():
+    tower = tower_of()
+    tap = attach(tower, 5)
+    attention_modules(tower)[2].config = tower.config  # as a library would that swaps modules
+    with pytest.raises(ValueError, match=r"layers \[2\] ran without reporting"):
+        scores(tower, tap, pixels())
+
+
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_nothing_is_kept_between_calls(vision_type):
+    tower = tower_of(vision_type)
+    tap = attach(tower, 5)
+    first = scores(tower, tap, pixels(), layers=(0,))
+    second = scores(tower, tap, pixels(), layers=(3,))
+    expected = full_maps(tower, pixels())
+    torch.testing.assert_close(first, expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(second, expected[3], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_copies_report_for_themselves(vision_type, twin):
+    tower = tower_of(vision_type)
+    tap = attach(tower, 5)
+    copied = twin(tower)
+    assert attention_modules(copied)[0].config._hivtp_config is copied.config
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    expected = full_maps(copied, pixels())
+    torch.testing.assert_close(scores(copied, tap, pixels(), layers=(2,)), expected[2], atol=1e-5, rtol=0)
+    copied.set_attn_implementation("eager")
+    assert tower.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_two_threads_share_a_tower(vision_type):
+    tower = tower_of(vision_type)
+    tap = attach(tower, 5)
+    inputs = [pixels(2), pixels(2) + 1]
+    expected = [scores(tower, tap, images) for images in inputs]
+    mistakes = []
+
+    def work(images, wanted):
+        for _ in range(20):
+            if not torch.equal(scores(tower, tap, images), wanted):
+                mistakes.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not mistakes
+
+
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_two_copies_of_the_code_do_not_meet(vision_type):
+    spec = importlib.util.spec_from_file_location("another_received_attention", scoring.__file__)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    ours, theirs = tower_of(vision_type), tower_of(vision_type)
+    our_tap, their_tap = attach(ours, 5), other.attach(theirs, 5)
+    expected = scores(ours, our_tap, pixels())
+    collector = other.ReceivedAttention(LAYERS)
+    with torch.no_grad():
+        their_tap.call(theirs, collector, pixels())
+    assert torch.equal(collector.mean(), expected)
+    assert torch.equal(scores(ours, our_tap, pixels()), expected)
+
+
+@pytest.mark.parametrize("vision_type", TOWERS)
+def test_gradients_flow_past_the_scores(vision_type):
+    stock, tower = tower_of(vision_type), tower_of(vision_type)
+    tap = attach(tower, 5)
+    stock(pixels()).last_hidden_state.sum().backward()
+    collector = ReceivedAttention(LAYERS)
+    tap.call(tower, collector, pixels()).last_hidden_state.sum().backward()
+    assert not collector.mean().requires_grad
+    for expected, got in zip(stock.parameters(), tower.parameters(), strict=True):
+        assert (expected.grad is None and got.grad is None) or torch.equal(expected.grad, got.grad)
+
+
+def test_autocast_does_not_round_the_scores():
+    query, key = (torch.randn(2, 4, 65, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected = received_attention(query, key, 0.4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (query @ key.transpose(-1, -2)).dtype == torch.bfloat16
+        assert torch.equal(received_attention(query, key, 0.4, 4), expected)
+
+
+MEMORY_PROGRAM = """
+import resource
+import torch
+from hivtp_hf.received_attention import received_attention
+
+torch.set_num_threads(2)
+query, key = (torch.randn(80, 577, 16, 64).transpose(1, 2) for _ in range(2))
+received_attention(query[:1], key[:1], 0.125, 16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+received_attention(query, key, 0.125, 16)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_scoring_sixteen_large_images_takes_little_memory():
+    # The full maps of 80 tiles of CLIP-L/336 would take 1.6 GiB a layer.
+    run = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 256
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 4 * 65, 4 * 65 * 65, 4 * 65 * 65 * 5, 2**30])
+def test_every_way_to_chunk_gives_the_same(chunk_bytes, monkeypatch):
+    query, key = (torch.randn(3, 4, 65, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected = torch.softmax(query @ key.transpose(-1, -2) * 0.4, dim=-1).mean(dim=(1, 2))
+    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", chunk_bytes)
+    torch.testing.assert_close(received_attention(query, key, 0.4, 4), expected, atol=1e-6, rtol=0)
+
+
+SHARDED_PROGRAM = """
+import sys
+import torch
+from hivtp_hf.received_attention import received_attention
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+query, key = torch.randn(2, 4, 10, 8), torch.randn(2, 4, 10, 8)
+whole = received_attention(query, key, 0.3, 4)
+part = slice(2 * rank, 2 * rank + 2)
+sharded = received_attention(query[:, part], key[:, part], 0.3, 4)
+torch.testing.assert_close(sharded, whole, atol=1e-6, rtol=0)
+gathered = [torch.empty_like(sharded) for _ in range(2)]
+torch.distributed.all_gather(gathered, sharded)
+assert torch.equal(*gathered)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_heads_sharded_over_ranks_are_averaged_over_all(free_port):
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", SHARDED_PROGRAM, str(rank), str(free_port)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+
+
+def test_missing_heads_without_ranks_are_an_error():
+    with pytest.raises(ValueError, match="2 of its 4 heads on 1 ranks"):
+        received_attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), 0.3, 4)
+
+
+def test_an_encoder_that_is_not_recognised_is_refused():
+    with pytest.raises(ValueError, match="no stack of 7 encoder layers"):
+        attach(tower_of(), 7)

@@ -1,0 +1,156 @@
+"""A saved folder must work where the package is not installed, from the .py files that lie beside the weights."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_imports
+
+from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
+from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from tiny_checkpoint import build_stock_checkpoint
+
+SOURCE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
+ENTRY_FILES = {
+    HIVTPLlavaNextConfig: "configuration_hivtp_llava_next",
+    HIVTPLlavaNextProcessor: "processing_hivtp_llava_next",
+    HIVTPLlavaNextForConditionalGeneration: "modeling_hivtp_llava_next",
+}
+PRUNING = {"retention_ratio": 0.4, "regions": 1}
+
+
+def imports(name):
+    """What a file of ours imports anywhere in it: the names of our files, and the top-level names of others."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{name} imports from outside its folder"
+            assert node.module, f"{name} imports the package itself, which does not travel"
+            ours.add(node.module)
+    return ours, others
+
+
+def needed(name):
+    """All files of ours that a file needs, directly or not, beside itself."""
+    found, waiting = set(), [name]
+    while waiting:
+        new = imports(waiting.pop())[0] - found
+        found |= new
+        waiting += new
+    return found - {name}
+
+
+def python_files(folder):
+    return {file.stem for file in Path(folder).glob("*.py")}
+
+
+@pytest.mark.parametrize("name", ENTRY_FILES.values())
+def test_entry_file_names_every_file_that_it_needs(name):
+    # transformers 5.6 copies the files that it reads off these lines from a local folder, and no more.
+    assert set(get_relative_imports(SOURCE / f"{name}.py")) == needed(name)
+
+
+@pytest.mark.parametrize("name", sorted(set(ENTRY_FILES.values()).union(*map(needed, ENTRY_FILES.values()))))
+def test_travelling_file_imports_only_what_every_user_has(name):
+    assert imports(name)[1] <= sys.stdlib_module_names | {"numpy", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("part", ENTRY_FILES)
+def test_each_part_saved_alone_brings_its_files(tmp_path, part):
+    part.from_pretrained(build_stock_checkpoint(tmp_path / "stock", **GEOMETRY)).save_pretrained(tmp_path / "saved")
+    assert python_files(tmp_path / "saved") == {ENTRY_FILES[part]} | needed(ENTRY_FILES[part])
+
+
+def answers(folder, trust_remote_code, saved_folder=None, **settings):
+    """Runs with and without the package: the tokens that a checkpoint generates, and who generates them."""
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+    trust = {"trust_remote_code": trust_remote_code}
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **trust, **settings)
+    processor = AutoProcessor.from_pretrained(folder, **trust, **settings)
+    pixels = np.random.default_rng(0)
+    images = [
+        Image.fromarray(pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in ((90, 60), (50, 170))
+    ]
+    prompts = ["USER: <image>\nWhat is shown? ASSISTANT:", "USER: <image>\nHow many people are on the left? ASSISTANT:"]
+
+    def generate(count):
+        inputs = processor(images=images[:count], text=prompts[:count], padding=True, return_tensors="pt")
+        generated = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :]
+        return {"padding": (inputs["attention_mask"] == 0).sum(1).tolist(), "tokens": generated.tolist()}
+
+    question = [{"type": "image", "image": images[0]}, {"type": "text", "text": "What is shown?"}]
+    chat = [{"role": "user", "content": question}]
+    from_pipeline = pipeline("image-text-to-text", model=folder, **trust)(
+        text=chat, return_full_text=False, generate_kwargs=greedy
+    )
+    if saved_folder:
+        model.save_pretrained(saved_folder)
+        processor.save_pretrained(saved_folder)
+    base_model = AutoModel.from_pretrained(folder, **trust)
+    return {
+        "generated": {"one": generate(1), "two": generate(2), "pipeline": from_pipeline[0]["generated_text"]},
+        "classes": [type(part).__name__ for part in (model, processor, model.config, base_model)],
+        "packages": sorted({type(part).__module__.split(".")[0] for part in (model, processor, model.config, base_model)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), PRUNING)
+
+
+@pytest.fixture(scope="module")
+def installed(folder):
+    """What the installed package answers, in this process."""
+    return answers(str(folder), trust_remote_code=False)
+
+
+@pytest.fixture(scope="module")
+def saved_by_remote_code(folder):
+    return folder.with_name("saved_by_remote_code")
+
+
+@pytest.fixture(scope="module")
+def remote(folder, saved_by_remote_code):
+    """What remote code answers; it also saves the checkpoint again."""
+    work_folder = folder.with_name("first_process")
+    return run_without_package(answers, work_folder, folder=folder, trust_remote_code=True, saved_folder=saved_by_remote_code)
+
+
+def test_installed_package_serves_the_saved_folder(installed):
+    assert installed["packages"] == ["hivtp_hf"]
+
+
+def test_the_settings_show_in_the_answers(folder, installed):
+    # Otherwise equal answers would not prove that remote code prunes, or pads to the left.
+    everything = answers(str(folder), trust_remote_code=False, pruning_config={"retention_ratio": 1})
+    for call in ("one", "two"):
+        assert everything["generated"][call] != installed["generated"][call]
+    assert any(installed["generated"]["two"]["padding"])
+
+
+def test_remote_code_answers_as_the_installed_package(installed, remote):
+    assert remote["packages"] == ["transformers_modules"]
+    assert remote["classes"] == installed["classes"]
+    assert remote["classes"][-1] == "HIVTPLlavaNextModel"
+    assert remote["generated"] == installed["generated"]
+
+
+@pytest.mark.usefixtures("remote")
+def test_remote_code_saves_all_its_files(folder, saved_by_remote_code):
+    assert python_files(saved_by_remote_code) == python_files(folder)
+
+
+def test_what_remote_code_saved_answers_the_same(folder, remote, saved_by_remote_code):
+    work_folder = folder.with_name("second_process")
+    assert run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True) == remote
