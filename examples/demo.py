@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 import transformers
 from PIL import Image
+from tiny_checkpoint import build_stock_checkpoint
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedConfig, pipeline
 from transformers.image_utils import load_image
 
 from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.visualization import draw_kept_cells
-from tiny_checkpoint import build_stock_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
-# LLaVA-NeXT's geometry is the default. Only this wide and deep does the language model weigh as much as the tiny tower.
-TINY_MODEL = {"text_layers": 4, "text_width": 256}
+# Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
+TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
 
 
 class Prefill(NamedTuple):
@@ -33,45 +33,41 @@ class Prefill(NamedTuple):
     cache_bytes: int
 
 
-def convert(stock_folder: str | Path, pruned_folder: str | Path) -> None:
-    """Saves a stock checkpoint as a pruned one, which carries its own code."""
-    HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock_folder).save_pretrained(pruned_folder)
-    HIVTPLlavaNextProcessor.from_pretrained(stock_folder).save_pretrained(pruned_folder)
+def build_checkpoints(folder: Path, tiny_model: dict) -> tuple[str, str]:
+    """Saves a tiny stock checkpoint, and the same weights as a pruned one, which carries its own code."""
+    stock, pruned = str(folder / "stock_checkpoint"), str(folder / "pruned_checkpoint")
+    build_stock_checkpoint(stock, **tiny_model)
+    HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock).save_pretrained(pruned)
+    HIVTPLlavaNextProcessor.from_pretrained(stock).save_pretrained(pruned)
+    return stock, pruned
 
 
-def load_pruned(model_name: str):
-    """A pipeline around the pruned model. A ValueError for checkpoints of another family, an OSError for none."""
+def load(name: str, model_class, processor_class):
+    model = model_class.from_pretrained(name, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_type = PreTrainedConfig.get_config_dict(model_name)[0].get("model_type")
+    return pipeline("image-text-to-text", model=model, processor=processor_class.from_pretrained(name), device=device)
+
+
+def load_pruned(name: str):
+    model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if model_type == HIVTPLlavaNextConfig.model_type:
-        # Without the import of hivtp_hf above, this runs the code that lies in the checkpoint; with it, the package's.
-        return pipeline("image-text-to-text", model=model_name, trust_remote_code=True, device=device)
+        # Where hivtp_hf is not imported, this line runs the code that lies in the checkpoint; here it runs the package.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return pipeline("image-text-to-text", model=name, trust_remote_code=True, device=device)
     if model_type != "llava_next":
         raise ValueError(f"it has the model type {model_type!r}; give a LLaVA-NeXT checkpoint, stock or pruned by hivtp_hf.")
-    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(model_name, dtype="auto")
-    processor = HIVTPLlavaNextProcessor.from_pretrained(model_name)
-    return pipeline("image-text-to-text", model=model, processor=processor, device=device)
-
-
-def load_stock(model_name: str, device: torch.device):
-    """A pipeline around transformers' own classes on the same weights."""
-    model = LlavaNextForConditionalGeneration.from_pretrained(model_name, dtype="auto").eval()
-    processor = LlavaNextProcessor.from_pretrained(model_name)
-    return pipeline("image-text-to-text", model=model, processor=processor, device=device)
+    return load(name, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor)
 
 
 def load_photographs(image_path: str | None) -> dict[str, Image.Image]:
-    """The user's image, or those of scikit-image's photographs that its wheel carries, by name."""
+    """By name the user's image, or those of scikit-image's photographs that its wheel carries."""
     if image_path is not None:
-        return {Path(image_path).stem: load_image(image_path)}
+        with open(image_path, "rb"):  # for its error: load_image would take a missing file for base64
+            return {Path(image_path).stem: load_image(image_path)}
     import skimage
 
-    folder = Path(skimage.__file__).parent / "data"
-    return {name: load_image(str(path)) for name in PHOTOGRAPHS for path in sorted(folder.glob(f"{name}.*"))}
-
-
-def chat(image: Image.Image, question: str) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    files = [path for name in PHOTOGRAPHS for path in Path(skimage.__file__).parent.glob(f"data/{name}.*")]
+    return {path.stem: load_image(str(path)) for path in files}
 
 
 def prepare(pipe, messages: list[dict]):
@@ -112,28 +108,26 @@ def answer(pipe, messages: list[dict]) -> str:
 
 
 def report(stock, pruned, photographs: dict[str, Image.Image], question: str, folder: Path, repeats: int) -> None:
-    print(f"""
-Image tokens, prefill (one forward pass over image and question: vision tower, projector, language model; median of
-{repeats} after a warm-up, stock and pruned in turn) and KV cache (bytes of its tensors after that pass).
-
-{"":12}{"":>11}{"image tokens":>19}{"prefill":>21}{"KV cache":>21}
-{"":12}{"size":>11}{"stock":>10}{"kept":>9}{"stock":>11}{"pruned":>10}{"stock":>11}{"pruned":>10}""")
+    """Prints the table and both models' answers, and saves the pictures."""
+    print("\nPrefill is one forward pass over image and question (vision tower, projector, language model), the median of")
+    print(f"{repeats} after a warm-up, stock and pruned in turn. KV cache is the size of its tensors after that pass.\n")
+    print(f"{'':23}{'image tokens':>17}{'prefill':>23}{'KV cache':>24}")
+    print(f"{'':12}{'size':>11}{'stock':>9}{'kept':>8}{'stock':>12}{'pruned':>11}{'stock':>12}{'pruned':>12}")
     answers = []
     for name, image in photographs.items():
-        messages = chat(image, question)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
         before, after = measure([stock, pruned], messages, repeats)
-        print(
-            f"{name[:12]:12}{f'{image.width}x{image.height}':>11}{before.image_tokens:10}{after.image_tokens:9}"
-            f"{before.seconds * 1e3:8.0f} ms{after.seconds * 1e3:7.0f} ms"
-            f"{before.cache_bytes / 2**20:7.2f} MiB{after.cache_bytes / 2**20:6.2f} MiB",
-            flush=True,
-        )
+        row = f"{name[:12]:12}{f'{image.width}x{image.height}':>11}{before.image_tokens:9}{after.image_tokens:8}"
+        row += "".join(f"{run.seconds * 1e3:{width}.0f} ms" for run, width in ((before, 9), (after, 8)))
+        print(row + "".join(f"{run.cache_bytes / 2**20:8.2f} MiB" for run in (before, after)), flush=True)
         draw(pruned, image, messages).save(folder / f"{name}_kept.png")
-        answers.append(f"{name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
-    print(f"\n{question}", *answers, f"\nKept cells are drawn in {folder / '*_kept.png'}", sep="\n")
+        answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
+    print(f"\n{question}", *answers, f"\nThe kept cells are drawn in {folder / '*_kept.png'}.", sep="\n")
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> None:
+    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="name or path of a LLaVA-NeXT checkpoint (loaded twice: stock and pruned)")
     parser.add_argument("image", nargs="?", help="an image file; scikit-image's photographs by default")
@@ -143,34 +137,26 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParse
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; it must be 1 or more.")
-    return parser, options
-
-
-def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> None:
-    started = time.perf_counter()
-    parser, options = parse_arguments(arguments)
     try:
         photographs = load_photographs(options.image)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read the image {options.image!r}: {error}")
+    except OSError as error:
+        parser.error(f"cannot read the image: {error}")
     if not photographs:
         parser.error("this scikit-image carries no photographs; give MODEL and IMAGE.")
+
     options.output.mkdir(parents=True, exist_ok=True)
     transformers.logging.disable_progress_bar()
-
     stock_name = pruned_name = options.model
     if options.model is None:
-        print("A tiny LLaVA-NeXT with random weights: its answers are nonsense. Counts, times and bytes are real, for it only.")
-        stock_name, pruned_name = str(options.output / "stock_checkpoint"), str(options.output / "pruned_checkpoint")
-        build_stock_checkpoint(stock_name, **tiny_model)
-        convert(stock_name, pruned_name)
+        print("A tiny LLaVA-NeXT with random weights: its answers are nonsense. Counts, times and sizes are real, for it only.")
+        stock_name, pruned_name = build_checkpoints(options.output, tiny_model)
     try:
         pruned = load_pruned(pruned_name)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load the model {pruned_name!r}: {error}")
     # Warnings about the weights have been shown by now; those to come repeat them or concern the pipeline's own defaults.
     transformers.logging.set_verbosity_error()
-    stock = load_stock(stock_name, pruned.device)
+    stock = load(stock_name, LlavaNextForConditionalGeneration, LlavaNextProcessor)
     for pipe in (stock, pruned):
         print(f"{type(pipe.model).__name__} from {type(pipe.model).__module__}")
     report(stock, pruned, photographs, options.question, options.output, options.repeats)

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
     LlavaNextProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -117,38 +118,35 @@ def constructed_processor(folder, settings):
     return HIVTPLlavaNextProcessor(stock.image_processor, stock.tokenizer, patch_size=7, pruning_config=settings)
 
 
-# From a stock folder, a pruned folder, a folder to write to, and the settings: whatever then has a `pruning_config`.
+def by_keyword(loading_class, source):
+    return lambda folders, new_folder, given: loading_class.from_pretrained(folders[source], pruning_config=given)
+
+
+def by_file(loading_class, name):
+    return lambda folders, new_folder, given: loading_class.from_pretrained(
+        edited_json(folders["pruned"], new_folder, name, given)
+    )
+
+
+# From the folders to load, a folder to write to and the settings, to what then has the settings.
 ROUTES = {
-    "config constructor": lambda stock, pruned, new, given: HIVTPLlavaNextConfig(pruning_config=given),
-    "config assignment": lambda stock, pruned, new, given: assigned(HIVTPLlavaNextConfig(), given),
-    "config keyword": lambda stock, pruned, new, given: HIVTPLlavaNextConfig.from_pretrained(pruned, pruning_config=given),
-    "config keyword, stock": lambda stock, pruned, new, given: HIVTPLlavaNextConfig.from_pretrained(
-        stock, pruning_config=given
-    ),
-    "config file": lambda stock, pruned, new, given: HIVTPLlavaNextConfig.from_pretrained(
-        edited_json(pruned, new, "config", given)
-    ),
-    "AutoConfig keyword": lambda stock, pruned, new, given: AutoConfig.from_pretrained(pruned, pruning_config=given),
-    "AutoConfig file": lambda stock, pruned, new, given: AutoConfig.from_pretrained(edited_json(pruned, new, "config", given)),
-    "model keyword": lambda stock, pruned, new, given: (
-        AutoModelForImageTextToText.from_pretrained(pruned, pruning_config=given).config
-    ),
-    "model keyword, stock": lambda stock, pruned, new, given: (
-        HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock, pruning_config=given).config
-    ),
-    "base model keyword": lambda stock, pruned, new, given: AutoModel.from_pretrained(pruned, pruning_config=given).config,
-    "processor constructor": lambda stock, pruned, new, given: constructed_processor(stock, given),
-    "processor assignment": lambda stock, pruned, new, given: assigned(HIVTPLlavaNextProcessor.from_pretrained(pruned), given),
-    "processor keyword": lambda stock, pruned, new, given: HIVTPLlavaNextProcessor.from_pretrained(
-        pruned, pruning_config=given
-    ),
-    "processor keyword, stock": lambda stock, pruned, new, given: HIVTPLlavaNextProcessor.from_pretrained(
-        stock, pruning_config=given
-    ),
-    "processor file": lambda stock, pruned, new, given: HIVTPLlavaNextProcessor.from_pretrained(
-        edited_json(pruned, new, "processor_config", given)
-    ),
-    "AutoProcessor keyword": lambda stock, pruned, new, given: AutoProcessor.from_pretrained(pruned, pruning_config=given),
+    "config constructor": lambda folders, new_folder, given: HIVTPLlavaNextConfig(pruning_config=given),
+    "config assignment": lambda folders, new_folder, given: assigned(HIVTPLlavaNextConfig(), given),
+    "config keyword": by_keyword(HIVTPLlavaNextConfig, "pruned"),
+    "config keyword, stock": by_keyword(HIVTPLlavaNextConfig, "stock"),
+    "config file": by_file(HIVTPLlavaNextConfig, "config"),
+    "AutoConfig keyword": by_keyword(AutoConfig, "pruned"),
+    "AutoConfig file": by_file(AutoConfig, "config"),
+    "model keyword": by_keyword(AutoModelForImageTextToText, "pruned"),
+    "model keyword, stock": by_keyword(HIVTPLlavaNextForConditionalGeneration, "stock"),
+    "base model keyword": by_keyword(AutoModel, "pruned"),
+    "processor constructor": lambda folders, new_folder, given: constructed_processor(folders["stock"], given),
+    "processor assignment": lambda folders, new_folder, given: assigned(constructed_processor(folders["stock"], None), given),
+    "processor keyword": by_keyword(HIVTPLlavaNextProcessor, "pruned"),
+    "processor keyword, stock": by_keyword(HIVTPLlavaNextProcessor, "stock"),
+    "processor file": by_file(HIVTPLlavaNextProcessor, "processor_config"),
+    "AutoProcessor keyword": by_keyword(AutoProcessor, "pruned"),
+    "AutoProcessor file": by_file(AutoProcessor, "processor_config"),
 }
 
 
@@ -157,9 +155,10 @@ def test_every_route_reads_all_that_a_user_may_write(stock, pruned, tmp_path, ro
     half = VisualTokenPruningConfig(retention_ratio=0.5)
     default = VisualTokenPruningConfig()
     for step, (given, expected) in enumerate([({"retention_ratio": 0.5}, half), (half, half), (None, default), ({}, default)]):
-        result = ROUTES[route](stock, pruned, tmp_path / str(step), given)
-        assert isinstance(result.pruning_config, VisualTokenPruningConfig)
-        assert result.pruning_config == expected, f"given {given!r}"
+        result = ROUTES[route]({"stock": stock, "pruned": pruned}, tmp_path / str(step), given)
+        read = (result.config if isinstance(result, PreTrainedModel) else result).pruning_config
+        assert isinstance(read, VisualTokenPruningConfig)
+        assert read == expected, f"given {given!r}"
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -174,7 +173,7 @@ def test_every_route_refuses_bad_settings(stock, pruned, tmp_path, route):
         ]
     ):
         with pytest.raises(ValueError, match=named):
-            ROUTES[route](stock, pruned, tmp_path / str(step), bad)
+            ROUTES[route]({"stock": stock, "pruned": pruned}, tmp_path / str(step), bad)
 
 
 def llama_style_tokenizer(corpus=TEXT):
@@ -233,13 +232,19 @@ def test_unpruned_token_ids_equal_stock(checkpoint, request, tmp_path):
     # Serving engines read the tokenizer on its own.
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == theirs.tokenizer(TEXT)["input_ids"]
 
+    # A checkpoint may also be converted by its settings alone, with the tokenizer's files as they came.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    converted = AutoProcessor.from_pretrained(tmp_path)
+    assert converted(images=image, text=TEXT)["input_ids"] == expected
+
 
 def refusals(folder):
     """Runs in a process without the package: what the Auto classes say of code that nobody trusts."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     messages = []
-    for auto_class in (AutoConfig, AutoModelForImageTextToText):
+    for auto_class in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
         try:
             auto_class.from_pretrained(folder)
         except ValueError as error:
@@ -249,5 +254,5 @@ def refusals(folder):
 
 def test_untrusted_code_is_an_error(pruned, tmp_path):
     messages = run_without_package(refusals, tmp_path / "work", folder=pruned)
-    assert len(messages) == 2
+    assert len(messages) == 3
     assert all("trust_remote_code=True" in message for message in messages)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import hivtp_reference
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import hivtp_reference
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.selectors_hivtp import count_hivtp
 

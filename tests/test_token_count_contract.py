@@ -37,7 +37,7 @@ def random_sizes(seed):
 
 @pytest.fixture(scope="module")
 def pair():
-    return twins(PRUNING[0], tile_size=336, patch_size=14, vision_layers=2, vision_width=32, text_layers=1, text_width=32)
+    return twins(PRUNING[0], tile_size=336, patch_size=14, vision_layers=1, vision_width=32, text_layers=1, text_width=32)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

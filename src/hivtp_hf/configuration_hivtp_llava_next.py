@@ -4,8 +4,10 @@ from typing import Any
 
 from transformers import LlavaNextConfig
 
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; see `remote code` in the README)
+from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
 from .pruning_config import VisualTokenPruningConfig
+from .ranking import descending_rank  # noqa: F401
+from .selectors_hivtp import count_hivtp  # noqa: F401
 from .supported_transformers import check_transformers_version  # noqa: F401
 
 # Loaded without the package, a checkpoint finds its classes by this map, in the files that lie beside its weights.

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; see `remote code` in the README)
+from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
 from .pruned_features import (
     check_feature_selection,
     check_placeholders,

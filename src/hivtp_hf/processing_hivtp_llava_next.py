@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers import LlavaNextProcessor
+from transformers import LlavaNextConfig, LlavaNextProcessor
 
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; see `remote code` in the README)
+from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
 from .pruning_config import VisualTokenPruningConfig
 from .ranking import descending_rank  # noqa: F401
 from .selectors_hivtp import count_hivtp  # noqa: F401
@@ -99,9 +99,9 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
-        # Under llava_next, transformers distrusts the tokenizer class that checkpoints record and reads tokenizer.json as
-        # it is. Under our model type it would obey, and give other ids after "<image>".
-        kwargs.setdefault("tokenizer_type", "llava_next")
+        # Which tokenizer class transformers believes depends on its release and on the model type: newer ones distrust the
+        # class that llava_next checkpoints record. Under our type they would obey, and give other ids after "<image>".
+        kwargs["config"] = LlavaNextConfig()
         return super()._load_tokenizer_from_pretrained(
             sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )

@@ -143,7 +143,7 @@ def _encoder_layers(encoder: nn.Module, num_layers: int) -> nn.ModuleList:
     )
 
 
-def _attention_module(layer: nn.Module) -> nn.Module:
+def _attention_module(layer: nn.Module) -> Any:
     found = [module for module in layer.modules() if hasattr(module, "config") and hasattr(module, "is_causal")]
     if len(found) != 1:
         raise ValueError(
@@ -220,7 +220,7 @@ def _probe_keywords(layer: nn.Module, view: _ConfigView) -> bool:
 
 
 def _attention_with_scores(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

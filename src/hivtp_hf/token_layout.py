@@ -75,9 +75,8 @@ class TokenLayout:
         self.num_retained = sum(self.tile_totals) + self.num_newlines
         self.keeps_everything = self.num_retained == self.num_stock
 
-    @classmethod
+    @staticmethod
     def from_image_size(
-        cls,
         height: int,
         width: int,
         pruning: VisualTokenPruningConfig,
@@ -100,7 +99,6 @@ class TokenLayout:
                 do not divide into tiles.
         """
         return _llava_next_layout(
-            cls,
             _positive_integer("height", height),
             _positive_integer("width", width),
             VisualTokenPruningConfig.coerce(pruning),
@@ -202,7 +200,6 @@ class TokenLayout:
 
 @functools.lru_cache(maxsize=1024)
 def _llava_next_layout(
-    cls: type[TokenLayout],
     height: int,
     width: int,
     pruning: VisualTokenPruningConfig,
@@ -220,7 +217,7 @@ def _llava_next_layout(
     best_height, best_width = select_best_resolution((height, width), list(pinpoints))
     tile_rows, tile_columns = best_height // tile_size, best_width // tile_size
     row_range, column_range = _unpadded_ranges(height, width, tile_rows * grid, tile_columns * grid)
-    return cls(
+    return TokenLayout(
         (height, width),
         pruning,
         grid=grid,

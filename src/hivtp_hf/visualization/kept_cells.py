@@ -1,5 +1,6 @@
 """`draw_kept_cells`: the kept visual tokens of one image, as a picture."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ PANEL_SIDE = 720
 MARGIN = 12
 CAPTION_HEIGHT = 28
 
-_DROPPED_BRIGHTNESS = 0.3
+# Levels of grey to which black and white fade where a cell is dropped: between them, so that kept cells stand out in the
+# dark and in the bright parts of a photograph alike.
+_FADED_BLACK, _FADED_WHITE = 95, 150
 _BACKGROUND = (255, 255, 255)
 _CAPTION = (30, 30, 30)
 _CELL_BORDER = (0, 0, 0)
@@ -23,7 +26,7 @@ _TILE_BORDER = (255, 204, 0)
 def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tensor) -> Image.Image:
     """Draws which cells of an image are kept: left those of the base tile, right those of the crops.
 
-    Kept cells show the photograph as it is; everything else is grey and dark, also the few pixels at the border that
+    Kept cells show the photograph as it is, everything else fades to grey, also the few pixels at the border that
     un-padding takes from the stock model as well. Yellow lines separate the tiles. Newline tokens show no cell.
 
     Args:
@@ -41,18 +44,20 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
             positions of the layout's packed sequence.
     """
     kept_indices = _checked_arguments(image, layout, kept_indices)
-    bright = ImageOps.contain(image.convert("RGB"), (PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
-    dark = bright.convert("L").point(lambda level: level * _DROPPED_BRIGHTNESS).convert("RGB")
+    scale = PANEL_SIDE / max(image.size)
+    panel_size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    bright = image.convert("RGB").resize(panel_size, Image.Resampling.LANCZOS)
+    faded = ImageOps.colorize(bright.convert("L"), (_FADED_BLACK,) * 3, (_FADED_WHITE,) * 3)
 
     every_index = torch.arange(layout.num_stock)
-    tile_of_cell, boxes = layout.cells(every_index)[:, 0], _panel_boxes(layout, every_index, bright.size)
-    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], _panel_boxes(layout, kept_indices, bright.size)
+    tile_of_cell, boxes = layout.cells(every_index)[:, 0], _panel_boxes(layout, every_index, panel_size)
+    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], _panel_boxes(layout, kept_indices, panel_size)
     crops = range(1, layout.num_tiles)
     panels = []
     for title, tiles in (("base tile", range(1)), ("1 crop" if len(crops) == 1 else f"{len(crops)} crops", crops)):
         in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
         kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
-        panel = _draw_panel(bright, dark, kept_boxes[kept_in_panel].tolist())
+        panel = _draw_panel(bright, faded, kept_boxes[kept_in_panel].tolist())
         _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
         panels.append((f"{title}: {int(kept_in_panel.sum())} of {int(in_panel.sum())} cells kept", panel))
     return _side_by_side(panels)
@@ -96,8 +101,8 @@ def _panel_boxes(layout: TokenLayout, indices: Tensor, panel_size: tuple[int, in
     return (layout.pixel_boxes(indices) * scale).round().long()
 
 
-def _draw_panel(bright: Image.Image, dark: Image.Image, boxes: list[list[int]]) -> Image.Image:
-    panel = dark.copy()
+def _draw_panel(bright: Image.Image, faded: Image.Image, boxes: list[list[int]]) -> Image.Image:
+    panel = faded.copy()
     draw = ImageDraw.Draw(panel)
     for left, top, right, bottom in boxes:
         if right > left and bottom > top:
@@ -108,24 +113,28 @@ def _draw_panel(bright: Image.Image, dark: Image.Image, boxes: list[list[int]]) 
 
 
 def _draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor) -> None:
+    """Lines where one tile ends and the next begins; none around all of them."""
     draw = ImageDraw.Draw(panel)
+    first_left, first_top = boxes[:, :2].amin(0).tolist()
     for tile in tile_of_cell.unique():
         corners = boxes[tile_of_cell == tile]
         left, top = corners[:, :2].amin(0).tolist()
         right, bottom = corners[:, 2:].amax(0).tolist()
-        if left > 0:
-            draw.line([(left, top), (left, bottom - 1)], fill=_TILE_BORDER)
-        if top > 0:
-            draw.line([(left, top), (right - 1, top)], fill=_TILE_BORDER)
+        if left > first_left:
+            draw.line([(left, top), (left, bottom - 1)], fill=_TILE_BORDER, width=2)
+        if top > first_top:
+            draw.line([(left, top), (right - 1, top)], fill=_TILE_BORDER, width=2)
 
 
 def _side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    width, height = panels[0][1].size
-    size = (MARGIN + (width + MARGIN) * len(panels), CAPTION_HEIGHT + height + MARGIN)
+    font = ImageFont.load_default(16)
+    # A caption may be wider than the panel of a tall photograph.
+    column_width = max(max(panel.width, math.ceil(font.getlength(caption))) for caption, panel in panels)
+    size = (MARGIN + (column_width + MARGIN) * len(panels), CAPTION_HEIGHT + panels[0][1].height + MARGIN)
     picture = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for number, (caption, panel) in enumerate(panels):
-        left = MARGIN + (width + MARGIN) * number
-        draw.text((left, CAPTION_HEIGHT // 2), caption, fill=_CAPTION, font=ImageFont.load_default(16), anchor="lm")
+        left = MARGIN + (column_width + MARGIN) * number
+        draw.text((left, CAPTION_HEIGHT // 2), caption, fill=_CAPTION, font=font, anchor="lm")
         picture.paste(panel, (left, CAPTION_HEIGHT))
     return picture

@@ -1,0 +1,7 @@
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="your-name/llava-v1.6-mistral-7b-hivtp", trust_remote_code=True)
+chat = [
+    {"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What is shown?"}]},
+]
+print(pipe(text=chat, max_new_tokens=50, return_full_text=False)[0]["generated_text"])

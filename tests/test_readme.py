@@ -1,0 +1,52 @@
+"""The README's code is the files in examples/, and those run."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from checkpoints import GEOMETRY, build_pruned_checkpoint
+from tiny_checkpoint import build_stock_checkpoint
+from tiny_models import photo
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+# What a reader replaces by their own, and so do we.
+STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
+PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
+
+
+def example_files():
+    return {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("*.py"))}
+
+
+def test_every_block_is_an_example():
+    assert BLOCKS
+    for language, block in BLOCKS:
+        assert language == "python"
+        assert block in example_files().values()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    stock = build_stock_checkpoint(folder / "stock", **GEOMETRY)
+    return {STOCK_NAME: str(stock), PRUNED_NAME: str(build_pruned_checkpoint(folder, {}))}
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_block_runs(number, checkpoints, tmp_path, monkeypatch, capsys):
+    code = BLOCKS[number][1]
+    for name, folder in checkpoints.items():
+        code = code.replace(f'"{name}"', repr(folder))
+    photo(60, 100).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    Path("example.py").write_text(code, encoding="utf-8")
+    runpy.run_path("example.py")
+    printed = capsys.readouterr().out
+    expected_comment = re.search(r"print\(.*\)  # ([\d ]+)$", code, flags=re.MULTILINE)
+    if expected_comment:
+        assert expected_comment.group(1).strip() in printed
+    left_behind = {path.name for path in Path().iterdir()} - {"example.py", "photo.jpg"}
+    assert printed or left_behind
