@@ -13,16 +13,17 @@ from typing import NamedTuple
 import torch
 import transformers
 from PIL import Image
-from tiny_checkpoint import build_stock_checkpoint
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedConfig, pipeline
 from transformers.image_utils import load_image
 
 from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.visualization import draw_kept_cells
+from tiny_checkpoint import build_stock_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
 TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Prefill(NamedTuple):
@@ -44,16 +45,14 @@ def build_checkpoints(folder: Path, tiny_model: dict) -> tuple[str, str]:
 
 def load(name: str, model_class, processor_class):
     model = model_class.from_pretrained(name, dtype="auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline("image-text-to-text", model=model, processor=processor_class.from_pretrained(name), device=device)
+    return pipeline("image-text-to-text", model=model, processor=processor_class.from_pretrained(name), device=DEVICE)
 
 
 def load_pruned(name: str):
     model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if model_type == HIVTPLlavaNextConfig.model_type:
         # Where hivtp_hf is not imported, this line runs the code that lies in the checkpoint; here it runs the package.
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return pipeline("image-text-to-text", model=name, trust_remote_code=True, device=device)
+        return pipeline("image-text-to-text", model=name, trust_remote_code=True, device=DEVICE)
     if model_type != "llava_next":
         raise ValueError(f"it has the model type {model_type!r}; give a LLaVA-NeXT checkpoint, stock or pruned by hivtp_hf.")
     return load(name, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor)
@@ -78,7 +77,7 @@ def prepare(pipe, messages: list[dict]):
 @torch.inference_mode()
 def run_prefill(pipe, inputs) -> Prefill:
     """Times one pass over the prompt, from pixels to the logits of the first new token, and weighs its KV cache."""
-    synchronize = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     cache = pipe.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values

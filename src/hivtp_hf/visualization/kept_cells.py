@@ -114,6 +114,8 @@ def _draw_panel(bright: Image.Image, faded: Image.Image, boxes: list[list[int]])
 
 def _draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor) -> None:
     """Lines where one tile ends and the next begins; none around all of them."""
+    if not len(boxes):  # un-padding leaves nothing of the crops of a very narrow image
+        return
     draw = ImageDraw.Draw(panel)
     first_left, first_top = boxes[:, :2].amin(0).tolist()
     for tile in tile_of_cell.unique():

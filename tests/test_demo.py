@@ -1,0 +1,100 @@
+"""examples/demo.py: what it prints is what the layout counts, for its own tiny model and for a user's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from PIL import Image
+
+import demo
+from checkpoints import GEOMETRY, build_pruned_checkpoint
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from tiny_models import photo
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """The demo silences transformers for its own process; other tests share this one."""
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("demo"), {"retention_ratio": 0.25})
+
+
+@pytest.fixture
+def image_path(tmp_path) -> Path:
+    path = tmp_path / "holiday.png"
+    photo(90, 130).save(path)
+    return path
+
+
+def layout(height: int, width: int, **pruning) -> TokenLayout:
+    settings = VisualTokenPruningConfig(**pruning)
+    return TokenLayout.from_image_size(height, width, settings, pinpoints=PINPOINTS, **GEOMETRY)
+
+
+def row_of(name: str, output: str) -> list[str]:
+    """The words of a row of the table."""
+    (row,) = (line.split() for line in output.splitlines() if line.startswith(name))
+    return row
+
+
+def test_tiny_model_on_a_photograph(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", ("chelsea",))
+    demo.main(["--output", str(tmp_path), "--repeats", "1"], tiny_model=GEOMETRY)
+    output = capsys.readouterr().out
+    expected = layout(300, 451)
+    assert row_of("chelsea", output)[:4] == ["chelsea", "451x300", str(expected.num_stock), str(expected.num_retained)]
+    assert "random weights" in output
+    assert "nonsense" in output
+    assert Image.open(tmp_path / "chelsea_kept.png").format == "PNG"
+    assert json.loads((tmp_path / "pruned_checkpoint" / "config.json").read_text())["model_type"] == "hivtp_llava_next"
+
+
+@pytest.mark.parametrize(("kind", "pruning"), [("pruned", {"retention_ratio": 0.25}), ("stock_source", {})])
+def test_own_checkpoint_and_image(kind, pruning, checkpoint, image_path, tmp_path, capsys):
+    folder = checkpoint.parent / kind
+    demo.main([str(folder), str(image_path), "Is there a dog?", "--output", str(tmp_path / "out"), "--repeats", "1"])
+    output = capsys.readouterr().out
+    expected = layout(90, 130, **pruning)
+    assert row_of("holiday", output)[:4] == ["holiday", "130x90", str(expected.num_stock), str(expected.num_retained)]
+    assert "Is there a dog?" in output
+    assert "random weights" not in output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["holiday_kept.png"]
+
+
+def test_cache_bytes_are_those_of_the_prompt(checkpoint):
+    messages = [{"role": "user", "content": [{"type": "image", "image": photo(90, 130)}, {"type": "text", "text": "?"}]}]
+    pipe = demo.load_pruned(str(checkpoint))
+    (prefill,) = demo.measure([pipe], messages, repeats=1)
+    tokens = demo.prepare(pipe, messages)["input_ids"].shape[1]
+    assert prefill.cache_bytes == tokens * 2 * 2 * 32 * 4  # keys and values, of 2 layers with one head of 32 float32
+    assert prefill.image_tokens == layout(90, 130, retention_ratio=0.25).num_retained
+    assert prefill.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["{model}", "{folder}/missing.png"], "missing.png"),
+        (["{model}", "{folder}/text.png"], "text.png"),
+        (["{folder}/no_model", "{image}"], "no_model"),
+        (["{folder}", "{image}"], "'bert'"),
+        (["--repeats", "0"], "1 or more"),
+    ],
+)
+def test_errors_are_one_clear_message(arguments, named, checkpoint, image_path, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    filled = [argument.format(model=checkpoint, folder=tmp_path, image=image_path) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([*filled, "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err

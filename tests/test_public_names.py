@@ -1,0 +1,34 @@
+"""The public names, which stay, and their documentation."""
+
+import inspect
+
+import hivtp_hf
+import hivtp_hf.visualization
+
+PUBLIC = [
+    "HIVTPLlavaNextConfig",
+    "HIVTPLlavaNextForConditionalGeneration",
+    "HIVTPLlavaNextModel",
+    "HIVTPLlavaNextProcessor",
+    "TokenLayout",
+    "VisualTokenPruningConfig",
+    "select_hivtp",
+]
+
+
+def own_members(cls):
+    """Public functions and properties that the class itself defines, overridden transformers methods included."""
+    for name, member in vars(cls).items():
+        if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+            yield f"{cls.__name__}.{name}", getattr(cls, name)
+
+
+def test_public_names():
+    assert sorted(set(hivtp_hf.__all__) - {"__version__"}) == sorted(PUBLIC)
+
+
+def test_everything_public_is_documented():
+    members = [(name, getattr(hivtp_hf, name)) for name in PUBLIC]
+    members += [member for _, cls in members if inspect.isclass(cls) for member in own_members(cls)]
+    members += [(name, getattr(hivtp_hf.visualization, name)) for name in hivtp_hf.visualization.__all__]
+    assert [name for name, member in members if not inspect.getdoc(member)] == []

@@ -1,0 +1,53 @@
+"""The wheel holds all that it must, also the files that travel as remote code, and works without the source tree."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "hivtp_hf"
+
+PROGRAM = """
+import sys
+import hivtp_hf
+
+assert hivtp_hf.__file__.startswith(sys.argv[1]), hivtp_hf.__file__
+from tiny_models import LOW_RATIO, photo, twins
+
+pair = twins(LOW_RATIO)
+pair.pruned.save_pretrained(sys.argv[2])
+pair.processor.save_pretrained(sys.argv[2])
+inputs = pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt")
+print(pair.pruned.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] - inputs.input_ids.shape[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_source_file(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    sources = [path for path in SOURCE.rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
+    assert {f"hivtp_hf/{path.relative_to(SOURCE).as_posix()}" for path in sources} <= packed
+    assert any(name.endswith("licenses/LICENSE") for name in packed)
+
+
+def test_the_wheel_works_alone(wheel, tmp_path):
+    unpacked, checkpoint = tmp_path / "unpacked", tmp_path / "checkpoint"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    search_path = [unpacked, ROOT / "tests", ROOT / "examples"]
+    program = f"import sys; sys.path[:0] = {[str(path) for path in search_path]!r}\n" + PROGRAM
+    run = [sys.executable, "-c", program, str(unpacked), str(checkpoint)]
+    output = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert output.split()[-1] == "2"
+    travelling = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "_version.py"}
+    assert travelling <= {path.name for path in checkpoint.iterdir()}
