@@ -45,9 +45,11 @@ def pruned_config(stock_config, pruning_config=None) -> HIVTPLlavaNextConfig:
     return HIVTPLlavaNextConfig(**values, pruning_config=pruning_config)
 
 
-def twins(pruning_config=None, **geometry) -> Twins:
+def twins(pruning_config=None, vision_feature_layer=None, **geometry) -> Twins:
     """A stock model and its pruned twin; `geometry` goes to `tiny_config`, 8 x 8 cells unless given."""
     config = tiny_config(**{**SMALL, **geometry})
+    if vision_feature_layer is not None:
+        config.vision_feature_layer = vision_feature_layer
     stock = tiny_model(config)
     pruned = HIVTPLlavaNextForConditionalGeneration(pruned_config(config, pruning_config)).eval()
     pruned.load_state_dict(stock.state_dict())

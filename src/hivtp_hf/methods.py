@@ -11,6 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+# More than any setting means, and a number that every float and every printed message can hold.
+LARGEST_WHOLE_NUMBER = 10**100
+
+
+def shown(value: Any) -> str:
+    """`value` and its type for an error message: never more than a line or two, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # Python writes no integer of thousands of digits, and no list that is nested too deep
+        text = "a value that cannot be printed"
+    if len(text) > 500:
+        text = f"{text[:400]} ... {text[-50:]}"
+    return f"{text} ({type(value).__name__})"
+
 
 def checked_number(
     field: str,
@@ -45,16 +59,18 @@ def checked_number(
     allowed = f"a number above {minimum}" if above_minimum else f"a number from {minimum}"
     if kind is int:
         allowed = allowed.replace("a number", "a whole number")
+    if kind is int and maximum is None and number is not None and number > LARGEST_WHOLE_NUMBER:
+        maximum = LARGEST_WHOLE_NUMBER
     if maximum is not None:
         allowed += f" to {maximum}"
     inside = (
         number is not None
-        and math.isfinite(number)
         and (number > minimum if above_minimum else number >= minimum)
         and (maximum is None or number <= maximum)
+        and math.isfinite(number)
     )
     if not inside:
-        raise ValueError(f"`{field}` is {value!r} ({type(value).__name__}); it must be {allowed}.")
+        raise ValueError(f"`{field}` is {shown(value)}; it must be {allowed}.")
     return number
 
 
@@ -136,5 +152,5 @@ def pruning_method(name: Any) -> PruningMethod:
     """The entry called `name`; a ValueError lists the known names."""
     method = METHODS.get(name) if isinstance(name, str) else None
     if method is None:
-        raise ValueError(f"`method` is {name!r}; it must be one of {', '.join(map(repr, METHODS))}.")
+        raise ValueError(f"`method` is {shown(name)}; it must be one of {', '.join(map(repr, METHODS))}.")
     return method

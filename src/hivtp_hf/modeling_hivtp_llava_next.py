@@ -1,19 +1,21 @@
 """LLaVA-NeXT with visual token pruning: thin subclasses of transformers' model classes."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
+from .generation_limits import check_generation
 from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
 from .pruned_features import (
     check_feature_selection,
@@ -83,6 +85,10 @@ class HIVTPLlavaNextModel(LlavaNextModel):
         self._has_cls_token = has_cls_token(self.vision_tower)
         check_feature_selection(config.vision_feature_select_strategy, self._has_cls_token)
         self._received_attention_tap = attach(self.vision_tower, config.vision_config.num_hidden_layers)
+
+    def initialize_weights(self) -> None:
+        _initialize_stock_parts(self)
+        super().initialize_weights()
 
     @can_return_tuple
     def get_image_features(
@@ -175,14 +181,17 @@ class HIVTPLlavaNextModel(LlavaNextModel):
             images = [f"image {i} ({'{} x {}'.format(*layout.image_size)})" for i, layout in enumerate(layouts)]
         else:
             return
+        is_placeholder = self._is_placeholder(input_ids, inputs_embeds)
+        if is_placeholder is not None:  # else stock says what is missing
+            check_placeholders(is_placeholder, retained, images, self.config.pruning_config)
+
+    def _is_placeholder(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
         if input_ids is not None:
-            is_placeholder = input_ids == self.config.image_token_id
-        elif inputs_embeds is not None:
+            return input_ids == self.config.image_token_id
+        if inputs_embeds is not None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            is_placeholder = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            return  # stock says what is missing
-        check_placeholders(is_placeholder, retained, images, self.config.pruning_config)
+            return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        return None
 
 
 class HIVTPLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
@@ -210,6 +219,28 @@ class HIVTPLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
         self.model = HIVTPLlavaNextModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def initialize_weights(self) -> None:
+        _initialize_stock_parts(self)
+        super().initialize_weights()
+
+    # Takes stock's signature and documentation; only what stock would get wrong is refused.
+    @functools.wraps(LlavaNextForConditionalGeneration.generate)
+    def generate(self, *args, **kwargs):
+        generate = super().generate
+        arguments = {"kwargs": {}, **inspect.signature(generate).bind_partial(*args, **kwargs).arguments}
+        prompt, inputs = arguments.get("inputs"), arguments["kwargs"]
+        input_ids = inputs.get("input_ids") if prompt is None else prompt
+        check_generation(self, arguments, self.model._is_placeholder(input_ids, inputs.get("inputs_embeds")))
+        return generate(*args, **kwargs)
+
+
+def _initialize_stock_parts(model: Any) -> None:
+    # Of classes that travel as remote code, transformers assumes that they would overwrite loaded weights, and skips every
+    # module without weights of its own: CLIP's attention, for one, whose missing weights then stay as they lie in memory.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not part.is_remote_code():
+            part.initialize_weights()
 
 
 def _size_pairs(image_sizes: Any) -> list[tuple[int, int]]:

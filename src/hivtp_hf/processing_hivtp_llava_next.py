@@ -1,5 +1,7 @@
 """Processor of LLaVA-NeXT with visual token pruning: writes as many placeholders as the model keeps tokens."""
 
+import copy
+import functools
 from typing import Any
 
 from transformers import LlavaNextConfig, LlavaNextProcessor
@@ -61,6 +63,20 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
             value = VisualTokenPruningConfig.coerce(value)
         super().__setattr__(name, value)
 
+    # Takes stock's signature, which differs between releases.
+    @functools.wraps(LlavaNextProcessor.__call__)
+    def __call__(self, images=None, text=None, *args, **kwargs):
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("`images` is empty; pass at least one image, or None for a prompt without images.")
+        try:
+            return super().__call__(images, text, *args, **kwargs)
+        except StopIteration:  # all that transformers 5.6 says
+            raise ValueError(
+                f"the prompts have more {self.image_token} placeholders than there are images; write one for each image."
+            ) from None
+        except ZeroDivisionError:
+            raise ValueError("an image has a height or a width of 0 pixels; images need at least one pixel.") from None
+
     def token_layout(self, height: int, width: int) -> TokenLayout:
         """The layout of an image of `height` x `width` pixels under this processor's settings."""
         return self._token_layout(height, width, self._tile_size())
@@ -80,10 +96,21 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
         )
 
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
-        # Stock's own count carries what belongs to the checkpoint (extra tokens of the tower); only the difference is ours.
-        stock = super()._get_number_of_features(orig_height, orig_width, height, width)
+        # Stock's own count carries what belongs to the checkpoint (extra tokens of the tower); only the difference is ours. The
+        # layout comes first, as it checks what stock divides by.
         layout = self._token_layout(orig_height, orig_width, height)
+        stock = super()._get_number_of_features(orig_height, orig_width, height, width)
         return stock - layout.num_stock + layout.num_retained
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        # transformers 5.6 writes these keyword arguments into defaults of its class, where they stay. Only `size` is read.
+        size = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("size")
+        asked = self
+        if size:
+            asked = copy.copy(self)
+            asked.image_processor = copy.copy(self.image_processor)
+            asked.image_processor.size = size
+        return super(HIVTPLlavaNextProcessor, asked)._get_num_multimodal_tokens(image_sizes)
 
     def to_dict(self) -> dict[str, Any]:
         """As for any processor, with `pruning_config` as a plain dict."""

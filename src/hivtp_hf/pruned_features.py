@@ -122,11 +122,12 @@ def check_placeholders(is_placeholder: Tensor, retained: Sequence[int], images: 
     Raises:
         ValueError: on another number, with both numbers, per image where each has its own run of placeholders.
     """
-    found = int(is_placeholder.sum())
-    if found == sum(retained):
+    runs = _run_lengths(is_placeholder)
+    found = sum(runs)
+    # Equal sums do not do where each image has its own run: images in another order than the prompt's would be mixed up.
+    if found == sum(retained) and (len(runs) != len(retained) or runs == list(retained)):
         return
     details = ""
-    runs = _run_lengths(is_placeholder)
     if len(runs) == len(retained):
         lines = [
             f"{image}: {run} placeholders, {kept} features"
@@ -137,8 +138,8 @@ def check_placeholders(is_placeholder: Tensor, retained: Sequence[int], images: 
     raise ValueError(
         f"the prompt has {found} image placeholders, but the model keeps {sum(retained)} visual tokens{details}. The model "
         f"prunes by {pruning!r}. Make the inputs with a processor of the same settings "
-        "(`processor.pruning_config = model.config.pruning_config`), pass every image that the prompt names, and do not "
-        "truncate placeholders (`truncation`, `max_length`)."
+        "(`processor.pruning_config = model.config.pruning_config`), pass every image that the prompt names, in its order, "
+        "and do not truncate placeholders (`truncation`, `max_length`)."
     )
 
 

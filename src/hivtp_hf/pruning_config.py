@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .methods import checked_number, pruning_method
+from .methods import checked_number, pruning_method, shown
 
 
 def _checked_flag(field: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"`{field}` is {value!r} ({type(value).__name__}); it must be True or False.")
+        raise ValueError(f"`{field}` is {shown(value)}; it must be True or False.")
     return value
 
 
@@ -53,6 +53,7 @@ class VisualTokenPruningConfig:
 
     def __init__(
         self,
+        /,  # so that a stored setting may even be called "self", and is refused like any other
         method: str = "hivtp",
         retention_ratio: float | None = None,
         exact_count: bool = True,
@@ -83,7 +84,7 @@ class VisualTokenPruningConfig:
         """The config that `to_dict` wrote; missing keys take their defaults. ValueError for anything but a mapping."""
         if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
             raise ValueError(
-                f"`pruning_config` is {settings!r} ({type(settings).__name__}); it must be a dict of settings such as "
+                f"`pruning_config` is {shown(settings)}; it must be a dict of settings such as "
                 "{'method': 'hivtp', 'retention_ratio': 0.5}, or a VisualTokenPruningConfig."
             )
         return cls(**settings)
@@ -99,14 +100,14 @@ class VisualTokenPruningConfig:
             return settings
         if settings is None:
             return cls()
-        to_dict = getattr(settings, "to_dict", None)
+        to_dict = None if isinstance(settings, type) else getattr(settings, "to_dict", None)
         return cls.from_dict(to_dict() if callable(to_dict) else settings)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, shared ones first, as plain JSON types; `from_dict` takes them back without loss."""
         return dict(self.__dict__)
 
-    def replace(self, **changes: Any) -> "VisualTokenPruningConfig":
+    def replace(self, /, **changes: Any) -> "VisualTokenPruningConfig":
         """A copy with some settings changed, validated as a whole."""
         return type(self)(**{**self.to_dict(), **changes})
 

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from .methods import pruning_method
+from .methods import pruning_method, shown
 from .pruning_config import VisualTokenPruningConfig
 
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+# Bounds on time and memory, far from any model: LLaVA-NeXT's largest image has 2880 cells. A side is what image libraries hold.
+LARGEST_SIDE = 2**31 - 1
+MOST_CELLS = 2**17
 
 
 class TokenLayout:
@@ -95,8 +99,8 @@ class TokenLayout:
             pinpoints: the resolutions (height, width) that crops may form, in pixels.
 
         Raises:
-            ValueError: for sizes that are no positive integers, tiles that do not divide into patches, pinpoints that
-                do not divide into tiles.
+            ValueError: for sizes that are no positive integers below 2**31, tiles that do not divide into patches, pinpoints
+                that do not divide into tiles, and more than 2**17 cells an image.
         """
         return _llava_next_layout(
             _positive_integer("height", height),
@@ -155,7 +159,7 @@ class TokenLayout:
         tile, row, column = self.cells(kept_indices.cpu()).unbind(1)
         height, width = self.image_size
         base = torch.stack((column, row, column + 1, row + 1), dim=1).double() / self.grid
-        base = base * torch.tensor([width, height, width, height], dtype=torch.float64)
+        base = base * torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
         if self.num_tiles == 1:
             return base
 
@@ -169,8 +173,8 @@ class TokenLayout:
         scale = min(target_width / width, target_height / height)
         resized_height, resized_width = min(height * scale, target_height), min(width * scale, target_width)
         pad_left, pad_top = (target_width - resized_width) / 2, (target_height - resized_height) / 2
-        crops = (padded - torch.tensor([pad_left, pad_top, pad_left, pad_top], dtype=torch.float64)) / scale
-        limit = torch.tensor([width, height, width, height], dtype=torch.float64)
+        crops = (padded - torch.tensor([pad_left, pad_top, pad_left, pad_top], dtype=torch.float64, device="cpu")) / scale
+        limit = torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
         return torch.where((tile == 0)[:, None], base, crops.clamp(min=0).minimum(limit))
 
     def _valid_cells(self) -> Tensor:
@@ -214,6 +218,12 @@ def _llava_next_layout(
             f"the pinpoint {odd[0]} does not divide into tiles of {tile_size} pixels. Use pinpoints whose sides are "
             "multiples of the tile size (`image_grid_pinpoints` of the configuration and the image processor)."
         )
+    most_tiles = max(height // tile_size * (width // tile_size) for height, width in pinpoints)
+    if grid * grid * (1 + most_tiles) > MOST_CELLS:
+        raise ValueError(
+            f"tiles of {grid} x {grid} cells, up to {1 + most_tiles} an image, make {grid * grid * (1 + most_tiles)} cells; "
+            f"{MOST_CELLS} are allowed. Use smaller tiles or pinpoints, or larger patches."
+        )
     best_height, best_width = select_best_resolution((height, width), list(pinpoints))
     tile_rows, tile_columns = best_height // tile_size, best_width // tile_size
     row_range, column_range = _unpadded_ranges(height, width, tile_rows * grid, tile_columns * grid)
@@ -251,18 +261,19 @@ def _unpadded_ranges(height: int, width: int, rows: int, columns: int) -> tuple[
 def _positive_integer(field: str, value: Any) -> int:
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter from tensors that hold no data
         number = 0
-    if number < 1:
-        raise ValueError(f"`{field}` is {value!r} ({type(value).__name__}); it must be a whole number of pixels from 1.")
+    if not 1 <= number <= LARGEST_SIDE:
+        raise ValueError(f"`{field}` is {shown(value)}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}.")
     return number
 
 
 def _checked_pinpoints(pinpoints: Any) -> tuple[tuple[int, int], ...]:
     try:
-        pairs = tuple((height, width) for height, width in pinpoints)
+        # A length first: what has none need not end.
+        pairs = tuple((height, width) for height, width in pinpoints) if len(pinpoints) else ()
     except (TypeError, ValueError):
         pairs = ()
     if not pairs:
-        raise ValueError(f"`pinpoints` is {pinpoints!r}; it must be a list of (height, width) in pixels.")
+        raise ValueError(f"`pinpoints` is {shown(pinpoints)}; it must be a list of (height, width) in pixels.")
     return tuple((_positive_integer("pinpoints", height), _positive_integer("pinpoints", width)) for height, width in pairs)

@@ -1,0 +1,361 @@
+"""However a model is loaded, placed, cast or copied: it keeps the same tokens and gives the same answers."""
+
+import copy
+import json
+import pickle
+
+import accelerate
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    LlavaNextForConditionalGeneration,
+    QuantoConfig,
+    TorchAoConfig,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from checkpoints import build_pruned_checkpoint
+from hivtp_hf import (
+    HIVTPLlavaNextConfig,
+    HIVTPLlavaNextForConditionalGeneration,
+    HIVTPLlavaNextModel,
+    HIVTPLlavaNextProcessor,
+    TokenLayout,
+    VisualTokenPruningConfig,
+    select_hivtp,
+    token_layout,
+)
+from oracle import oracle_inputs
+from tiny_checkpoint import tiny_config
+from tiny_models import LOW_RATIO, SMALL, Twins, greedy, photo, pruned_config
+
+PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), LOW_RATIO)
+
+
+@pytest.fixture(scope="module")
+def stock_folder(folder):
+    return folder.with_name("stock_source")
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return HIVTPLlavaNextProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+
+
+def load(folder, **settings):
+    return HIVTPLlavaNextForConditionalGeneration.from_pretrained(folder, **settings)
+
+
+def kept_indices(model, inputs):
+    with torch.no_grad():
+        (kept,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices
+    return kept
+
+
+def answer(model, inputs):
+    return kept_indices(model, inputs).tolist(), greedy(model, inputs).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(folder, inputs):
+    return answer(load(folder), inputs)
+
+
+def assert_oracle_agrees(model, stock, inputs, processor, **tolerance):
+    pair = Twins(stock, None, model, processor)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, stock(**oracle_inputs(pair, inputs)).logits, **tolerance)
+
+
+# What is not named for the disk stays in memory.
+ON_DISK = {
+    "vision tower": ["model.vision_tower"],
+    "projector": ["model.multi_modal_projector"],
+    "one layer of the language model": ["model.language_model.layers.1"],
+    "all but one parameter": ["model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"],
+}
+PARTS = [
+    "model.image_newline",
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.language_model.embed_tokens",
+    "model.language_model.layers.0",
+    "model.language_model.layers.1",
+    "model.language_model.norm",
+    "model.language_model.rotary_emb",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("on_disk", ON_DISK.values(), ids=ON_DISK)
+def test_parts_on_disk(folder, inputs, expected, tmp_path, on_disk):
+    device_map = {part: "disk" if part.startswith(tuple(on_disk)) else "cpu" for part in PARTS}
+    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+    places = {name: weight.device.type for name, weight in model.named_parameters()}
+    assert all((place == "meta") == name.startswith(tuple(on_disk)) for name, place in places.items())
+    assert answer(model, inputs) == expected
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_device_map_auto_with_too_little_memory(folder, inputs, expected, tmp_path, share):
+    size = (folder / "model.safetensors").stat().st_size
+    model = load(folder, device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path)
+    on_disk = [part for part, place in model.hf_device_map.items() if place == "disk"]
+    assert any("vision_tower" in part for part in on_disk) == (share < 0.5)
+    assert any("language_model" in part for part in on_disk)
+    assert answer(model, inputs) == expected
+
+
+def test_shards(folder, inputs, expected, tmp_path):
+    load(folder).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    assert answer(load(tmp_path), inputs) == expected
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["pruning_config"]["retention_ratio"] == 0.25
+
+
+def torchao_config():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def quanto_config():
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    return QuantoConfig(weights="int8")
+
+
+def bitsandbytes_config():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.parametrize("quantization", [torchao_config, quanto_config, bitsandbytes_config])
+def test_quantised_weights(folder, stock_folder, processor, inputs, quantization):
+    model = load(folder, quantization_config=quantization())
+    stock = LlavaNextForConditionalGeneration.from_pretrained(stock_folder, quantization_config=quantization())
+    projection = next(
+        module for name, module in model.model.vision_tower.named_modules() if name.endswith("6.self_attn.q_proj")
+    )
+    plain = type(projection) is torch.nn.Linear and type(projection.weight) is torch.nn.Parameter
+    assert not plain, "the scored layers' weights are not quantised"
+    kept = kept_indices(model, inputs)
+    assert len(kept) == processor.token_layout(60, 100).num_retained
+    assert_oracle_agrees(model, stock, inputs, processor, atol=1e-3, rtol=0)
+    assert greedy(model, inputs).shape == (1, 6)
+
+
+@pytest.fixture
+def spy_attention():
+    """An attention implementation that counts by which kind of model it is called; it computes what sdpa does."""
+    calls = {"clip_vision_model": 0, "llama": 0}
+
+    def spy(module, *args, **kwargs):
+        calls[module.config.model_type] += 1
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("spy_attention", spy)
+    yield calls
+    del ALL_ATTENTION_FUNCTIONS._global_mapping["spy_attention"]
+
+
+# What is asked for, and how many of the ten vision and two text layers then run it.
+ASKED = {
+    "string": ("spy_attention", 10, 2),
+    "vision": ({"vision_config": "spy_attention", "text_config": "eager"}, 10, 0),
+    "text": ({"vision_config": "eager", "text_config": "spy_attention"}, 0, 2),
+}
+
+
+@pytest.mark.parametrize("when", ["at loading", "after loading", "after a call"])
+@pytest.mark.parametrize(("asked", "vision_calls", "text_calls"), ASKED.values(), ids=ASKED)
+def test_the_attention_implementation_that_is_asked_for_runs(
+    folder, inputs, expected, spy_attention, when, asked, vision_calls, text_calls
+):
+    if when == "at loading":
+        model = load(folder, attn_implementation=asked)
+    else:
+        model = load(folder)
+        if when == "after a call":
+            assert answer(model, inputs) == expected
+        model.set_attn_implementation(asked)
+    for part, config in [("vision_config", model.config.vision_config), ("text_config", model.config.text_config)]:
+        assert config._attn_implementation == (asked if isinstance(asked, str) else asked[part])
+    assert model.model.vision_tower.config is model.config.vision_config
+    spy_attention.update(clip_vision_model=0, llama=0)
+    with torch.no_grad():
+        model(**inputs)
+    assert spy_attention == {"clip_vision_model": vision_calls, "llama": text_calls}
+    assert answer(model, inputs) == expected
+
+
+def test_models_are_built_from_a_configuration(folder, inputs):
+    config = HIVTPLlavaNextConfig.from_pretrained(folder)
+    base = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    assert type(base) is HIVTPLlavaNextModel
+    assert base.dtype == torch.float64
+    assert base.config.vision_config._attn_implementation == "eager"
+    model = AutoModelForImageTextToText.from_config(config)
+    assert type(model) is HIVTPLlavaNextForConditionalGeneration
+    base.load_state_dict(load(folder).model.state_dict())
+    in_double = {**inputs, "pixel_values": inputs["pixel_values"].double()}
+    with torch.no_grad():
+        hidden = base(**in_double).last_hidden_state
+    assert hidden.shape == (*inputs["input_ids"].shape, 64)
+    assert torch.equal(kept_indices(base, in_double), kept_indices(load(folder).double(), in_double))
+
+
+def on_meta_by_torch(config):
+    with torch.device("meta"):
+        return HIVTPLlavaNextForConditionalGeneration(config)
+
+
+def on_meta_by_default_device(config):
+    torch.set_default_device("meta")
+    try:
+        return HIVTPLlavaNextForConditionalGeneration(config)
+    finally:
+        torch.set_default_device(None)
+
+
+def on_meta_by_accelerate(config):
+    with accelerate.init_empty_weights():
+        return HIVTPLlavaNextForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [on_meta_by_torch, on_meta_by_default_device, on_meta_by_accelerate])
+def test_weights_loaded_after_construction_without_memory(folder, inputs, expected, build):
+    token_layout._llava_next_layout.cache_clear()  # so that layouts are made there too
+    model = build(HIVTPLlavaNextConfig.from_pretrained(folder)).eval()
+    assert all(weight.is_meta for weight in model.parameters())
+    loaded = load(folder)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    # Buffers that no checkpoint holds (positions, rotary frequencies) stay behind, as in stock models.
+    for name, buffer in loaded.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer.clone())
+    assert answer(model, inputs) == expected
+
+
+@pytest.mark.parametrize("part", ["config", "processor"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["copy", "pickle"])
+def test_configs_and_processors_are_copied_and_pickled(folder, processor, part, duplicate):
+    original = {"config": HIVTPLlavaNextConfig.from_pretrained(folder), "processor": processor}[part]
+    double = duplicate(original)
+    assert type(double) is type(original)
+    assert double.to_dict() == original.to_dict()
+    assert double.pruning_config == VisualTokenPruningConfig(**LOW_RATIO)
+    double.pruning_config = {"retention_ratio": 0.5}
+    assert original.pruning_config == VisualTokenPruningConfig(**LOW_RATIO)
+    if part == "processor":
+        fewer = original(images=photo(60, 100), text=PROMPT)["input_ids"]
+        assert len(double(images=photo(60, 100), text=PROMPT)["input_ids"][0]) > len(fewer[0])
+
+
+def test_a_model_that_has_not_run_is_pickled(folder, inputs, expected):
+    assert answer(pickle.loads(pickle.dumps(load(folder))), inputs) == expected
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_copied_model_is_a_model_of_its_own(folder, inputs, expected, has_run):
+    model = load(folder)
+    if has_run:
+        answer(model, inputs)
+    double = copy.deepcopy(model)
+    assert answer(double, inputs) == expected
+    assert double.model.config is double.config
+    assert double.model.vision_tower.config is double.config.vision_config
+    double.config.pruning_config = {**LOW_RATIO, "global_ratio": 0, "regions": 4, "importance_start_layer": 0}
+    double.set_attn_implementation("eager")
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert kept_indices(double, inputs).tolist() != expected[0]
+    with torch.no_grad():
+        for weight in double.parameters():
+            weight.zero_()
+    assert answer(model, inputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+        (lambda model: model.half(), torch.float16),
+        (lambda model: model.double(), torch.float64),
+    ],
+    ids=["to bfloat16", "half", "double"],
+)
+def test_casts(folder, stock_folder, processor, inputs, cast, dtype):
+    stock = cast(LlavaNextForConditionalGeneration.from_pretrained(stock_folder))
+    model = cast(load(folder))
+    by_argument = load(folder, dtype=dtype)
+    assert {weight.dtype for weight in model.parameters()} == {weight.dtype for weight in by_argument.parameters()} == {dtype}
+    in_dtype = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
+    assert torch.equal(kept_indices(by_argument, in_dtype), kept_indices(model, in_dtype))
+    assert_oracle_agrees(model, stock, in_dtype, processor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(folder, inputs, expected, dtype):
+    token_layout._llava_next_layout.cache_clear()
+    model = load(folder)
+    torch.set_default_dtype(dtype)
+    try:
+        built = HIVTPLlavaNextForConditionalGeneration(pruned_config(tiny_config(**SMALL), LOW_RATIO))
+        got = answer(model, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert built.dtype == dtype
+    assert got == expected
+
+
+def layout_and_selection(scores):
+    """A new layout, the selection by `scores` (tiles, 8, 8), and all that the layout says about it."""
+    token_layout._llava_next_layout.cache_clear()
+    pruning = VisualTokenPruningConfig(**LOW_RATIO)
+    pinpoints = [[112, 112], [56, 112]]
+    layout = TokenLayout.from_image_size(60, 100, pruning, tile_size=56, patch_size=7, pinpoints=pinpoints)
+    cells = select_hivtp(scores[: layout.num_tiles], layout.valid, pruning)
+    kept = layout.kept_indices(cells)
+    return layout.valid, cells, kept, layout.cells(kept), layout.pixel_boxes(kept)
+
+
+def test_selection_does_not_follow_the_default_device():
+    # A user who sets another default device may still select on the CPU, as the processor always does.
+    scores = torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = layout_and_selection(scores)
+    with torch.device("meta"):
+        got = layout_and_selection(scores)
+    for tensor, wanted in zip(got, expected, strict=True):
+        assert torch.equal(tensor, wanted)
+
+
+def test_training_after_inference_mode(folder, processor):
+    # What the first call remembers of an image size must not be a tensor that autograd refuses.
+    token_layout._llava_next_layout.cache_clear()
+    model = load(folder)
+    with torch.inference_mode():
+        inputs = processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+        answer(model, inputs)
+        layout = processor.token_layout(60, 100)
+    assert not layout.valid.is_inference()
+    inputs = processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.vision_tower.get_submodule(first_projection(model)).weight.grad.any()
+
+
+def first_projection(model):
+    return next(name for name, _ in model.model.vision_tower.named_modules() if name.endswith("q_proj"))
