@@ -85,6 +85,15 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
         layout = self._token_layout(orig_height, orig_width, height)
         return stock - layout.num_stock + layout.num_retained
 
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        # Only serving engines ask. They count tokens before the image is seen, and never mask a placeholder out.
+        if not self.pruning_config.exact_count:
+            raise ValueError(
+                "`exact_count` is False; serving engines need it True, because they place features by the number of tokens "
+                "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
+            )
+        return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """As for any processor, with `pruning_config` as a plain dict."""
         output = super().to_dict()

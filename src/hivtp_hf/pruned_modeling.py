@@ -1,0 +1,327 @@
+"""What every family's model classes share: pruned image features, and forwards and generation on them.
+
+A family mixes `PrunedModelMixin` into its base model and `PrunedGenerationMixin` into the class with the language modelling
+head, and says how an image's tokens lie (`_token_layout`). Stock does the rest.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from .pruned_features import (
+    check_feature_selection,
+    check_placeholders,
+    check_pruning_fits_tower,
+    has_cls_token,
+    keep_all_features,
+    prune_features,
+)
+from .received_attention import ReceivedAttention, attach
+from .surplus_placeholders import (
+    cached_length,
+    check_cached_placeholders,
+    check_sliding_window,
+    move_labels,
+    positions_of,
+    remember_surplus,
+    surplus_of_features,
+    with_cached_surplus,
+)
+from .token_layout import TokenLayout
+
+
+@dataclass
+class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
+    """What `get_image_features` returns: stock's output, and what was kept.
+
+    Args:
+        pooler_output (`list[torch.Tensor]`):
+            One (num_retained, hidden) tensor per image, which enters the language model.
+        kept_indices (`list[torch.LongTensor]`):
+            One ascending int64 tensor per image, newlines included: `pooler_output[i]` equals the stock model's
+            `pooler_output[i][kept_indices[i]]`. With `exact_count=False` fewer may be kept; `pooler_output[i]` then begins
+            with as many rows of zeros.
+    """
+
+    kept_indices: list[torch.LongTensor] | None = None
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _named(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, whatever the release's order of parameters."""
+    arguments = dict(_parameters(function).bind(model, *args, **kwargs).arguments)
+    arguments.pop("self")
+    return {**arguments, **arguments.pop("kwargs", {})}
+
+
+def _takes_encoded_images(function: Callable[..., Any]) -> bool:
+    """Newer releases take encoded images as an argument of forward, and hand them from step to step in generate()."""
+    return "mm_encoder_outputs" in _parameters(function).parameters
+
+
+def _encoded_images(arguments: dict[str, Any]) -> Any:
+    return (arguments.get("mm_encoder_outputs") or {}).get("image")
+
+
+def _has_pixels(arguments: dict[str, Any]) -> bool:
+    return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
+
+
+class PrunedModelMixin:
+    """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
+
+    def _token_layout(self, height: int, width: int) -> TokenLayout:
+        """The layout of an image under the model's configuration. Every family says its own."""
+        raise NotImplementedError
+
+    def _start_pruning(self) -> None:
+        """Called by a family's constructor once the vision tower stands; ValueError where settings do not fit it."""
+        num_layers = self.config.vision_config.num_hidden_layers
+        check_pruning_fits_tower(self.config.pruning_config, num_layers)
+        # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
+        self._token_layout(1, 1)
+        self._has_cls_token = has_cls_token(self.vision_tower)
+        check_feature_selection(self.config.vision_feature_select_strategy, self._has_cls_token)
+        self._received_attention_tap = attach(self.vision_tower, num_layers)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> tuple | PrunedImageFeaturesOutput:
+        r"""
+        The visual tokens that are kept of every image, after the projector.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, tiles, channels, height, width)`):
+                As the processor returns them; images with fewer tiles are padded.
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`):
+                Height and width of the original images in pixels.
+            vision_feature_layer (`int` or `list[int]`, *optional*), vision_feature_select_strategy (`str`, *optional*):
+                As for the stock model; the configuration's by default.
+
+        Returns:
+            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
+
+        Raises:
+            ValueError: for inputs that do not fit each other or the pruning settings.
+        """
+        pruning = self.config.pruning_config
+        check_pruning_fits_tower(pruning, self._received_attention_tap.num_layers)
+        check_feature_selection(
+            vision_feature_select_strategy or self.config.vision_feature_select_strategy, self._has_cls_token
+        )
+        layouts = self._layouts(pixel_values, image_sizes)
+        stock = functools.partial(
+            super().get_image_features,
+            pixel_values,
+            image_sizes,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            return_dict=True,
+            **kwargs,
+        )
+        if all(layout.keeps_everything for layout in layouts):
+            output = stock()
+            features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
+        else:
+            collector = ReceivedAttention(pruning.scored_layers)
+            output = self._received_attention_tap.call(stock, collector)
+            features, kept_indices = self._prune(output.pooler_output, layouts, collector)
+        stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
+        return PrunedImageFeaturesOutput(**{**stock_fields, "pooler_output": features, "kept_indices": kept_indices})
+
+    # The layout is Python over image sizes: a compiler would trace it anew for each size.
+    @torch.compiler.disable
+    def _layouts(self, pixel_values: Tensor, image_sizes: Any) -> list[TokenLayout]:
+        if image_sizes is None:
+            raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
+        layouts = [self._token_layout(height, width) for height, width in _size_pairs(image_sizes)]
+        if isinstance(pixel_values, Tensor) and pixel_values.ndim == 5:
+            most_tiles = max((layout.num_tiles for layout in layouts), default=0)
+            if pixel_values.shape[0] != len(layouts) or pixel_values.shape[1] < most_tiles:
+                raise ValueError(
+                    f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "
+                    f"names {len(layouts)} images that need up to {most_tiles} tiles. Pass both as the processor returned them."
+                )
+        return layouts
+
+    @torch.compiler.disable
+    def _prune(
+        self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return prune_features(features, layouts, collector.mean(), self.config.pruning_config)
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, after a check that the prompt has one placeholder per kept token."""
+        exact = self.config.pruning_config.exact_count
+        if exact and torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs, return_dict=True)
+        arguments = _named(type(self).forward, self, args, kwargs)
+        self._check_placeholders(arguments)
+        surplus = None if exact else self._mask_surplus(arguments)
+        output = super().forward(**arguments, return_dict=True)
+        if surplus is not None:
+            remember_surplus(output.past_key_values, surplus)
+        return output
+
+    def _is_placeholder(self, arguments: dict[str, Any]) -> Tensor:
+        """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence)."""
+        if arguments.get("input_ids") is not None:
+            return arguments["input_ids"] == self.config.image_token_id
+        embeddings = arguments["inputs_embeds"]
+        token = torch.tensor(self.config.image_token_id, device=embeddings.device)
+        return (embeddings == self.get_input_embeddings()(token)).all(-1)
+
+    def _check_placeholders(self, arguments: dict[str, Any]) -> None:
+        """Fails before anything runs if the prompt has other than one placeholder per kept token."""
+        encoded = _encoded_images(arguments)
+        if arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
+            return  # stock says what is missing
+        if encoded is not None:
+            retained = [len(features) for features in encoded.pooler_output]
+            images = [f"image {i}" for i in range(len(retained))]
+        elif _has_pixels(arguments):
+            layouts = self._layouts(arguments["pixel_values"], arguments.get("image_sizes"))
+            retained = [layout.num_retained for layout in layouts]
+            images = [f"image {i} ({'{} x {}'.format(*layout.image_size)})" for i, layout in enumerate(layouts)]
+        else:
+            return
+        check_placeholders(self._is_placeholder(arguments), retained, images, self.config.pruning_config)
+
+    def _encode_ahead(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
+        """The images of a call, encoded before the language model runs and left among its arguments instead of pixels."""
+        encoded = _encoded_images(arguments)
+        if encoded is None and _has_pixels(arguments):
+            names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+            encoded = self.get_image_features(
+                **{name: arguments[name] for name in names if name in arguments}, return_dict=True
+            )
+            for name in ("pixel_values", "image_sizes"):
+                arguments.pop(name, None)
+            arguments["mm_encoder_outputs"] = {"image": encoded}
+        return encoded
+
+    def _mask_surplus(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Lets placeholders without a token have no effect: changes the arguments of a forward in place.
+
+        Returns:
+            The surplus among cached and new positions, bool (batch, cached + new), or None if there is none.
+        """
+        encoded = self._encode_ahead(arguments)
+        is_placeholder = self._is_placeholder(arguments)
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), arguments.get("past_key_values"))
+        if not _takes_encoded_images(type(self).forward):
+            arguments.pop("mm_encoder_outputs", None)
+            if encoded is not None:
+                self._enter_by_embeddings(arguments, encoded, is_placeholder)
+        if not surplus.any():
+            return None
+        check_sliding_window(self.config.get_text_config(), surplus.shape[1])
+        mask = arguments.get("attention_mask")
+        mask = torch.ones_like(surplus, dtype=torch.int64) if mask is None else mask
+        # A mask of four dimensions comes from generate(), which has masked the surplus by then.
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            masked = mask.masked_fill(surplus, 0)
+            if arguments.get("position_ids") is None or not torch.equal(masked, mask):
+                arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
+            arguments["attention_mask"] = masked
+        return surplus
+
+    def _enter_by_embeddings(self, arguments: dict[str, Any], encoded: Any, is_placeholder: Tensor) -> None:
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = self.get_input_embeddings()(arguments.pop("input_ids"))
+        features = torch.cat(list(encoded.pooler_output)).to(embeddings.device, embeddings.dtype)
+        arguments["inputs_embeds"] = embeddings.masked_scatter(is_placeholder[..., None].to(embeddings.device), features)
+
+
+class PrunedGenerationMixin:
+    """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""
+        arguments = kwargs
+        if not self.config.pruning_config.exact_count:
+            arguments, args = _named(type(self).forward, self, args, kwargs), ()
+            if arguments.get("labels") is not None:
+                encoded = self.model._encode_ahead(arguments)
+                surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
+                arguments["labels"] = move_labels(arguments["labels"], surplus)
+        return super().forward(*args, **arguments)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own `generate`, to which everything is handed on.
+
+        With `exact_count=False` images are encoded first, since their content decides which placeholders are left over;
+        those are masked out all through the call.
+        """
+        if self.config.pruning_config.exact_count:
+            return super().generate(inputs, *args, **kwargs)
+        surplus = self._mask_surplus_of_prompt(inputs, kwargs)
+        output = super().generate(inputs, *args, **kwargs)
+        cache = getattr(output, "past_key_values", None)
+        remember_surplus(kwargs.get("past_key_values") if cache is None else cache, surplus)
+        return output
+
+    def _mask_surplus_of_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """Changes the keywords of a `generate` in place; returns the surplus of the prompt, bool (batch, prompt)."""
+        cache = kwargs.get("past_key_values")
+        cached = 0 if cache is None else cached_length(cache)
+        prompt = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+        is_placeholder = self.model._is_placeholder(prompt)
+        check_cached_placeholders(is_placeholder[:, :cached], cache)
+        # Where generate() cannot take encoded images, it gets the pixels, and they are encoded again in its first step.
+        hands_on = _takes_encoded_images(type(self).forward)
+        encoded = self.model._encode_ahead(kwargs if hands_on else dict(kwargs))
+        if hands_on and encoded is not None:
+            # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
+            kwargs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
+        if surplus.any():
+            check_sliding_window(self.config.get_text_config(), self._longest_sequence(prompt, surplus.shape[1]))
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = self._default_attention_mask(prompt, surplus)
+        kwargs["attention_mask"] = attention_mask.masked_fill(surplus, 0)
+        return surplus
+
+    def _longest_sequence(self, prompt: dict[str, Any], length: int) -> int:
+        """Positions after a `generate` that meets no end of sequence."""
+        config = prompt.get("generation_config") or self.generation_config
+        new_tokens = prompt.get("max_new_tokens", config.max_new_tokens)
+        return length + new_tokens if new_tokens is not None else max(length, prompt.get("max_length", config.max_length) or 0)
+
+    def _default_attention_mask(self, prompt: dict[str, Any], surplus: Tensor) -> Tensor:
+        """As generate() infers it: padding is left out, where it can be told from an end of sequence."""
+        config = prompt.get("generation_config") or self.generation_config
+        padding, end = (prompt.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        input_ids, ends = prompt.get("input_ids"), end if isinstance(end, (list, tuple)) else [end]
+        if input_ids is None or padding is None or padding in ends:
+            return torch.ones_like(surplus, dtype=torch.int64)
+        return (input_ids != padding).long()
+
+
+def _size_pairs(image_sizes: Any) -> list[tuple[int, int]]:
+    sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    try:
+        return [(height, width) for height, width in sizes]
+    except (TypeError, ValueError):
+        raise ValueError(f"`image_sizes` is {sizes!r}; it must be (height, width) in pixels for every image.") from None
