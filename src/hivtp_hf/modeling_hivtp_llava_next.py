@@ -11,7 +11,8 @@ from transformers.core_model_loading import WeightRenaming
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
 from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
 from .pruned_features import prune_features  # noqa: F401
-from .pruned_modeling import PrunedGenerationMixin, PrunedModelMixin
+from .pruned_generation import PrunedGenerationMixin
+from .pruned_model import PrunedModelMixin
 from .pruning_config import VisualTokenPruningConfig  # noqa: F401
 from .ranking import descending_rank  # noqa: F401
 from .received_attention import attach  # noqa: F401

@@ -1,7 +1,6 @@
-"""What every family's model classes share: pruned image features, and forwards and generation on them.
+"""What every family's base model shares: pruned image features, and a forward on them.
 
-A family mixes `PrunedModelMixin` into its base model and `PrunedGenerationMixin` into the class with the language modelling
-head, and says how an image's tokens lie (`_token_layout`). Stock does the rest.
+A family mixes `PrunedModelMixin` into its base model and says how an image's tokens lie (`_token_layout`). Stock does the rest.
 """
 
 import functools
@@ -25,10 +24,7 @@ from .pruned_features import (
 )
 from .received_attention import ReceivedAttention, attach
 from .surplus_placeholders import (
-    cached_length,
-    check_cached_placeholders,
     check_sliding_window,
-    move_labels,
     positions_of,
     remember_surplus,
     surplus_of_features,
@@ -58,14 +54,14 @@ def _parameters(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _named(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, whatever the release's order of parameters."""
     arguments = dict(_parameters(function).bind(model, *args, **kwargs).arguments)
     arguments.pop("self")
     return {**arguments, **arguments.pop("kwargs", {})}
 
 
-def _takes_encoded_images(function: Callable[..., Any]) -> bool:
+def takes_encoded_images(function: Callable[..., Any]) -> bool:
     """Newer releases take encoded images as an argument of forward, and hand them from step to step in generate()."""
     return "mm_encoder_outputs" in _parameters(function).parameters
 
@@ -173,7 +169,7 @@ class PrunedModelMixin:
         exact = self.config.pruning_config.exact_count
         if exact and torch.compiler.is_compiling():
             return super().forward(*args, **kwargs, return_dict=True)
-        arguments = _named(type(self).forward, self, args, kwargs)
+        arguments = named_arguments(type(self).forward, self, args, kwargs)
         self._check_placeholders(arguments)
         surplus = None if exact else self._mask_surplus(arguments)
         output = super().forward(**arguments, return_dict=True)
@@ -227,7 +223,7 @@ class PrunedModelMixin:
         encoded = self._encode_ahead(arguments)
         is_placeholder = self._is_placeholder(arguments)
         surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), arguments.get("past_key_values"))
-        if not _takes_encoded_images(type(self).forward):
+        if not takes_encoded_images(type(self).forward):
             arguments.pop("mm_encoder_outputs", None)
             if encoded is not None:
                 self._enter_by_embeddings(arguments, encoded, is_placeholder)
@@ -250,73 +246,6 @@ class PrunedModelMixin:
             embeddings = self.get_input_embeddings()(arguments.pop("input_ids"))
         features = torch.cat(list(encoded.pooler_output)).to(embeddings.device, embeddings.dtype)
         arguments["inputs_embeds"] = embeddings.masked_scatter(is_placeholder[..., None].to(embeddings.device), features)
-
-
-class PrunedGenerationMixin:
-    """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""
-        arguments = kwargs
-        if not self.config.pruning_config.exact_count:
-            arguments, args = _named(type(self).forward, self, args, kwargs), ()
-            if arguments.get("labels") is not None:
-                encoded = self.model._encode_ahead(arguments)
-                surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
-                arguments["labels"] = move_labels(arguments["labels"], surplus)
-        return super().forward(*args, **arguments)
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own `generate`, to which everything is handed on.
-
-        With `exact_count=False` images are encoded first, since their content decides which placeholders are left over;
-        those are masked out all through the call.
-        """
-        if self.config.pruning_config.exact_count:
-            return super().generate(inputs, *args, **kwargs)
-        surplus = self._mask_surplus_of_prompt(inputs, kwargs)
-        output = super().generate(inputs, *args, **kwargs)
-        cache = getattr(output, "past_key_values", None)
-        remember_surplus(kwargs.get("past_key_values") if cache is None else cache, surplus)
-        return output
-
-    def _mask_surplus_of_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        """Changes the keywords of a `generate` in place; returns the surplus of the prompt, bool (batch, prompt)."""
-        cache = kwargs.get("past_key_values")
-        cached = 0 if cache is None else cached_length(cache)
-        prompt = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
-        is_placeholder = self.model._is_placeholder(prompt)
-        check_cached_placeholders(is_placeholder[:, :cached], cache)
-        # Where generate() cannot take encoded images, it gets the pixels, and they are encoded again in its first step.
-        hands_on = _takes_encoded_images(type(self).forward)
-        encoded = self.model._encode_ahead(kwargs if hands_on else dict(kwargs))
-        if hands_on and encoded is not None:
-            # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
-            kwargs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
-        surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
-        if surplus.any():
-            check_sliding_window(self.config.get_text_config(), self._longest_sequence(prompt, surplus.shape[1]))
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = self._default_attention_mask(prompt, surplus)
-        kwargs["attention_mask"] = attention_mask.masked_fill(surplus, 0)
-        return surplus
-
-    def _longest_sequence(self, prompt: dict[str, Any], length: int) -> int:
-        """Positions after a `generate` that meets no end of sequence."""
-        config = prompt.get("generation_config") or self.generation_config
-        new_tokens = prompt.get("max_new_tokens", config.max_new_tokens)
-        return length + new_tokens if new_tokens is not None else max(length, prompt.get("max_length", config.max_length) or 0)
-
-    def _default_attention_mask(self, prompt: dict[str, Any], surplus: Tensor) -> Tensor:
-        """As generate() infers it: padding is left out, where it can be told from an end of sequence."""
-        config = prompt.get("generation_config") or self.generation_config
-        padding, end = (prompt.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
-        input_ids, ends = prompt.get("input_ids"), end if isinstance(end, (list, tuple)) else [end]
-        if input_ids is None or padding is None or padding in ends:
-            return torch.ones_like(surplus, dtype=torch.int64)
-        return (input_ids != padding).long()
 
 
 def _size_pairs(image_sizes: Any) -> list[tuple[int, int]]:
