@@ -1,6 +1,6 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ from .surplus_placeholders import (
     with_cached_surplus,
 )
 
+if TYPE_CHECKING:  # a mixin's calls to super() reach the stock class that comes behind it
+    from transformers import PreTrainedModel as _Stock
+else:
+    _Stock = object
 
-class PrunedGenerationMixin:
+
+class PrunedGenerationMixin(_Stock):
     """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ from .surplus_placeholders import (
     with_cached_surplus,
 )
 from .token_layout import TokenLayout
+
+if TYPE_CHECKING:  # a mixin's calls to super() reach the stock class that comes behind it
+    from transformers import PreTrainedModel as _Stock
+else:
+    _Stock = object
 
 
 @dataclass
@@ -74,7 +79,7 @@ def _has_pixels(arguments: dict[str, Any]) -> bool:
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Stock):
     """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
 
     def _token_layout(self, height: int, width: int) -> TokenLayout:
