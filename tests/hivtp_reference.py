@@ -52,6 +52,8 @@ def counts(valid, pruning):
 
 def select_tile(scores, valid, pruning):
     """Kept cells of one tile, bool (grid, grid)."""
+    if pruning.retention_ratio == 1:
+        return valid.copy()
     grid = len(valid)
     quotas, side, total = counts(valid, pruning)
     kept = set()

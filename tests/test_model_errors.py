@@ -89,7 +89,6 @@ def test_equal_counts_follow_the_models_settings(pair):
         ({}, {"importance_num_layers": 10**30}, "10 layers"),
         ({"patch_size": 6}, {}, "56 pixels does not divide into patches of 6 pixels"),
         ({"pinpoints": [[56, 100]]}, {}, "does not divide into tiles of 56 pixels"),
-        ({}, {"exact_count": False}, "`exact_count` is False"),
     ],
 )
 def test_settings_that_do_not_fit_the_tower_are_refused_at_construction(build, geometry, pruning, message):
@@ -119,7 +118,7 @@ def test_a_feature_selection_that_is_not_one_per_cell_is_refused(vision_type, st
 def test_settings_changed_after_construction_are_checked_at_the_call(pair):
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
     try:
-        for settings, message in [({"importance_start_layer": 9}, "10 layers"), ({"exact_count": False}, "exact_count")]:
+        for settings, message in [({"importance_start_layer": 9}, "10 layers"), ({"importance_num_layers": 5}, "6 to 10")]:
             pair.pruned.config.pruning_config = settings
             with pytest.raises(ValueError, match=message):
                 pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)

@@ -103,6 +103,12 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
         return stock - layout.num_stock + layout.num_retained
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        # Only serving engines ask. They count tokens before the image is seen, and never mask a placeholder out.
+        if not self.pruning_config.exact_count:
+            raise ValueError(
+                "`exact_count` is False; serving engines need it True, because they place features by the number of tokens "
+                "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
+            )
         # transformers 5.6 writes these keyword arguments into defaults of its class, where they stay. Only `size` is read.
         size = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("size")
         asked = self

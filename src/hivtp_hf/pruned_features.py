@@ -19,13 +19,8 @@ def check_pruning_fits_tower(pruning: VisualTokenPruningConfig, num_layers: int)
         num_layers: depth of the vision encoder.
 
     Raises:
-        ValueError: for scored layers beyond the depth, and for `exact_count=False`.
+        ValueError: for scored layers beyond the depth.
     """
-    if not pruning.exact_count:
-        raise ValueError(
-            "`exact_count` is False; models need it True for now, because a processor can only write as many placeholders "
-            "as the image's size determines. `select_hivtp` itself takes False and returns the published selection."
-        )
     layers = pruning.scored_layers
     if layers and layers[-1] >= num_layers:
         raise ValueError(
@@ -60,7 +55,8 @@ def prune_features(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keeps of every image's packed features those that the method selects.
 
-    Features are never recomputed, reordered or merged: the result is `features[i].index_select(0, kept_indices[i])`.
+    Features are never recomputed, reordered or merged: the result is `features[i].index_select(0, kept_indices[i])`. With
+    `exact_count=False` fewer may be kept than there are placeholders; zeros then fill up the front.
 
     Args:
         features: of every image the stock features, (num_stock, hidden).
@@ -69,7 +65,8 @@ def prune_features(
         pruning: the settings.
 
     Returns:
-        The kept features (num_retained, hidden) and their ascending indices, int64 (num_retained,), a list each.
+        The features (num_retained, hidden) and the ascending indices of those kept, int64, a list each. There are
+        `num_retained` indices, or fewer with `exact_count=False`.
 
     Raises:
         ValueError: where scores or features do not fit the layouts.
@@ -86,11 +83,15 @@ def prune_features(
     select = pruning_method(pruning.method).load_selector().select
     kept_cells = select(scores[:, extra_tokens:].view(-1, grid, grid), valid, pruning)
 
-    kept_indices = []
+    kept_features, kept_indices = [], []
     for feature, layout, cells in zip(features, layouts, kept_cells.split(tiles), strict=True):
         check_packed_length(feature, layout)
-        kept_indices.append(layout.kept_indices(cells.to(feature.device)))
-    return [feature.index_select(0, kept) for feature, kept in zip(features, kept_indices, strict=True)], kept_indices
+        kept = layout.kept_indices(cells.to(feature.device))
+        surplus = feature.new_zeros(layout.num_retained - len(kept), feature.shape[1])
+        kept_feature = feature.index_select(0, kept)
+        kept_features.append(torch.cat((surplus, kept_feature)) if len(surplus) else kept_feature)
+        kept_indices.append(kept)
+    return kept_features, kept_indices
 
 
 def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:

@@ -92,6 +92,8 @@ def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
     Source: arXiv 2509.23663, section 3.
     """
     _check_select_arguments(scores, valid, pruning)
+    if pruning.retention_ratio == 1:
+        return valid.clone()
     tiles, grid, _ = valid.shape
     budget = hivtp_budget(valid, pruning)
     rank = descending_rank(scores.flatten(1))

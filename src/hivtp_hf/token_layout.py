@@ -77,7 +77,9 @@ class TokenLayout:
             totals = pruning_method(pruning.method).load_selector().count(self.valid, pruning)
         self.tile_totals: tuple[int, ...] = tuple(totals.tolist())
         self.num_retained = sum(self.tile_totals) + self.num_newlines
-        self.keeps_everything = self.num_retained == self.num_stock
+        # Without an exact count the number kept may stay below that of the placeholders, except at a ratio of 1.
+        certain = pruning.exact_count or pruning.retention_ratio == 1
+        self.keeps_everything = certain and self.num_retained == self.num_stock
 
     @staticmethod
     def from_image_size(
@@ -120,15 +122,19 @@ class TokenLayout:
         """Positions in the packed sequence that stay, newlines included.
 
         Args:
-            kept_cells: bool (tiles, grid, grid) on any device, with `tile_totals` cells per tile.
+            kept_cells: bool (tiles, grid, grid) on any device, with `tile_totals` cells per tile; with
+                `exact_count=False` any number up to that.
 
         Returns:
-            int64 (num_retained,), ascending, on the same device and without waiting for it.
+            int64, ascending, on the same device: (num_retained,) without waiting for the device, or as many as there are
+            with `exact_count=False`.
         """
         cell_of_token = self._cell_of_token.to(kept_cells.device)
         is_newline = cell_of_token < 0
         kept = kept_cells.flatten()[cell_of_token.clamp(min=0)]
         kept = torch.where(is_newline, self.pruning.keep_newlines, kept)
+        if not self.pruning.exact_count:
+            return kept.nonzero().flatten()
         # Kept positions first, in order: a stable sort knows the length of its result, `nonzero` would have to wait.
         return torch.sort((~kept).to(torch.uint8), stable=True).indices[: self.num_retained]
 

@@ -1,0 +1,107 @@
+"""What every family's model with a language modelling head shares: loss and generation on pruned image features."""
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from .generation_limits import check_generation
+from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts, named_arguments, takes_encoded_images
+from .surplus_placeholders import (
+    cached_length,
+    check_cached_placeholders,
+    check_sliding_window,
+    move_labels,
+    remember_surplus,
+    surplus_of_features,
+    with_cached_surplus,
+)
+
+# A mixin's calls to super() reach the stock class that comes behind it.
+if TYPE_CHECKING:
+    _Stock = PreTrainedModel
+else:
+    _Stock = object
+
+
+class PrunedGenerationMixin(_Stock):
+    """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""
+        arguments = kwargs
+        if not self.config.pruning_config.exact_count:
+            arguments, args = named_arguments(type(self).forward, self, args, kwargs), ()
+            if arguments.get("labels") is not None:
+                encoded = self.model._encode_ahead(arguments)
+                surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
+                arguments["labels"] = move_labels(arguments["labels"], surplus)
+        return super().forward(*args, **arguments)
+
+    def initialize_weights(self) -> None:
+        """As stock, for missing weights of its parts as well."""
+        initialize_stock_parts(self)
+        super().initialize_weights()
+
+    # Takes stock's signature and documentation. With `exact_count=False` images are encoded first, since their content
+    # decides which placeholders are left over; those are masked out all through the call.
+    @functools.wraps(GenerationMixin.generate)
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        generate = super().generate
+        arguments = {"kwargs": {}, **inspect.signature(generate).bind_partial(*args, **kwargs).arguments}
+        inputs = arguments.pop("kwargs")
+        prompt = {**inputs, **arguments}
+        if prompt.get("inputs") is not None:
+            prompt["input_ids"] = prompt["inputs"]
+        is_placeholder = self.model._is_placeholder(prompt)
+        check_generation(self, {**arguments, "kwargs": inputs}, is_placeholder)
+        if self.config.pruning_config.exact_count or is_placeholder is None:
+            return generate(*args, **kwargs)
+        surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
+        output = generate(**arguments, **inputs)
+        cache = getattr(output, "past_key_values", None)
+        remember_surplus(inputs.get("past_key_values") if cache is None else cache, surplus)
+        return output
+
+    def _mask_surplus_of_prompt(self, prompt: dict[str, Any], inputs: dict[str, Any], is_placeholder: Tensor) -> Tensor:
+        """Masks the surplus of a prompt: changes `inputs`, the model's inputs among a `generate`'s keywords, in place.
+
+        Returns:
+            The surplus, bool (batch, prompt).
+        """
+        cache = inputs.get("past_key_values")
+        cached = 0 if cache is None else cached_length(cache)
+        check_cached_placeholders(is_placeholder[:, :cached], cache)
+        # Where generate() cannot take encoded images, it gets the pixels, and they are encoded again in its first step.
+        hands_on = takes_encoded_images(type(self).forward)
+        encoded = self.model._encode_ahead(inputs if hands_on else dict(inputs))
+        if hands_on and encoded is not None:
+            # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
+            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
+        if surplus.any():
+            check_sliding_window(self.config.get_text_config(), self._longest_sequence(prompt, surplus.shape[1]))
+        attention_mask = inputs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = self._default_attention_mask(prompt, surplus)
+        inputs["attention_mask"] = attention_mask.masked_fill(surplus, 0)
+        return surplus
+
+    def _longest_sequence(self, prompt: dict[str, Any], length: int) -> int:
+        """Positions after a `generate` that meets no end of sequence."""
+        config = prompt.get("generation_config") or self.generation_config
+        new_tokens = prompt.get("max_new_tokens", config.max_new_tokens)
+        return length + new_tokens if new_tokens is not None else max(length, prompt.get("max_length", config.max_length) or 0)
+
+    def _default_attention_mask(self, prompt: dict[str, Any], surplus: Tensor) -> Tensor:
+        """As generate() infers it: padding is left out, where it can be told from an end of sequence."""
+        config = prompt.get("generation_config") or self.generation_config
+        padding, end = (prompt.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        input_ids, ends = prompt.get("input_ids"), end if isinstance(end, (list, tuple)) else [end]
+        if input_ids is None or padding is None or padding in ends:
+            return torch.ones_like(surplus, dtype=torch.int64)
+        return (input_ids != padding).long()
