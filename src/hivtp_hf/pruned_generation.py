@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from .generation_limits import check_generation
 from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts, named_arguments, takes_encoded_images
@@ -22,7 +22,7 @@ from .surplus_placeholders import (
 
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
-    _Stock = PreTrainedModel
+    from transformers import PreTrainedModel as _Stock
 else:
     _Stock = object
 

@@ -35,7 +35,7 @@ from .token_layout import TokenLayout
 
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
-    _Stock = PreTrainedModel
+    from transformers import PreTrainedModel as _Stock
 else:
     _Stock = object
 
