@@ -112,7 +112,8 @@ def _number_of_images(inputs: Mapping[str, Any]) -> int:
     pixel_values, image_sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
     if pixel_values is None:
         return 0
-    return len(pixel_values if image_sizes is None else image_sizes)
+    # Sizes of another shape are refused by the model, with a better word than could be found here.
+    return len(image_sizes if getattr(image_sizes, "ndim", 0) == 2 else pixel_values)
 
 
 def _several_in_a_prompt(images: int, is_placeholder: Tensor | None) -> bool:
