@@ -78,7 +78,9 @@ class PrunedGenerationMixin(_Stock):
         check_cached_placeholders(is_placeholder[:, :cached], cache)
         # Where generate() cannot take encoded images, it gets the pixels, and they are encoded again in its first step.
         hands_on = takes_encoded_images(type(self).forward)
-        encoded = self.model._encode_ahead(inputs if hands_on else dict(inputs))
+        # An assistant is given its prompt's images again when its cache already holds them.
+        is_new = bool(is_placeholder[:, cached:].any())
+        encoded = self.model._encode_ahead(inputs if hands_on else dict(inputs)) if is_new else None
         if hands_on and encoded is not None:
             # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
             inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
