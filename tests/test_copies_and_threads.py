@@ -82,7 +82,7 @@ def folders(tmp_path):
     """Checkpoints that bring their code along. The second revision's prefers what receives the least attention."""
     first = build_pruned_checkpoint(tmp_path, LOW_RATIO)
     second = shutil.copytree(first, first.with_name("second_revision"))
-    file = second / "received_attention.py"
+    file = second / "attention_reduction.py"
     source, line = file.read_text(), "return summed / (num_heads * query.shape[2])"
     assert source.count(line) == 1
     file.write_text(source.replace(line, line.replace("summed", "-summed")))

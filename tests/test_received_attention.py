@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hivtp_hf import attention_reduction
 from hivtp_hf import received_attention as scoring
-from hivtp_hf.received_attention import ReceivedAttention, attach, received_attention
+from hivtp_hf.attention_reduction import received_attention
+from hivtp_hf.received_attention import ReceivedAttention, attach
 from tiny_checkpoint import tiny_config
 
 LAYERS = (1, 2, 4)
@@ -196,7 +198,7 @@ def test_two_threads_share_a_tower(vision_type):
 
 @pytest.mark.parametrize("vision_type", TOWERS)
 def test_two_copies_of_the_code_do_not_meet(vision_type):
-    spec = importlib.util.spec_from_file_location("another_received_attention", scoring.__file__)
+    spec = importlib.util.spec_from_file_location("hivtp_hf.another_received_attention", scoring.__file__)
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
     ours, theirs = tower_of(vision_type), tower_of(vision_type)
@@ -232,7 +234,7 @@ def test_autocast_does_not_round_the_scores():
 MEMORY_PROGRAM = """
 import resource
 import torch
-from hivtp_hf.received_attention import received_attention
+from hivtp_hf.attention_reduction import received_attention
 
 torch.set_num_threads(2)
 query, key = (torch.randn(80, 577, 16, 64).transpose(1, 2) for _ in range(2))
@@ -253,14 +255,14 @@ def test_scoring_sixteen_large_images_takes_little_memory():
 def test_every_way_to_chunk_gives_the_same(chunk_bytes, monkeypatch):
     query, key = (torch.randn(3, 4, 65, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     expected = torch.softmax(query @ key.transpose(-1, -2) * 0.4, dim=-1).mean(dim=(1, 2))
-    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(attention_reduction, "_CPU_CHUNK_BYTES", chunk_bytes)
     torch.testing.assert_close(received_attention(query, key, 0.4, 4), expected, atol=1e-6, rtol=0)
 
 
 SHARDED_PROGRAM = """
 import sys
 import torch
-from hivtp_hf.received_attention import received_attention
+from hivtp_hf.attention_reduction import received_attention
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

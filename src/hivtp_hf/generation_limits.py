@@ -109,11 +109,12 @@ def _number_of_images(inputs: Mapping[str, Any]) -> int:
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
         return len(encoded.pooler_output)
-    pixel_values, image_sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+    pixel_values: Any = inputs.get("pixel_values")
+    image_sizes: Any = inputs.get("image_sizes")
     if pixel_values is None:
         return 0
     # Sizes of another shape are refused by the model, with a better word than could be found here.
-    return len(image_sizes if getattr(image_sizes, "ndim", 0) == 2 else pixel_values)
+    return len(image_sizes) if image_sizes is not None and getattr(image_sizes, "ndim", 0) == 2 else len(pixel_values)
 
 
 def _several_in_a_prompt(images: int, is_placeholder: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from .attention_reduction import received_attention  # noqa: F401
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
 from .generation_limits import check_generation  # noqa: F401
 from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)

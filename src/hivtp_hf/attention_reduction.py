@@ -1,0 +1,73 @@
+"""Queries and keys of one attention layer, reduced to the attention that every token receives.
+
+In chunks of bounded memory: the maps of one LLaVA-NeXT image and layer alone would take 100 MB.
+
+Source: HIVTP, arXiv 2509.23663, section 3.1: the mean over heads and over all query rows.
+"""
+
+import uuid
+
+import torch
+from torch import Tensor
+
+# One chunk of attention logits. Small on a CPU, where a chunk that stays in cache is several times faster; larger elsewhere,
+# where launches count. A chunk lives about three times (logits, their softmax, converted queries): below 256 MiB.
+_CPU_CHUNK_BYTES = 2 * 2**20
+_DEVICE_CHUNK_BYTES = 64 * 2**20
+
+
+def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: int) -> Tensor:
+    """The mean attention that every token receives, over all heads and all query rows.
+
+    Args:
+        query, key: (tiles, heads, tokens, head_dim) in any float dtype.
+        scaling: factor on the logits.
+        num_heads: heads of the layer. Where `query` holds fewer, heads are sharded over the ranks of the default process
+            group, and all of them get the average over all.
+
+    Returns:
+        float32 (tiles, tokens), without gradient. Every row sums to 1.
+
+    Raises:
+        ValueError: if heads are missing and the process group does not account for them.
+    """
+    with torch.no_grad():
+        summed = _summed_attention(query.detach(), key.detach(), scaling)
+        heads = query.shape[1]
+        if heads != num_heads:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            world_size = torch.distributed.get_world_size() if distributed else 1
+            if heads * world_size != num_heads:
+                raise ValueError(
+                    f"a scored layer shows {heads} of its {num_heads} heads on {world_size} ranks. Shard the heads evenly "
+                    "over the default process group, or not at all."
+                )
+            torch.distributed.all_reduce(summed)
+        return summed / (num_heads * query.shape[2])
+
+
+# An operator of its own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
+# every number of tiles.
+@torch.library.custom_op(f"hivtp_{uuid.uuid4().hex}::summed_attention", mutates_args=())
+def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention summed over heads and query rows, float32 (tiles, tokens), in chunks of bounded memory."""
+    tiles, heads, tokens, _ = query.shape
+    chunk_bytes = _CPU_CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    rows = min(tokens, max(1, chunk_bytes // (4 * tokens)))
+    maps = max(1, chunk_bytes // (4 * tokens * rows))
+    tiles_at_once, heads_at_once = max(1, maps // heads), min(heads, maps)
+    summed = torch.zeros(tiles, tokens, dtype=torch.float32, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        for tile in range(0, tiles, tiles_at_once):
+            for head in range(0, heads, heads_at_once):
+                at = (slice(tile, tile + tiles_at_once), slice(head, head + heads_at_once))
+                keys = key[at].float().transpose(-1, -2)
+                for row in range(0, tokens, rows):
+                    logits = (query[at][:, :, row : row + rows].float() * scaling) @ keys
+                    summed[at[0]] += logits.softmax(-1).sum(dim=(1, 2))
+    return summed
+
+
+@_summed_attention.register_fake
+def _(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2]), dtype=torch.float32)
