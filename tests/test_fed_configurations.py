@@ -146,6 +146,14 @@ BAD_FILES = {
     "binary configuration": ("config.json", lambda data: b"\xff\xfe\x00\x80" * 10, MODEL_LOADERS, OSError, NO_JSON),
     "configuration in yaml": ("config.json", lambda data: b"model_type: hivtp_llava_next\n", MODEL_LOADERS, OSError, NO_JSON),
     "no configuration": ("config.json", None, ("auto configuration", "auto model"), ValueError, "Unrecognized model"),
+    **{
+        name: ("config.json", content, ("configuration", "model"), ValueError, "no config.json that names its `model_type`")
+        for name, content in (
+            ("no configuration, our class", None),
+            ("empty object", lambda data: b"{}"),
+            ("list", lambda data: b"[]"),
+        )
+    },
     "settings that are a list": ("config.json", changed(pruning_config=[]), MODEL_LOADERS, ValueError, NO_SETTINGS),
     "settings with nan": (
         "config.json",

@@ -51,7 +51,16 @@ class HIVTPLlavaNextConfig(LlavaNextConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError):  # what becomes of JSON that is no object
+            config_dict = None
+        # Without one, transformers would go on with the defaults: a model of 7 billion weights, at another ratio.
+        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no config.json that names its `model_type`. Load a LLaVA-NeXT "
+                "checkpoint with all of its files."
+            )
         if config_dict.get("model_type") == LlavaNextConfig.model_type:
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs

@@ -114,7 +114,8 @@ def _number_of_images(inputs: Mapping[str, Any]) -> int:
     if pixel_values is None:
         return 0
     # Sizes of another shape are refused by the model, with a better word than could be found here.
-    return len(image_sizes) if image_sizes is not None and getattr(image_sizes, "ndim", 0) == 2 else len(pixel_values)
+    names_images = isinstance(image_sizes, (list, tuple)) or getattr(image_sizes, "ndim", 0) == 2
+    return len(image_sizes if names_images else pixel_values)
 
 
 def _several_in_a_prompt(images: int, is_placeholder: Tensor | None) -> bool:

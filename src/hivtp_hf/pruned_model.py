@@ -168,14 +168,24 @@ class PrunedModelMixin(_Stock):
     def _layouts(self, pixel_values: Tensor, image_sizes: Any) -> list[TokenLayout]:
         if image_sizes is None:
             raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                f"`pixel_values` is a {type(pixel_values).__name__}; it must be a tensor, as the processor returns it with "
+                '`return_tensors="pt"`.'
+            )
         layouts = [self._token_layout(height, width) for height, width in _size_pairs(image_sizes)]
-        if isinstance(pixel_values, Tensor) and pixel_values.ndim == 5:
-            most_tiles = max((layout.num_tiles for layout in layouts), default=0)
-            if pixel_values.shape[0] != len(layouts) or pixel_values.shape[1] < most_tiles:
-                raise ValueError(
-                    f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "
-                    f"names {len(layouts)} images that need up to {most_tiles} tiles. Pass both as the processor returned them."
-                )
+        tiles = [layout.num_tiles for layout in layouts]
+        if pixel_values.ndim == 5 and (pixel_values.shape[0] != len(tiles) or pixel_values.shape[1] < max(tiles, default=0)):
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "
+                f"names {len(tiles)} images that need up to {max(tiles, default=0)} tiles. Pass both as the processor "
+                "returned them."
+            )
+        if pixel_values.ndim == 4 and pixel_values.shape[0] != sum(tiles):
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.shape[0]} tiles; the {len(tiles)} images that `image_sizes` names need "
+                f"{sum(tiles)}. Pass both as the processor returned them."
+            )
         return layouts
 
     @torch.compiler.disable
