@@ -1,6 +1,7 @@
 """`VisualTokenPruningConfig`: defaults, ranges, errors, round trips."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from fractions import Fraction
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.methods import METHODS
 
 DEFAULTS = {
     "method": "hivtp",
@@ -69,6 +71,15 @@ def test_errors_name_field_value_and_range(field, value, allowed):
 def test_a_setting_that_the_method_does_not_have_is_an_error():
     with pytest.raises(ValueError, match=r"`alpha`.*'hivtp'.*`global_ratio`"):
         VisualTokenPruningConfig(alpha=0.1)
+
+
+def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monkeypatch):
+    fixed = dataclasses.replace(METHODS["hivtp"], name="fixed", content_dependent_count=False)
+    monkeypatch.setitem(METHODS, "fixed", fixed)
+    assert VisualTokenPruningConfig(method="fixed").exact_count
+    assert not VisualTokenPruningConfig(exact_count=False).exact_count
+    with pytest.raises(ValueError, match="`exact_count` is False; the method 'fixed'"):
+        VisualTokenPruningConfig(method="fixed", exact_count=False)
 
 
 @pytest.mark.parametrize("settings", [[], "hivtp", 3, {1: 2}, [("method", "hivtp")]])

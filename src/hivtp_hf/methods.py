@@ -110,12 +110,15 @@ class PruningMethod:
         scored_layers: from a pruning config to the encoder layers (0-based, ascending) whose attention it reads. Lazy where
             settings bound it: it is asked for before they are held against an encoder's depth.
         load_selector: imports and returns its selector.
+        content_dependent_count: whether its published selection keeps a number that depends on the image's content, so that
+            `exact_count=False` means something.
     """
 
     name: str
     hyperparameters: tuple[Hyperparameter, ...]
     scored_layers: Callable[[Any], Sequence[int]]
     load_selector: Callable[[], Selector]
+    content_dependent_count: bool = False
 
 
 def _hivtp_layers(pruning: Any) -> Sequence[int]:
@@ -143,6 +146,7 @@ METHODS: dict[str, PruningMethod] = {
             ),
             scored_layers=_hivtp_layers,
             load_selector=_hivtp_selector,
+            content_dependent_count=True,
         ),
     )
 }

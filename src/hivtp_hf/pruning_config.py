@@ -61,12 +61,17 @@ class VisualTokenPruningConfig:
         **hyperparameters: Any,
     ):
         entry = pruning_method(method)
+        if _checked_flag("exact_count", exact_count) is False and not entry.content_dependent_count:
+            raise ValueError(
+                f"`exact_count` is False; the method {entry.name!r} keeps a number that the image's size determines, so it "
+                "must be True."
+            )
         if retention_ratio is not None:
             retention_ratio = checked_number("retention_ratio", retention_ratio, float, 0, 1, above_minimum=True)
         settings: dict[str, Any] = {
             "method": entry.name,
             "retention_ratio": retention_ratio,
-            "exact_count": _checked_flag("exact_count", exact_count),
+            "exact_count": exact_count,
             "keep_newlines": _checked_flag("keep_newlines", keep_newlines),
         }
         for hyperparameter in entry.hyperparameters:
