@@ -93,9 +93,8 @@ def initialize_stock_parts(model: Any) -> None:
 class PrunedModelMixin(_Stock):
     """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
 
-    def _token_layout(self, height: int, width: int) -> TokenLayout:
-        """The layout of an image under the model's configuration. Every family says its own."""
-        raise NotImplementedError
+    # The layout of an image of a height and a width under the model's configuration: every family says its own.
+    _token_layout: Callable[[int, int], TokenLayout]
 
     def _start_pruning(self) -> None:
         """Called by a family's constructor once the vision tower stands; ValueError where settings do not fit it."""

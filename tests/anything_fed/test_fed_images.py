@@ -10,24 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fed import PROMPT, check_indices, open_bench
+from fed import PROMPT, check_indices
 from tiny_models import photo
 
 PHOTO = photo(60, 100)
 PIXELS = np.asarray(PHOTO)
 FIRST = torch.from_numpy(PIXELS.copy()).permute(2, 0, 1)
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with open_bench() as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def good_call_afterwards(bench):
-    yield
-    bench.check_unchanged()
 
 
 def encoded(picture, file_format, **settings):

@@ -7,22 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fed import PROMPT, open_bench
+from fed import PROMPT
 from tiny_models import photo
 
 SMALL, LARGE = photo(60, 100), photo(112, 112, seed=1)
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with open_bench() as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def good_call_afterwards(bench):
-    yield
-    bench.check_unchanged()
 
 
 # name: (images, text)
