@@ -23,9 +23,11 @@ test-floor: .venv-floor/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/python tests/travelling_files.py --check
 	.venv/bin/mypy
 
 format: .venv/installed
+	.venv/bin/python tests/travelling_files.py
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 

@@ -1,4 +1,4 @@
-"""A small LLaVA-NeXT with random weights, made on the spot: for demos and tests that must work offline.
+"""A small LLaVA-NeXT or LLaVA-1.5 with random weights, made on the spot: for demos and tests that must work offline.
 
 Its geometry is real (by default 336-pixel tiles of 24 x 24 cells and the five pinpoints), its width and depth are not: it
 answers nonsense. Everything is built from stock transformers classes.
@@ -12,9 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
@@ -60,6 +63,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(
     *,
+    family: str = "llava_next",
     tile_size: int = 336,
     patch_size: int = 14,
     pinpoints: list[list[int]] | None = None,
@@ -71,8 +75,14 @@ def tiny_config(
     text_type: str = "llama",
     vocab_size: int = 400,
     image_token_index: int = 3,
-) -> LlavaNextConfig:
-    """A narrow, shallow LLaVA-NeXT configuration; pinpoints are LLaVA-NeXT's five, in tiles, unless given."""
+    vision_feature_select_strategy: str | None = None,
+) -> LlavaNextConfig | LlavaConfig:
+    """A narrow, shallow configuration of the family "llava_next" or "llava".
+
+    Pinpoints are LLaVA-NeXT's five, in tiles, unless given; the feature strategy is what fits the tower.
+    """
+    if vision_feature_select_strategy is None:
+        vision_feature_select_strategy = "default" if vision_type == "clip_vision_model" else "full"
     if pinpoints is None:
         pinpoints = [[h * tile_size, w * tile_size] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     vision_config = AutoConfig.for_model(
@@ -98,43 +108,53 @@ def tiny_config(
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlavaNextConfig(
-        vision_config=vision_config.to_dict(),
-        text_config=text_config.to_dict(),
-        image_token_index=image_token_index,
-        image_grid_pinpoints=pinpoints,
-        vision_feature_select_strategy="default" if vision_type == "clip_vision_model" else "full",
-        image_seq_length=(tile_size // patch_size) ** 2,
-    )
-
-
-def tiny_processor(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaNextProcessor:
-    """The stock processor for a configuration."""
-    tile_size = config.vision_config.image_size
-    settings = {
-        # Read through the Auto class, which picks the implementation that this environment has.
-        "image_processor_type": "LlavaNextImageProcessor",
-        "size": {"shortest_edge": tile_size},
-        "crop_size": {"height": tile_size, "width": tile_size},
-        "image_grid_pinpoints": config.image_grid_pinpoints,
+    shared = {
+        "vision_config": vision_config.to_dict(),
+        "text_config": text_config.to_dict(),
+        "image_token_index": image_token_index,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+        "image_seq_length": (tile_size // patch_size) ** 2,
     }
+    if family == "llava":
+        return LlavaConfig(**shared)
+    return LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
+
+
+def tiny_processor(
+    config: LlavaNextConfig | LlavaConfig, tokenizer: PreTrainedTokenizerFast | None = None
+) -> LlavaNextProcessor | LlavaProcessor:
+    """The stock processor for a configuration."""
+    tile_size, has_class_token = config.vision_config.image_size, config.vision_config.model_type == "clip_vision_model"
+    square = {"height": tile_size, "width": tile_size}
+    cropped = {"size": {"shortest_edge": tile_size}, "crop_size": square}
+    # Read through the Auto class, which picks the implementation that this environment has.
+    if isinstance(config, LlavaNextConfig):
+        kind, settings = "LlavaNextImageProcessor", {**cropped, "image_grid_pinpoints": config.image_grid_pinpoints}
+    elif has_class_token:
+        kind, settings = "CLIPImageProcessor", cropped
+    else:
+        kind, settings = "SiglipImageProcessor", {"size": square}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "preprocessor_config.json").write_text(json.dumps(settings))
+        Path(folder, "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **settings}))
         image_processor = AutoImageProcessor.from_pretrained(folder)
-    return LlavaNextProcessor(
+    processor_class = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
+    return processor_class(
         image_processor=image_processor,
         tokenizer=tokenizer or tiny_tokenizer(),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1 if config.vision_feature_select_strategy == "default" else 0,
+        num_additional_image_tokens=int(has_class_token),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def tiny_model(config: LlavaNextConfig, seed: int = 0) -> LlavaNextForConditionalGeneration:
+def tiny_model(
+    config: LlavaNextConfig | LlavaConfig, seed: int = 0
+) -> LlavaNextForConditionalGeneration | LlavaForConditionalGeneration:
     """A stock model with random weights."""
     torch.manual_seed(seed)
-    model = LlavaNextForConditionalGeneration(config).eval()
+    is_next = isinstance(config, LlavaNextConfig)
+    model = (LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration)(config).eval()
     with torch.no_grad():
         # Default initialisation leaves attention almost uniform. Sharper queries give scores that differ between cells.
         for name, parameter in model.model.vision_tower.named_parameters():

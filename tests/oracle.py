@@ -6,7 +6,7 @@ shares with the pruned model the choice of tokens alone, which other tests hold 
 
 import torch
 
-from tiny_models import Twins
+from tiny_models import Twins, image_inputs
 
 
 def oracle_inputs(pair: Twins, inputs, **feature_arguments) -> dict:
@@ -20,9 +20,10 @@ def oracle_inputs(pair: Twins, inputs, **feature_arguments) -> dict:
     with torch.no_grad():
         embeddings = pair.stock.get_input_embeddings()(inputs["input_ids"])
         if inputs.get("pixel_values") is not None:
-            images = (inputs["pixel_values"], inputs["image_sizes"])
-            kept_indices = pair.pruned.get_image_features(*images, **feature_arguments).kept_indices
-            packed = pair.stock.get_image_features(*images, **feature_arguments).pooler_output
+            images = image_inputs(inputs)
+            ratio = {"retention_ratio": inputs["retention_ratio"]} if "retention_ratio" in inputs else {}
+            kept_indices = pair.pruned.get_image_features(**images, **ratio, **feature_arguments).kept_indices
+            packed = pair.stock.get_image_features(**images, **feature_arguments).pooler_output
             features = torch.cat([features[kept] for features, kept in zip(packed, kept_indices, strict=True)])
             placeholders = (inputs["input_ids"] == pair.stock.config.image_token_id)[..., None]
             # Under autocast the projector's output has another dtype than the embeddings.

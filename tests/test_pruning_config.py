@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
 from fractions import Fraction
 
@@ -12,22 +13,93 @@ import pytest
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
 
+SHARED = {"retention_ratio": 0.5, "token_budget": None, "exact_count": True, "keep_newlines": True}
 DEFAULTS = {
-    "method": "hivtp",
-    "retention_ratio": None,
-    "exact_count": True,
-    "keep_newlines": True,
-    "global_ratio": 0.25,
-    "local_window": 2,
-    "regions": 2,
-    "importance_start_layer": 6,
-    "importance_num_layers": 3,
+    "hivtp": {
+        "retention_ratio": None,
+        "global_ratio": 0.25,
+        "local_window": 2,
+        "regions": 2,
+        "importance_start_layer": 6,
+        "importance_num_layers": 3,
+    },
+    "hiprune": {"alpha": 0.1, "object_layer": 8, "deep_layer": None, "published_borders": False},
+    "gprune": {"similarity_threshold": 0.5, "temperature": 0.03, "iterations": 5},
+    "cls_attention": {"layer": None},
+    "random": {"seed": 0},
+    "uniform": {},
+    "none": {"retention_ratio": None},
 }
+EVERY_HYPERPARAMETER = [
+    pytest.param(method.name, hyperparameter, id=f"{method.name}-{hyperparameter.name}")
+    for method in METHODS.values()
+    for hyperparameter in method.hyperparameters
+]
 
 
-def test_defaults_are_the_published_setting():
-    assert VisualTokenPruningConfig().to_dict() == DEFAULTS
-    assert VisualTokenPruningConfig().scored_layers == range(6, 9)
+def test_the_default_method_is_hivtp():
+    assert VisualTokenPruningConfig() == VisualTokenPruningConfig("hivtp")
+
+
+def test_methods_that_are_known():
+    assert list(METHODS) == list(DEFAULTS)
+    assert all(name == method.name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_the_published_settings(method):
+    pruning = VisualTokenPruningConfig(method=method)
+    assert pruning.to_dict() == {"method": method, **SHARED, **DEFAULTS[method]}
+    for name, value in pruning.to_dict().items():
+        assert getattr(pruning, name) == value
+        assert type(getattr(pruning, name)) is type(value)
+    assert VisualTokenPruningConfig.from_dict({"method": method}) == pruning
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_reads_its_own_settings_only(method):
+    pruning = VisualTokenPruningConfig(method=method)
+    others = {name for entry in METHODS.values() for name in (h.name for h in entry.hyperparameters)} - set(DEFAULTS[method])
+    for name in others:
+        assert not hasattr(pruning, name)
+        with pytest.raises(ValueError, match=f"`{name}`.*not a setting of the method {method!r}"):
+            VisualTokenPruningConfig(method=method, **{name: 1})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_default_is_written_and_read(method):
+    pruning = VisualTokenPruningConfig(method=method, keep_newlines=False)
+    stored = json.loads(json.dumps(pruning.to_dict()))
+    assert VisualTokenPruningConfig.from_dict(stored) == pruning
+    assert hash(VisualTokenPruningConfig.from_dict(stored)) == hash(pruning)
+
+
+SCORED_LAYERS = [
+    ({}, [6, 7, 8]),
+    ({"importance_start_layer": 0, "importance_num_layers": 2}, [0, 1]),
+    ({"method": "hiprune"}, [8, 22]),
+    ({"method": "hiprune", "deep_layer": 3}, [3, 8]),
+    ({"method": "hiprune", "deep_layer": 8}, [8]),
+    ({"method": "hiprune", "object_layer": 22}, [22]),
+    ({"method": "hiprune", "deep_layer": 0, "object_layer": 0}, [0]),
+    ({"method": "cls_attention"}, [22]),
+    ({"method": "cls_attention", "layer": 0}, [0]),
+    ({"method": "gprune"}, []),
+    ({"method": "random"}, []),
+    ({"method": "uniform"}, []),
+    ({"method": "none"}, []),
+]
+
+
+@pytest.mark.parametrize(("settings", "layers"), SCORED_LAYERS, ids=str)
+def test_scored_layers(settings, layers):
+    assert list(VisualTokenPruningConfig(**settings).scored_layers(22)) == layers
+
+
+def test_scored_layers_are_not_counted_out():
+    # Settings are held against an encoder's depth later, so a number that no list could hold must not be tried.
+    far = VisualTokenPruningConfig(importance_start_layer=10**15, importance_num_layers=10**15)
+    assert far.scored_layers(22)[0] == 10**15
 
 
 def test_round_trip_through_json_loses_nothing():
@@ -57,6 +129,7 @@ def test_numbers_become_plain_python():
         *[("regions", value, "whole number from 1") for value in (0, 1.5, None)],
         *[("importance_start_layer", value, "whole number from 0") for value in (-1, 6.0, "6")],
         *[("importance_num_layers", value, "whole number from 1") for value in (0, None)],
+        *[("token_budget", value, "whole number from 1") for value in (0, 1.5, "640", False)],
         *[("exact_count", value, "True or False") for value in (1, None, "true")],
         *[("keep_newlines", value, "True or False") for value in (0, "no")],
         *[("method", value, "'hivtp'") for value in ("HIVTP", None, 3, ["hivtp"])],
@@ -82,6 +155,97 @@ def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monke
         VisualTokenPruningConfig(method="fixed", exact_count=False)
 
 
+@pytest.mark.parametrize(("method", "hyperparameter"), EVERY_HYPERPARAMETER)
+def test_hyperparameters_hold_to_their_ranges(method, hyperparameter):
+    def given(value):
+        return getattr(VisualTokenPruningConfig(method=method, **{hyperparameter.name: value}), hyperparameter.name)
+
+    wrong = ["1", [1], {}, object, float("nan")]
+    wrong += [] if hyperparameter.default is None else [None]
+    if hyperparameter.kind is bool:
+        right = [True, False]
+        wrong += [0, 1, 1.0]
+        allowed = "True or False"
+    else:
+        low, high = hyperparameter.minimum, hyperparameter.maximum
+        right = [high if high is not None else 10**6]
+        right += [] if hyperparameter.above_minimum else [low]
+        wrong += [True, False, low - 1, float("inf"), -float("inf"), 10**400, 1j]
+        wrong += [low] if hyperparameter.above_minimum else []
+        wrong += [] if high is None else [high + 1]
+        wrong += [2.5, 1.0] if hyperparameter.kind is int else []
+        allowed = "whole number " if hyperparameter.kind is int else "number "
+        allowed += f"{'above' if hyperparameter.above_minimum else 'from'} {low}"
+        allowed += "" if high is None else f" to {high}"
+    if hyperparameter.kind is float:
+        right.append(0.75)
+        wrong += [math.nextafter(low, -1)] + ([] if high is None else [math.nextafter(high, 2)])
+    for value in right:
+        assert given(value) == value
+        assert type(given(value)) is hyperparameter.kind
+    assert given(hyperparameter.default) == hyperparameter.default
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"`{hyperparameter.name}` is .*; it must be a? ?{allowed}"):
+            given(value)
+
+
+def test_layers_are_marked_as_such():
+    layers = {h.name for method in METHODS.values() for h in method.hyperparameters if h.is_layer}
+    assert layers == {"importance_start_layer", "importance_num_layers", "object_layer", "deep_layer", "layer"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"retention": 0.5}, "Did you mean `retention_ratio`?"),
+        ({"tokens_budget": 64}, "Did you mean `token_budget`?"),
+        ({"local_windows": 2}, "Did you mean `local_window`?"),
+        ({"method": "hiprune", "objectlayer": 2}, "Did you mean `object_layer`?"),
+        ({"method": "gprune", "similarity_treshold": 0.4, "temprature": 1}, "`similarity_threshold` and `temperature`?"),
+        ({"banana": 1}, "Remove it."),
+        ({"self": 1}, "`self`: not a setting of the method 'hivtp'"),
+    ],
+)
+def test_a_misspelt_setting_gets_advice(settings, advice):
+    with pytest.raises(ValueError, match="not a setting of the method") as error:
+        VisualTokenPruningConfig.from_dict(settings)
+    assert advice in str(error.value)
+    for name in VisualTokenPruningConfig(method=settings.get("method", "hivtp")).to_dict():
+        assert f"`{name}`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"), [(50, "For 50 % write 0.5;"), (22.5, "For 22.5 % write 0.225;"), (100, "For 100 % write 1;")]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_percentages_get_advice(method, value, advice):
+    with pytest.raises(ValueError, match=r"`retention_ratio` is .* above 0 to 1\.") as error:
+        VisualTokenPruningConfig(method=method, retention_ratio=value)
+    assert advice in str(error.value)
+    assert f"for {value} tokens use `token_budget`" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [101, 640, -1, 0, True, "50", float("inf")])
+def test_other_wrong_ratios_get_no_advice_on_percentages(value):
+    with pytest.raises(ValueError, match="`retention_ratio` is") as error:
+        VisualTokenPruningConfig(retention_ratio=value)
+    assert "%" not in str(error.value)
+
+
+def test_the_method_none_takes_no_budget():
+    everything = VisualTokenPruningConfig(method="none")
+    assert VisualTokenPruningConfig(method="none", retention_ratio=1).retention_ratio == 1
+    assert everything.for_call(retention_ratio=1).retention_ratio == 1
+    for setting, value in (("retention_ratio", 0.5), ("token_budget", 640), ("token_budget", 10**9)):
+        for attempt in (
+            lambda **given: VisualTokenPruningConfig(method="none", **given),
+            everything.replace,
+            everything.for_call,
+        ):
+            with pytest.raises(ValueError, match=f"`{setting}` is {value}; the method 'none' keeps every token"):
+                attempt(**{setting: value})
+
+
 @pytest.mark.parametrize("settings", [[], "hivtp", 3, {1: 2}, [("method", "hivtp")]])
 def test_from_dict_takes_a_dict_of_settings(settings):
     with pytest.raises(ValueError, match="`pruning_config` is"):
@@ -96,6 +260,55 @@ def test_instances_do_not_change():
         del pruning.method
     changed = pruning.replace(retention_ratio=0.5)
     assert (changed.retention_ratio, pruning.retention_ratio) == (0.5, None)
+    written = pruning.to_dict()
+    written["retention_ratio"] = 0.5
+    assert pruning.retention_ratio is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("retention_ratio", 0.5), ("method", "gprune"), ("banana", 3)])
+def test_settings_cannot_be_assigned_as_in_a_dict(name, value):
+    pruning = VisualTokenPruningConfig()
+    with pytest.raises(AttributeError, match=r"does not change; use `pruning\.replace\(") as as_attribute:
+        setattr(pruning, name, value)
+    with pytest.raises(AttributeError) as as_key:
+        pruning[name] = value
+    assert str(as_key.value) == str(as_attribute.value)
+    assert f"`pruning.replace({name}={value!r})`" in str(as_key.value)
+    assert pruning == VisualTokenPruningConfig()
+
+
+def test_replace_with_the_same_method_keeps_its_settings():
+    pruning = VisualTokenPruningConfig(method="hiprune", alpha=0.3, retention_ratio=0.25, keep_newlines=False)
+    assert pruning.replace(method="hiprune", object_layer=2).to_dict() == {**pruning.to_dict(), "object_layer": 2}
+    assert pruning.replace() == pruning
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("former", METHODS)
+def test_replace_with_another_method(former, method):
+    budget = {} if "none" in (former, method) else {"retention_ratio": 0.25}
+    pruning = VisualTokenPruningConfig(method=former, keep_newlines=False, **budget)
+    assert pruning.replace(method=method) == VisualTokenPruningConfig(method=method, keep_newlines=False, **budget)
+    assert pruning.to_dict()["method"] == former
+
+
+def test_replace_with_another_method_and_its_settings():
+    pruning = VisualTokenPruningConfig(local_window=3)
+    assert pruning.replace(method="hiprune", alpha=0.2) == VisualTokenPruningConfig(method="hiprune", alpha=0.2)
+    assert pruning.replace(method="none") == VisualTokenPruningConfig(method="none")
+    assert pruning.replace(method="random", retention_ratio=0.1, seed=3).seed == 3
+    with pytest.raises(ValueError, match="`local_window`: not a setting of the method 'random'"):
+        pruning.replace(method="random", local_window=3)
+    for wrong in ("hivpt", None, ["hivtp"]):
+        with pytest.raises(ValueError, match=r"`method` is .*'hivtp', 'hiprune', 'gprune'"):
+            pruning.replace(method=wrong)
+
+
+def test_replace_does_not_lose_what_all_methods_share():
+    content_dependent = VisualTokenPruningConfig(exact_count=False)
+    with pytest.raises(ValueError, match="`exact_count` is False; the method 'uniform'"):
+        content_dependent.replace(method="uniform")
+    assert content_dependent.replace(method="uniform", exact_count=True) == VisualTokenPruningConfig(method="uniform")
 
 
 def test_coerce_takes_what_users_write():

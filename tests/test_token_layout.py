@@ -1,5 +1,7 @@
-"""`TokenLayout`: the table of counts, stock's own packing, indices, cells and boxes."""
+"""`TokenLayout`: the table of counts, stock's own packing, indices, cells and boxes, of LLaVA-NeXT and of a single tile."""
 
+import itertools
+import math
 import random
 
 import pytest
@@ -63,7 +65,7 @@ def test_indices_of_kept_cells(size, keep_newlines):
     layout = TokenLayout.from_image_size(*size, pruning)
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros_like(layout.valid)
-    for tile, total in enumerate(layout.tile_totals):
+    for tile, total in enumerate(layout.group_totals):
         candidates = layout.valid[tile].flatten().nonzero().flatten()
         chosen = candidates[torch.randperm(len(candidates), generator=generator)[:total]]
         mask[tile].view(-1)[chosen] = True
@@ -122,7 +124,10 @@ def test_a_layout_does_not_take_on_its_first_callers_surroundings():
         layout = TokenLayout.from_image_size(321, 654, VisualTokenPruningConfig())
     assert layout.valid.device.type == "cpu"
     assert not layout.valid.is_inference()
-    assert layout.num_retained == sum(layout.tile_totals) + layout.num_newlines
+    assert layout.num_retained == sum(layout.group_totals) + layout.num_newlines
+    boxes = layout.pixel_boxes(layout.kept_indices(layout.valid.clone()))
+    with torch.device("meta"):
+        assert torch.equal(layout.pixel_boxes(layout.kept_indices(layout.valid)), boxes)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +150,161 @@ def test_bad_input_is_named(arguments, message):
     sizes = {"height": 480, "width": 640, **{key: arguments.pop(key) for key in ("height", "width") if key in arguments}}
     with pytest.raises(ValueError, match=message):
         TokenLayout.from_image_size(**sizes, pruning=pruning, **arguments)
+
+
+@pytest.mark.parametrize(("extra_tokens", "class_tokens", "more_cells"), [(-1, 0, -1), (0, 0, 0), (1, 1, 0)])
+@pytest.mark.parametrize("grid", [24, 27])
+def test_counts_of_a_single_tile(grid, extra_tokens, class_tokens, more_cells):
+    for ratio in (1, 0.5, 2 / 9, 1 / 9):
+        pruning = VisualTokenPruningConfig(retention_ratio=ratio)
+        layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens)
+        cells = grid * grid + more_cells
+        assert layout.valid.shape == (1, grid, grid)
+        assert layout.valid_per_tile == (cells,) == (int(layout.valid.sum()),)
+        assert layout.num_stock == grid * grid + extra_tokens
+        assert (layout.num_tiles, layout.num_newlines, layout.num_class_tokens) == (1, 0, class_tokens)
+        assert layout.group_totals == (math.floor(ratio * cells + 0.5),)
+        assert layout.num_retained == sum(layout.group_totals) + class_tokens
+        assert layout.keeps_everything == (ratio == 1)
+    assert f"{layout.num_stock} stock tokens" in repr(layout)
+
+
+def test_newlines_mean_nothing_to_a_single_tile():
+    without = VisualTokenPruningConfig(retention_ratio=1, keep_newlines=False)
+    assert TokenLayout.single_tile(24, without, extra_tokens=1).keeps_everything
+
+
+@pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
+def test_packed_order_of_a_single_tile(extra_tokens):
+    grid = 5
+    layout = TokenLayout.single_tile(grid, VisualTokenPruningConfig(), extra_tokens=extra_tokens, image_size=(50, 100))
+    everything = torch.arange(layout.num_stock)
+    expected = list(itertools.product([0], range(grid), range(grid)))[1 if extra_tokens == -1 else 0 :]
+    assert list(map(tuple, layout.cells(everything).tolist())) == expected
+    boxes = [[20 * column, 10 * row, 20 * (column + 1), 10 * (row + 1)] for _, row, column in expected]
+    assert layout.pixel_boxes(everything).tolist() == boxes
+    if extra_tokens == 1:  # the class token comes first and shows no cell
+        assert layout.cells(torch.tensor([0])).shape == (0, 3)
+        assert layout.pixel_boxes(torch.tensor([0])).shape == (0, 4)
+        assert layout.cells(torch.tensor([1])).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("exact_count", [True, False])
+@pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
+def test_kept_indices_of_a_single_tile(extra_tokens, exact_count):
+    pruning = VisualTokenPruningConfig(retention_ratio=0.3, exact_count=exact_count)
+    layout = TokenLayout.single_tile(6, pruning, extra_tokens=extra_tokens)
+    candidates = layout.valid.flatten().nonzero().flatten()
+    chosen = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))]
+    chosen = chosen[: layout.group_totals[0]].sort().values
+    mask = torch.zeros_like(layout.valid)
+    mask.view(-1)[chosen] = True
+    kept = layout.kept_indices(mask)
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == [0] * (extra_tokens == 1) + (chosen + extra_tokens).tolist()
+    assert len(kept) == layout.num_retained
+    tile, row, column = layout.cells(kept).unbind(1)
+    assert torch.equal(tile * 36 + row * 6 + column, chosen)
+
+
+def test_boxes_of_a_view():
+    # A square of 300 pixels in the middle of the image, in cells of 12.5 pixels.
+    pruning = VisualTokenPruningConfig()
+    layout = TokenLayout.single_tile(24, pruning, image_size=(300, 500), view=(100, 0, 400, 300))
+    boxes = layout.pixel_boxes(torch.tensor([0, 1, 24, 575]))
+    assert boxes.dtype == torch.float64
+    assert boxes.tolist() == [
+        [100, 0, 112.5, 12.5],
+        [112.5, 0, 125, 12.5],
+        [100, 12.5, 112.5, 25],
+        [387.5, 287.5, 400, 300],
+    ]
+    # A padded square, in cells of 100 pixels: what reaches beyond the image is cut, what lies beyond it has no area.
+    padded = TokenLayout.single_tile(5, pruning, image_size=(260, 500), view=(0, -120, 500, 380))
+    boxes = padded.pixel_boxes(torch.tensor([0, 5, 10, 19, 20]))
+    assert boxes.tolist() == [[0, 0, 100, 0], [0, 0, 100, 80], [0, 80, 100, 180], [400, 180, 500, 260], [0, 260, 100, 260]]
+
+
+def test_boxes_need_the_image_size():
+    layout = TokenLayout.single_tile(24, VisualTokenPruningConfig())
+    assert layout.cells(torch.tensor([25])).tolist() == [[0, 1, 1]]
+    with pytest.raises(ValueError, match="built without `image_size`"):
+        layout.pixel_boxes(torch.tensor([25]))
+
+
+def test_a_repeated_single_tile_is_remembered():
+    def layout(grid=24, ratio=0.3, **arguments):
+        return TokenLayout.single_tile(grid, VisualTokenPruningConfig(retention_ratio=ratio), **arguments)
+
+    assert layout() is layout()
+    assert layout(extra_tokens=1) is layout(extra_tokens=1)
+    sized = {"image_size": (480, 640)}
+    assert layout(**sized) is layout(image_size=[480, 640], view=[0, 0, 640, 480])
+    others = [layout(), layout(25), layout(ratio=0.4), layout(extra_tokens=1), layout(**sized)]
+    others.append(layout(**sized, view=(0, 0, 480, 480)))
+    assert len(set(map(id, others))) == len(others)
+
+
+def test_a_single_tile_does_not_take_on_its_first_callers_surroundings():
+    pruning = VisualTokenPruningConfig(retention_ratio=0.37)
+    with torch.device("meta"), torch.inference_mode():
+        layout = TokenLayout.single_tile(23, pruning, extra_tokens=1, image_size=(230, 230))
+    assert layout.valid.device.type == "cpu"
+    assert not layout.valid.is_inference()
+    boxes = layout.pixel_boxes(layout.kept_indices(layout.valid.clone()))
+    with torch.device("meta"):
+        assert torch.equal(layout.pixel_boxes(layout.kept_indices(layout.valid)), boxes)
+
+
+@pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
+def test_exact_indices_of_a_single_tile_never_wait_for_the_device(extra_tokens):
+    # Reading a value back is impossible on the meta device, so running there shows that nothing is read.
+    layout = TokenLayout.single_tile(24, VisualTokenPruningConfig(retention_ratio=0.3), extra_tokens=extra_tokens)
+    kept = layout.kept_indices(torch.ones(1, 24, 24, dtype=torch.bool, device="meta"))
+    assert kept.shape == (layout.num_retained,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": 0}, r"`grid` is 0 \(int\); it must be a whole number of cells from 1"),
+        ({"grid": 2.5}, "`grid` is 2.5"),
+        ({"grid": True}, "`grid` is True"),
+        ({"grid": "24"}, "`grid` is '24'"),
+        ({"grid": 363}, "`grid` is 363; 131769 cells are too many, 131072 are allowed"),
+        ({"extra_tokens": 2}, "`extra_tokens` is 2.*must be -1, 0 or 1"),
+        ({"extra_tokens": None}, "`extra_tokens` is None"),
+        ({"extra_tokens": "1"}, "`extra_tokens` is '1'"),
+        ({"image_size": (0, 640)}, "`height` is 0"),
+        ({"image_size": (480, 6.5)}, "`width` is 6.5"),
+        ({"pruning": {"retention_ratio": 2}}, "`retention_ratio` is 2"),
+        ({"pruning": 0.5}, "`pruning_config` is 0.5"),
+    ],
+)
+def test_bad_single_tiles_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLayout.single_tile(**{"grid": 24, "pruning": VisualTokenPruningConfig(), **arguments})
+
+
+def test_the_largest_single_tile():
+    assert TokenLayout.single_tile(362, VisualTokenPruningConfig(retention_ratio=1)).num_retained == 362**2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"extra_tokens": True}, "`extra_tokens` is True"),
+        ({"extra_tokens": 1.0}, "`extra_tokens` is 1.0"),
+        ({"image_size": 5}, "`image_size` is 5"),
+        ({"image_size": (1, 2, 3)}, "`image_size` is"),
+        ({"image_size": (0, 2)}, "`height` is 0"),
+        ({"view": (1, 2, 3)}, "`view` is"),
+        ({"view": "abcd"}, "`view` is 'abcd'"),
+        ({"view": (4, 0, 2, 9)}, "`view` is"),
+        ({"view": (0, 0, float("nan"), 9)}, "`view` is"),
+    ],
+    ids=str,
+)
+def test_single_tile_refuses(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        TokenLayout.single_tile(24, VisualTokenPruningConfig(), **arguments)

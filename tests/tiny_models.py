@@ -2,32 +2,47 @@
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from families import FAMILIES, Family, family_of
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 
 # 8 x 8 cells a tile: quick, and small enough for every pinpoint shape to occur.
 SMALL = {"tile_size": 56, "patch_size": 7}
 LOW_RATIO = {"retention_ratio": 0.25}
 
+# Every kind of tower and feature strategy that pruning takes, as `geometry` for `twins`. LLaVA-NeXT needs a feature per cell;
+# LLaVA-1.5 follows stock, which may keep the class token, and drops SigLIP's first cell under "default".
+SIGLIP = {"vision_type": "siglip_vision_model"}
+TOWERS: dict[str, dict[str, Any]] = {
+    "LLaVA-NeXT, CLIP": {"family": "llava_next"},
+    "LLaVA-NeXT, SigLIP": {"family": "llava_next", **SIGLIP},
+    "LLaVA-1.5, CLIP": {"family": "llava"},
+    "LLaVA-1.5, CLIP, full": {"family": "llava", "vision_feature_select_strategy": "full"},
+    "LLaVA-1.5, SigLIP": {"family": "llava", **SIGLIP},
+    "LLaVA-1.5, SigLIP, default": {"family": "llava", **SIGLIP, "vision_feature_select_strategy": "default"},
+}
+
 
 @dataclass
 class Twins:
     """A stock model and a pruned one with equal weights, and their processors."""
 
-    stock: LlavaNextForConditionalGeneration
-    stock_processor: LlavaNextProcessor
-    pruned: HIVTPLlavaNextForConditionalGeneration
-    processor: HIVTPLlavaNextProcessor
+    family: Family
+    stock: Any
+    stock_processor: Any
+    pruned: Any
+    processor: Any
 
 
-def pruned_processor(stock_processor, pruning_config=None) -> HIVTPLlavaNextProcessor:
+def pruned_processor(stock_processor, pruning_config=None) -> Any:
     """A pruned processor made of a stock one's parts."""
-    return HIVTPLlavaNextProcessor(
+    family = next(family for family in FAMILIES.values() if type(stock_processor) is family.stock_processor)
+    return family.processor(
         image_processor=stock_processor.image_processor,
         tokenizer=stock_processor.tokenizer,
         patch_size=stock_processor.patch_size,
@@ -38,23 +53,30 @@ def pruned_processor(stock_processor, pruning_config=None) -> HIVTPLlavaNextProc
     )
 
 
-def pruned_config(stock_config, pruning_config=None) -> HIVTPLlavaNextConfig:
+def pruned_config(stock_config, pruning_config=None) -> Any:
     """A stock configuration's values in ours."""
     values = stock_config.to_dict()
+    family = family_of(stock_config)
     values.pop("model_type")
-    return HIVTPLlavaNextConfig(**values, pruning_config=pruning_config)
+    return family.config(**values, pruning_config=pruning_config)
 
 
 def twins(pruning_config=None, vision_feature_layer=None, **geometry) -> Twins:
-    """A stock model and its pruned twin; `geometry` goes to `tiny_config`, 8 x 8 cells unless given."""
+    """A stock model and its pruned twin; `geometry`, with the family, goes to `tiny_config`, 8 x 8 cells unless given."""
     config = tiny_config(**{**SMALL, **geometry})
+    family = family_of(config)
     if vision_feature_layer is not None:
         config.vision_feature_layer = vision_feature_layer
     stock = tiny_model(config)
-    pruned = HIVTPLlavaNextForConditionalGeneration(pruned_config(config, pruning_config)).eval()
+    pruned = family.model(pruned_config(config, pruning_config)).eval()
     pruned.load_state_dict(stock.state_dict())
     stock_processor = tiny_processor(config)
-    return Twins(stock, stock_processor, pruned, pruned_processor(stock_processor, pruning_config))
+    return Twins(family, stock, stock_processor, pruned, pruned_processor(stock_processor, pruning_config))
+
+
+def image_inputs(inputs) -> dict[str, Any]:
+    """The inputs of a call that say what its images are, without a ratio, which stock does not know."""
+    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None}
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:

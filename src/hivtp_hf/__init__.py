@@ -6,18 +6,25 @@ Importing this package registers its classes with transformers' Auto classes.
 import transformers
 
 from ._version import __version__
+from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
+from .modeling_hivtp_llava import HIVTPLlavaForConditionalGeneration, HIVTPLlavaModel
 from .modeling_hivtp_llava_next import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel
+from .processing_hivtp_llava import HIVTPLlavaProcessor
 from .processing_hivtp_llava_next import HIVTPLlavaNextProcessor
 from .pruning_config import VisualTokenPruningConfig
 from .selectors_hivtp import select_hivtp
 from .token_layout import TokenLayout
 
 __all__ = [
+    "HIVTPLlavaConfig",
+    "HIVTPLlavaForConditionalGeneration",
+    "HIVTPLlavaModel",
     "HIVTPLlavaNextConfig",
     "HIVTPLlavaNextForConditionalGeneration",
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
+    "HIVTPLlavaProcessor",
     "TokenLayout",
     "VisualTokenPruningConfig",
     "__version__",
@@ -25,14 +32,22 @@ __all__ = [
 ]
 
 
+# Of each family: configuration, base model, model with a language modelling head, processor.
+FAMILIES = (
+    (HIVTPLlavaNextConfig, HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor),
+    (HIVTPLlavaConfig, HIVTPLlavaModel, HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
+)
+
+
 def _register_auto_classes() -> None:
-    transformers.AutoConfig.register(HIVTPLlavaNextConfig.model_type, HIVTPLlavaNextConfig, exist_ok=True)
-    transformers.AutoModel.register(HIVTPLlavaNextConfig, HIVTPLlavaNextModel, exist_ok=True)
-    transformers.AutoProcessor.register(HIVTPLlavaNextConfig, HIVTPLlavaNextProcessor, exist_ok=True)
-    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-        auto_class = getattr(transformers, name, None)  # the second is newer than our oldest release
-        if auto_class is not None:
-            auto_class.register(HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, exist_ok=True)
+    for config, base_model, model, processor in FAMILIES:
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        transformers.AutoModel.register(config, base_model, exist_ok=True)
+        transformers.AutoProcessor.register(config, processor, exist_ok=True)
+        for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+            auto_class = getattr(transformers, name, None)  # the second is newer than our oldest release
+            if auto_class is not None:
+                auto_class.register(config, model, exist_ok=True)
 
 
 _register_auto_classes()

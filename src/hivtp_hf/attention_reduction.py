@@ -20,7 +20,8 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
     """The mean attention that every token receives, over all heads and all query rows.
 
     Args:
-        query, key: (tiles, heads, tokens, head_dim) in any float dtype.
+        query: (tiles, heads, rows, head_dim) in any float dtype: all tokens, or those whose attention is asked for.
+        key: (tiles, heads, tokens, head_dim).
         scaling: factor on the logits.
         num_heads: heads of the layer. Where `query` holds fewer, heads are sharded over the ranks of the default process
             group, and all of them get the average over all.
@@ -51,9 +52,10 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
 @torch.library.custom_op(f"hivtp_{uuid.uuid4().hex}::summed_attention", mutates_args=())
 def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention summed over heads and query rows, float32 (tiles, tokens), in chunks of bounded memory."""
-    tiles, heads, tokens, _ = query.shape
+    tiles, heads, num_rows, _ = query.shape
+    tokens = key.shape[2]
     chunk_bytes = _CPU_CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    rows = min(tokens, max(1, chunk_bytes // (4 * tokens)))
+    rows = min(num_rows, max(1, chunk_bytes // (4 * tokens)))
     maps = max(1, chunk_bytes // (4 * tokens * rows))
     tiles_at_once, heads_at_once = max(1, maps // heads), min(heads, maps)
     summed = torch.zeros(tiles, tokens, dtype=torch.float32, device=query.device)
@@ -62,7 +64,7 @@ def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
             for head in range(0, heads, heads_at_once):
                 at = (slice(tile, tile + tiles_at_once), slice(head, head + heads_at_once))
                 keys = key[at].float().transpose(-1, -2)
-                for row in range(0, tokens, rows):
+                for row in range(0, num_rows, rows):
                     logits = (query[at][:, :, row : row + rows].float() * scaling) @ keys
                     summed[at[0]] += logits.softmax(-1).sum(dim=(1, 2))
     return summed
@@ -70,4 +72,4 @@ def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 @_summed_attention.register_fake
 def _(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    return query.new_empty((query.shape[0], query.shape[2]), dtype=torch.float32)
+    return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)

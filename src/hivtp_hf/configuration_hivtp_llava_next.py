@@ -1,25 +1,29 @@
 """Configuration of LLaVA-NeXT with visual token pruning."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import LlavaNextConfig
 
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
-from .pruning_config import VisualTokenPruningConfig
-from .ranking import descending_rank  # noqa: F401
-from .selectors_hivtp import count_hivtp  # noqa: F401
+from .pruned_configuration import PrunedConfigMixin, auto_map
 from .supported_transformers import check_transformers_version  # noqa: F401
 
-# Loaded without the package, a checkpoint finds its classes by this map, in the files that lie beside its weights.
-AUTO_MAP = {
-    "AutoConfig": "configuration_hivtp_llava_next.HIVTPLlavaNextConfig",
-    "AutoModel": "modeling_hivtp_llava_next.HIVTPLlavaNextModel",
-    "AutoModelForImageTextToText": "modeling_hivtp_llava_next.HIVTPLlavaNextForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_hivtp_llava_next.HIVTPLlavaNextForConditionalGeneration",
-}
+if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
+    from .checked_values import shown  # noqa: F401
+    from .methods import Hyperparameter  # noqa: F401
+    from .pruning_config import check_one_budget  # noqa: F401
+    from .ranking import descending_rank  # noqa: F401
+    from .retained_share import rounded_share  # noqa: F401
+    from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selectors_cls_attention import select_cls_attention  # noqa: F401
+    from .selectors_gprune import count_gprune  # noqa: F401
+    from .selectors_hiprune import select_hiprune  # noqa: F401
+    from .selectors_hivtp import HIVTPBudget  # noqa: F401
+    from .selectors_random import select_random  # noqa: F401
+    from .selectors_uniform import select_uniform  # noqa: F401
+    from .token_layout import TokenLayout  # noqa: F401
 
 
-class HIVTPLlavaNextConfig(LlavaNextConfig):
+class HIVTPLlavaNextConfig(PrunedConfigMixin, LlavaNextConfig):
     r"""
     Configuration of [`HIVTPLlavaNextForConditionalGeneration`]: LLaVA-NeXT's own, and how to prune visual tokens.
 
@@ -38,40 +42,11 @@ class HIVTPLlavaNextConfig(LlavaNextConfig):
     """
 
     model_type = "hivtp_llava_next"
+    stock_model_type: ClassVar[str] = LlavaNextConfig.model_type
+    family_auto_map: ClassVar[dict[str, str]] = auto_map("llava_next", "HIVTPLlavaNext")
     _auto_class = "AutoConfig"
 
     pruning_config: Any = None
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        # The one place that every route passes: constructor, stored file, and keywords of from_pretrained, which are set
-        # on the finished object.
-        if key == "pruning_config":
-            value = VisualTokenPruningConfig.coerce(value)
-        super().__setattr__(key, value)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        try:
-            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, TypeError):  # what becomes of JSON that is no object
-            config_dict = None
-        # Without one, transformers would go on with the defaults: a model of 7 billion weights, at another ratio.
-        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no config.json that names its `model_type`. Load a LLaVA-NeXT "
-                "checkpoint with all of its files."
-            )
-        if config_dict.get("model_type") == LlavaNextConfig.model_type:
-            config_dict["model_type"] = cls.model_type
-        return config_dict, kwargs
-
-    def to_dict(self) -> dict[str, Any]:
-        """As for any config, with `pruning_config` as a plain dict and the whole `auto_map`."""
-        output = super().to_dict()
-        output["pruning_config"] = self.pruning_config.to_dict()
-        # transformers itself writes the one entry of the class that is being saved.
-        output["auto_map"] = dict(AUTO_MAP)
-        return output
 
 
 __all__ = ["HIVTPLlavaNextConfig"]

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .call_arguments import takes_encoded_images
+
 # The first releases that do it right, found by trying each release from 5.6.0 to 5.23.0.
 SEVERAL_IMAGES_REPEATED = "5.19.0"
 CHUNKED_PREFILL = "5.23.0"
@@ -27,7 +29,7 @@ def repeats_images_by_prompt(model: Any) -> bool:
     Asked of two images A and B: repeated twice they must come as A B A B, and come as A A B B in older releases.
 
     Args:
-        model: a LLaVA-NeXT model with a language modelling head; its weights are not used.
+        model: a model with a language modelling head; its weights are not used.
     """
     placeholder = model.config.image_token_id
     features = [torch.tensor([[0.0]]), torch.tensor([[1.0]])]
@@ -49,7 +51,7 @@ def prefills_images_in_chunks() -> bool:
 
 def encodes_images_before_generating(model: Any) -> bool:
     """Whether generation encodes images first, and so need not hand pixels to an assistant that cannot take them."""
-    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    return takes_encoded_images(type(model).forward)
 
 
 def check_generation(model: Any, arguments: Mapping[str, Any], is_placeholder: Tensor | None) -> None:
@@ -94,7 +96,7 @@ def check_generation(model: Any, arguments: Mapping[str, Any], is_placeholder: T
             f"`assistant_model` is a {type(assistant).__name__}, which takes no images",
             "hands it the images all the same",
             TEXT_ONLY_ASSISTANT,
-            "use an assistant of the LLaVA-NeXT family, or none",
+            "use an assistant of the same family, or none",
         )
 
 

@@ -1,103 +1,59 @@
 """The registry of pruning methods.
 
-One entry says everything that the rest of the package must know of a method: its hyperparameters and their ranges, the
-encoder layers whose attention it reads, and how to import its selector. Selectors are imported when they are asked for,
-so a method that nobody uses costs nothing at import time.
+One entry says everything that the rest of the package must know of a method: its hyperparameters and their ranges, what it
+looks at, and how to import its selector. Selectors are imported when they are asked for, so a method that nobody uses
+costs nothing at import time.
 """
 
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-# More than any setting means, and a number that every float and every printed message can hold.
-LARGEST_WHOLE_NUMBER = 10**100
-
-
-def shown(value: Any) -> str:
-    """`value` and its type for an error message: never more than a line or two, and never an error of its own."""
-    try:
-        text = repr(value)
-    except Exception:  # Python writes no integer of thousands of digits, and no list that is nested too deep
-        text = "a value that cannot be printed"
-    if len(text) > 500:
-        text = f"{text[:400]} ... {text[-50:]}"
-    return f"{text} ({type(value).__name__})"
-
-
-def checked_number(
-    field: str,
-    value: Any,
-    kind: type,
-    minimum: float,
-    maximum: float | None = None,
-    above_minimum: bool = False,
-) -> Any:
-    """`value` as a plain `kind` (int or float) if it lies in the range.
-
-    Booleans, strings and tensors are refused rather than converted: in a configuration they are slips of the pen.
-
-    Args:
-        field: the name to put into the error.
-        value: what was given; NumPy scalars count as numbers.
-        kind: `int` or `float`.
-        minimum: the smallest allowed value.
-        maximum: the largest allowed value, or None.
-        above_minimum: whether `minimum` itself is outside the range.
-
-    Raises:
-        ValueError: names the field, the value and the allowed range.
-    """
-    family = numbers.Integral if kind is int else numbers.Real
-    number = None
-    if isinstance(value, family) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-        except OverflowError:  # an integer beyond the range of a float
-            number = None
-    allowed = f"a number above {minimum}" if above_minimum else f"a number from {minimum}"
-    if kind is int:
-        allowed = allowed.replace("a number", "a whole number")
-    if kind is int and maximum is None and number is not None and number > LARGEST_WHOLE_NUMBER:
-        maximum = LARGEST_WHOLE_NUMBER
-    if maximum is not None:
-        allowed += f" to {maximum}"
-    inside = (
-        number is not None
-        and (number > minimum if above_minimum else number >= minimum)
-        and (maximum is None or number <= maximum)
-        and math.isfinite(number)
-    )
-    if not inside:
-        raise ValueError(f"`{field}` is {shown(value)}; it must be {allowed}.")
-    return number
+from .checked_values import checked_flag, checked_number, shown
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One number that belongs to one method: its name, type, default and inclusive range."""
+    """One setting that belongs to one method: its name, type (`int`, `float` or `bool`), default and range.
+
+    Attributes:
+        minimum, maximum: the range, both ends included; None for no upper end.
+        above_minimum: whether `minimum` itself is outside the range.
+        is_layer: whether it counts encoder layers, so that it can be named where an encoder is not deep enough.
+    """
 
     name: str
     kind: type
-    default: float
-    minimum: float
+    default: Any
+    minimum: float = 0
     maximum: float | None = None
+    above_minimum: bool = False
+    is_layer: bool = False
 
     def checked(self, value: Any) -> Any:
-        """`value` as an `int` or `float` inside the range; ValueError otherwise."""
-        return checked_number(self.name, value, self.kind, self.minimum, self.maximum)
+        """`value` as a plain `kind` inside the range, or None where that is the default; ValueError otherwise."""
+        if value is None and self.default is None:
+            return None
+        if self.kind is bool:
+            return checked_flag(self.name, value)
+        return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
 
 
-class Selector(NamedTuple):
-    """The two functions of a method's selector file.
+@dataclass(frozen=True)
+class Selector:
+    """What a method's entry makes of its selector file.
 
-    `select(scores, valid, pruning)` returns the mask of kept cells; `count(valid, pruning)` returns how many cells each
-    tile keeps. `valid` is bool of shape (tiles, grid, grid), `scores` is a float tensor of the same shape.
+    `select(evidence, pruning)` takes a `VisualEvidence` and returns the mask of kept cells, bool (tiles, grid, grid), for the
+    tiles of all of its images. `count(layout, pruning)` takes a `TokenLayout` and returns how many cells are kept of each
+    group of cells among which the method chooses: a number per tile, base tile first, unless the method says otherwise.
     """
 
     select: Callable[..., Any]
-    count: Callable[..., Any]
+    count: Callable[..., Sequence[int]]
+
+
+def _no_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -106,30 +62,103 @@ class PruningMethod:
 
     Attributes:
         name: what `pruning_config.method` says.
-        hyperparameters: its own numbers, beside those that all methods share.
-        scored_layers: from a pruning config to the encoder layers (0-based, ascending) whose attention it reads. Lazy where
-            settings bound it: it is asked for before they are held against an encoder's depth.
-        load_selector: imports and returns its selector.
+        hyperparameters: its own settings, beside those that all methods share.
+        load_selector: imports its selector.
+        scored_layers: from a pruning config, and the layer whose output is the visual feature, to the encoder layers (0-based,
+            ascending) whose attention it reads. Lazy where settings bound it: it is asked for before they are held
+            against an encoder's depth.
+        reads_class_attention: whether it reads what the class token attends to, rather than what every token receives.
+        default_retention_ratio: what `retention_ratio` reads where no budget is given.
+        keeps_everything: whether it prunes nothing, so that a ratio below 1 would be a slip.
         content_dependent_count: whether its published selection keeps a number that depends on the image's content, so that
             `exact_count=False` means something.
     """
 
     name: str
     hyperparameters: tuple[Hyperparameter, ...]
-    scored_layers: Callable[[Any], Sequence[int]]
     load_selector: Callable[[], Selector]
+    scored_layers: Callable[[Any, int], Sequence[int]] = _no_layers
+    reads_class_attention: bool = False
+    default_retention_ratio: float | None = 0.5
+    keeps_everything: bool = False
     content_dependent_count: bool = False
 
 
-def _hivtp_layers(pruning: Any) -> Sequence[int]:
+def _hivtp_selector() -> Selector:
+    from .retained_share import share_of_tiles
+    from .selectors_hivtp import count_hivtp, select_hivtp
+
+    def count(layout: Any, pruning: Any) -> Sequence[int]:
+        if pruning.retention_ratio is not None:
+            return share_of_tiles(layout, pruning)
+        return count_hivtp(layout.valid, pruning).tolist()
+
+    return Selector(select=lambda seen, pruning: select_hivtp(seen.mean_scores(), seen.valid, pruning), count=count)
+
+
+def _hivtp_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
     first = pruning.importance_start_layer
     return range(first, first + pruning.importance_num_layers)
 
 
-def _hivtp_selector() -> Selector:
-    from .selectors_hivtp import count_hivtp, select_hivtp
+def _hiprune_selector() -> Selector:
+    from .retained_share import share_of_tiles
+    from .selectors_hiprune import select_hiprune
 
-    return Selector(select=select_hivtp, count=count_hivtp)
+    def select(seen: Any, pruning: Any) -> Any:
+        deep_layer = seen.layer(pruning.deep_layer)
+        return select_hiprune(seen.scores[pruning.object_layer], seen.scores[deep_layer], seen.valid, pruning)
+
+    return Selector(select, share_of_tiles)
+
+
+def _hiprune_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
+    deep_layer = feature_layer if pruning.deep_layer is None else pruning.deep_layer
+    return sorted({pruning.object_layer, deep_layer})
+
+
+def _gprune_selector() -> Selector:
+    from .selectors_gprune import count_gprune, select_gprune
+
+    return Selector(
+        select=lambda seen, pruning: select_gprune(seen.features, seen.layouts, pruning),
+        count=count_gprune,
+    )
+
+
+def _cls_attention_selector() -> Selector:
+    from .retained_share import share_of_tiles
+    from .selectors_cls_attention import select_cls_attention
+
+    return Selector(
+        select=lambda seen, pruning: select_cls_attention(seen.scores[seen.layer(pruning.layer)], seen.valid, pruning),
+        count=share_of_tiles,
+    )
+
+
+def _cls_attention_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
+    return (feature_layer if pruning.layer is None else pruning.layer,)
+
+
+def _random_selector() -> Selector:
+    from .retained_share import share_of_tiles
+    from .selectors_random import select_random
+
+    return Selector(
+        select=lambda seen, pruning: select_random(seen.tile_indices, seen.valid, pruning),
+        count=share_of_tiles,
+    )
+
+
+def _uniform_selector() -> Selector:
+    from .retained_share import share_of_tiles
+    from .selectors_uniform import select_uniform
+
+    return Selector(select=lambda seen, pruning: select_uniform(seen.valid, pruning), count=share_of_tiles)
+
+
+def _none_selector() -> Selector:
+    return Selector(select=lambda seen, pruning: seen.valid, count=lambda layout, pruning: layout.valid_per_tile)
 
 
 METHODS: dict[str, PruningMethod] = {
@@ -141,12 +170,53 @@ METHODS: dict[str, PruningMethod] = {
                 Hyperparameter("global_ratio", float, 0.25, 0, 1),
                 Hyperparameter("local_window", int, 2, 1),
                 Hyperparameter("regions", int, 2, 1),
-                Hyperparameter("importance_start_layer", int, 6, 0),
-                Hyperparameter("importance_num_layers", int, 3, 1),
+                Hyperparameter("importance_start_layer", int, 6, is_layer=True),
+                Hyperparameter("importance_num_layers", int, 3, 1, is_layer=True),
             ),
-            scored_layers=_hivtp_layers,
             load_selector=_hivtp_selector,
+            scored_layers=_hivtp_layers,
+            default_retention_ratio=None,
             content_dependent_count=True,
+        ),
+        PruningMethod(
+            name="hiprune",
+            hyperparameters=(
+                Hyperparameter("alpha", float, 0.1, 0, 1),
+                Hyperparameter("object_layer", int, 8, is_layer=True),
+                Hyperparameter("deep_layer", int, None, is_layer=True),
+                Hyperparameter("published_borders", bool, False),
+            ),
+            load_selector=_hiprune_selector,
+            scored_layers=_hiprune_layers,
+        ),
+        PruningMethod(
+            name="gprune",
+            hyperparameters=(
+                Hyperparameter("similarity_threshold", float, 0.5, 0, 1),
+                Hyperparameter("temperature", float, 0.03, 0, above_minimum=True),
+                Hyperparameter("iterations", int, 5),
+            ),
+            load_selector=_gprune_selector,
+        ),
+        PruningMethod(
+            name="cls_attention",
+            hyperparameters=(Hyperparameter("layer", int, None, is_layer=True),),
+            load_selector=_cls_attention_selector,
+            scored_layers=_cls_attention_layers,
+            reads_class_attention=True,
+        ),
+        PruningMethod(
+            name="random",
+            hyperparameters=(Hyperparameter("seed", int, 0, 0, 2**32 - 1),),
+            load_selector=_random_selector,
+        ),
+        PruningMethod(name="uniform", hyperparameters=(), load_selector=_uniform_selector),
+        PruningMethod(
+            name="none",
+            hyperparameters=(),
+            load_selector=_none_selector,
+            default_retention_ratio=None,
+            keeps_everything=True,
         ),
     )
 }

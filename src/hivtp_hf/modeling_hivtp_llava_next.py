@@ -1,38 +1,43 @@
 """LLaVA-NeXT with visual token pruning: thin subclasses of transformers' model classes."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.utils import can_return_tuple
 
-from .attention_reduction import received_attention  # noqa: F401
+from .call_arguments import as_stock_with_ratio
+from .checkpoint_keys import take_stock_keys
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
-from .generation_limits import check_generation  # noqa: F401
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
-from .pruned_features import prune_features  # noqa: F401
+from .pruned_features import check_feature_selection
 from .pruned_generation import PrunedGenerationMixin
-from .pruned_model import PrunedModelMixin
-from .pruning_config import VisualTokenPruningConfig  # noqa: F401
-from .ranking import descending_rank  # noqa: F401
-from .received_attention import attach  # noqa: F401
-from .selectors_hivtp import select_hivtp  # noqa: F401
+from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, size_pairs
+from .pruning_config import VisualTokenPruningConfig
 from .supported_transformers import check_transformers_version  # noqa: F401
-from .surplus_placeholders import move_labels  # noqa: F401
 from .token_layout import TokenLayout
 
-# transformers renames checkpoint keys by model type and knows only its own. Ours takes stock's rules, preceded by one that
-# carries the Hub's vision keys into the base model as well.
-register_checkpoint_conversion_mapping(
-    HIVTPLlavaNextConfig.model_type,
-    [
-        WeightRenaming(r"^vision_tower\.vision_model\.", "model.vision_tower."),
-        *(get_checkpoint_conversion_mapping("llava_next") or []),
-    ],
-    overwrite=True,
-)
+if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
+    from .attention_reduction import received_attention  # noqa: F401
+    from .checked_values import shown  # noqa: F401
+    from .generation_limits import repeats_images_by_prompt  # noqa: F401
+    from .methods import Hyperparameter  # noqa: F401
+    from .pruned_configuration import auto_map  # noqa: F401
+    from .ranking import descending_rank  # noqa: F401
+    from .received_attention import ReceivedAttention  # noqa: F401
+    from .retained_share import rounded_share  # noqa: F401
+    from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selectors_cls_attention import select_cls_attention  # noqa: F401
+    from .selectors_gprune import count_gprune  # noqa: F401
+    from .selectors_hiprune import select_hiprune  # noqa: F401
+    from .selectors_hivtp import HIVTPBudget  # noqa: F401
+    from .selectors_random import select_random  # noqa: F401
+    from .selectors_uniform import select_uniform  # noqa: F401
+    from .surplus_placeholders import surplus_of_images  # noqa: F401
+    from .visual_evidence import VisualEvidence  # noqa: F401
+
+
+take_stock_keys(HIVTPLlavaNextConfig.model_type, HIVTPLlavaNextConfig.stock_model_type)
 
 
 class HIVTPLlavaNextModel(PrunedModelMixin, LlavaNextModel):
@@ -44,9 +49,10 @@ class HIVTPLlavaNextModel(PrunedModelMixin, LlavaNextModel):
 
     Raises:
         ValueError: where the settings do not fit the vision tower: layers beyond its depth, tiles that do not divide into
-            patches, a feature selection that is not one feature per cell.
+            patches, a feature selection that is not one feature per cell, a method that needs a class token where there
+            is none.
 
-    Source: HIVTP, arXiv 2509.23663.
+    Source: the methods that `VisualTokenPruningConfig` names.
     """
 
     config: HIVTPLlavaNextConfig
@@ -57,18 +63,63 @@ class HIVTPLlavaNextModel(PrunedModelMixin, LlavaNextModel):
         super().__init__(config)
         self._start_pruning()
 
-    def _token_layout(self, height: int, width: int) -> TokenLayout:
+    def _image_sizes(self, pixel_values: Tensor, image_sizes: Any) -> list[tuple[int, int]]:
+        return size_pairs(image_sizes)
+
+    def _token_layout(self, height: int, width: int, pruning: VisualTokenPruningConfig, strategy: str) -> TokenLayout:
+        check_feature_selection(strategy, self._has_cls_token)
         return TokenLayout.from_image_size(
             height,
             width,
-            self.config.pruning_config,
+            pruning,
             tile_size=self.config.vision_config.image_size,
             patch_size=self.config.vision_config.patch_size,
             pinpoints=self.config.image_grid_pinpoints,
         )
 
-    # Takes stock's signature, which differs between releases and tells others what they may pass.
-    @functools.wraps(LlavaNextModel.forward)
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        retention_ratio: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> tuple | PrunedImageFeaturesOutput:
+        r"""
+        The visual tokens that are kept of every image, after the projector.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, tiles, channels, height, width)`):
+                As the processor returns them; images with fewer tiles are padded.
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`):
+                Height and width of the original images in pixels.
+            vision_feature_layer (`int` or `list[int]`, *optional*), vision_feature_select_strategy (`str`, *optional*):
+                As for the stock model; the configuration's by default.
+            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
+                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
+                of float64 values), or a number for all images.
+
+        Returns:
+            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
+
+        Raises:
+            ValueError: for inputs that do not fit each other or the pruning settings.
+        """
+        layouts = self._layouts(pixel_values, image_sizes, vision_feature_select_strategy, retention_ratio)
+        stock = functools.partial(
+            super().get_image_features,
+            pixel_values,
+            image_sizes,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            return_dict=True,
+            **kwargs,
+        )
+        return self._prune_image_features(stock, layouts, vision_feature_layer)
+
+    @as_stock_with_ratio(LlavaNextModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
@@ -85,7 +136,7 @@ class HIVTPLlavaNextForConditionalGeneration(PrunedGenerationMixin, LlavaNextFor
     Raises:
         ValueError: as [`HIVTPLlavaNextModel`].
 
-    Source: HIVTP, arXiv 2509.23663.
+    Source: the methods that `VisualTokenPruningConfig` names.
     """
 
     config: HIVTPLlavaNextConfig
@@ -99,7 +150,11 @@ class HIVTPLlavaNextForConditionalGeneration(PrunedGenerationMixin, LlavaNextFor
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    @functools.wraps(LlavaNextForConditionalGeneration.forward)
+    @functools.wraps(HIVTPLlavaNextModel.get_image_features)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_image_features(*args, **kwargs)
+
+    @as_stock_with_ratio(LlavaNextForConditionalGeneration.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 

@@ -1,20 +1,32 @@
 """Processor of LLaVA-NeXT with visual token pruning: writes as many placeholders as the model keeps tokens."""
 
-import copy
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import LlavaNextConfig, LlavaNextProcessor
 
-from .methods import pruning_method  # noqa: F401  (named so that this file travels; transformers 5.6 copies no more)
+from .pruned_processing import PrunedProcessorMixin
 from .pruning_config import VisualTokenPruningConfig
-from .ranking import descending_rank  # noqa: F401
-from .selectors_hivtp import count_hivtp  # noqa: F401
 from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
 
+if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
+    from .call_budget import CallBudget  # noqa: F401
+    from .checked_values import shown  # noqa: F401
+    from .methods import Hyperparameter  # noqa: F401
+    from .ranking import descending_rank  # noqa: F401
+    from .retained_share import rounded_share  # noqa: F401
+    from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selectors_cls_attention import select_cls_attention  # noqa: F401
+    from .selectors_gprune import count_gprune  # noqa: F401
+    from .selectors_hiprune import select_hiprune  # noqa: F401
+    from .selectors_hivtp import HIVTPBudget  # noqa: F401
+    from .selectors_random import select_random  # noqa: F401
+    from .selectors_uniform import select_uniform  # noqa: F401
 
-class HIVTPLlavaNextProcessor(LlavaNextProcessor):
+
+class HIVTPLlavaNextProcessor(PrunedProcessorMixin, LlavaNextProcessor):
     r"""
     LLaVA-NeXT's processor, except that an image gets as many placeholders as the model keeps of it.
 
@@ -27,11 +39,16 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
         num_additional_image_tokens:
             As for [`~transformers.LlavaNextProcessor`].
 
+    A call takes, beside stock's arguments, `retention_ratio` or `token_budget`: one value for the call, or one per image. It
+    prunes this call so, whatever the settings say, and adds the model input `retention_ratio`. Without, the inputs have
+    exactly stock's keys.
+
     Raises:
         ValueError: for settings out of range, and at a call for tiles that do not divide into patches.
     """
 
     _auto_class = "AutoProcessor"
+    stock_config_class: ClassVar[type] = LlavaNextConfig
 
     # Spelled out, as transformers takes from this signature which stored settings it may hand over.
     def __init__(
@@ -58,39 +75,26 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
             **kwargs,
         )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "pruning_config":
-            value = VisualTokenPruningConfig.coerce(value)
-        super().__setattr__(name, value)
-
     # Takes stock's signature, which differs between releases.
     @functools.wraps(LlavaNextProcessor.__call__)
     def __call__(self, images=None, text=None, *args, **kwargs):
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("`images` is empty; pass at least one image, or None for a prompt without images.")
-        try:
-            return super().__call__(images, text, *args, **kwargs)
-        except StopIteration:  # all that transformers 5.6 says
-            raise ValueError(
-                f"the prompts have more {self.image_token} placeholders than there are images; write one for each image."
-            ) from None
-        except ZeroDivisionError:
-            raise ValueError("an image has a height or a width of 0 pixels; images need at least one pixel.") from None
+        return super().__call__(images, text, *args, **kwargs)
 
-    def token_layout(self, height: int, width: int) -> TokenLayout:
-        """The layout of an image of `height` x `width` pixels under this processor's settings."""
-        return self._token_layout(height, width, self._tile_size())
+    def _layouts_of_inputs(self, inputs: Any, prunings: Sequence[VisualTokenPruningConfig]) -> list[TokenLayout]:
+        tile_size = inputs["pixel_values"][0][0].shape[-1]
+        return [
+            self._token_layout(int(height), int(width), pruning, tile_size)
+            for (height, width), pruning in zip(inputs["image_sizes"], prunings, strict=True)
+        ]
 
-    def _tile_size(self) -> int:
-        crop, size = self.image_processor.crop_size, self.image_processor.size
-        return crop["height"] if crop and crop["height"] else size["shortest_edge"] or size["height"]
-
-    def _token_layout(self, height: int, width: int, tile_size: int) -> TokenLayout:
+    def _token_layout(
+        self, height: int, width: int, pruning: VisualTokenPruningConfig, tile_size: int | None = None
+    ) -> TokenLayout:
         return TokenLayout.from_image_size(
             height,
             width,
-            self.pruning_config,
-            tile_size=tile_size,
+            pruning,
+            tile_size=self._tile_size() if tile_size is None else tile_size,
             patch_size=self.patch_size,
             pinpoints=self.image_processor.image_grid_pinpoints,
         )
@@ -98,46 +102,9 @@ class HIVTPLlavaNextProcessor(LlavaNextProcessor):
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         # Stock's own count carries what belongs to the checkpoint (extra tokens of the tower); only the difference is ours. The
         # layout comes first, as it checks what stock divides by.
-        layout = self._token_layout(orig_height, orig_width, height)
+        layout = self._token_layout(orig_height, orig_width, self._next_pruning(), height)
         stock = super()._get_number_of_features(orig_height, orig_width, height, width)
         return stock - layout.num_stock + layout.num_retained
-
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        # Only serving engines ask. They count tokens before the image is seen, and never mask a placeholder out.
-        if not self.pruning_config.exact_count:
-            raise ValueError(
-                "`exact_count` is False; serving engines need it True, because they place features by the number of tokens "
-                "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
-            )
-        # transformers 5.6 writes these keyword arguments into defaults of its class, where they stay. Only `size` is read.
-        size = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("size")
-        asked = self
-        if size:
-            asked = copy.copy(self)
-            asked.image_processor = copy.copy(self.image_processor)
-            asked.image_processor.size = size
-        return super(HIVTPLlavaNextProcessor, asked)._get_num_multimodal_tokens(image_sizes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As for any processor, with `pruning_config` as a plain dict."""
-        output = super().to_dict()
-        output["pruning_config"] = self.pruning_config.to_dict()
-        return output
-
-    @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # transformers hands the keywords of from_pretrained to the parts as well; a tokenizer would store ours.
-        kwargs.pop("pruning_config", None)
-        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-
-    @classmethod
-    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
-        # Which tokenizer class transformers believes depends on its release and on the model type: newer ones distrust the
-        # class that llava_next checkpoints record. Under our type they would obey, and give other ids after "<image>".
-        kwargs["config"] = LlavaNextConfig()
-        return super()._load_tokenizer_from_pretrained(
-            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
 
 
 __all__ = ["HIVTPLlavaNextProcessor"]

@@ -1,32 +1,59 @@
 """What every model family shares: from scores and packed features to kept features, and the checks around that."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .methods import pruning_method
+from .methods import METHODS, pruning_method
 from .pruning_config import VisualTokenPruningConfig
 from .token_layout import TokenLayout
+from .visual_evidence import VisualEvidence
 
 
-def check_pruning_fits_tower(pruning: VisualTokenPruningConfig, num_layers: int) -> None:
-    """Refuses settings that this encoder, or a whole model, cannot follow.
+def feature_layer(vision_feature_layer: int | Sequence[int], num_layers: int) -> int:
+    """The encoder layer, 0-based, whose output is the visual feature; -1 where that is what enters the first layer.
+
+    Args:
+        vision_feature_layer: as in a configuration: an index among the hidden states, of which the first enters the first
+            layer, counted from the end if negative; of a list the last one is meant.
+        num_layers: depth of the encoder.
+    """
+    index = vision_feature_layer if isinstance(vision_feature_layer, int) else vision_feature_layer[-1]
+    return index - 1 if index >= 0 else num_layers + index
+
+
+def check_pruning_fits_tower(pruning: VisualTokenPruningConfig, num_layers: int, feature_layer: int, has_cls: bool) -> None:
+    """Refuses settings that this encoder cannot follow.
 
     Args:
         pruning: the model's settings.
         num_layers: depth of the vision encoder.
+        feature_layer: the layer whose output is the visual feature.
+        has_cls: whether the encoder has a class token.
 
     Raises:
-        ValueError: for scored layers beyond the depth.
+        ValueError: for scored layers beyond the depth, and for a method that needs a class token where there is none.
     """
-    layers = pruning.scored_layers
-    if layers and layers[-1] >= num_layers:
+    method = pruning_method(pruning.method)
+    layers = pruning.scored_layers(feature_layer)
+    if layers and not 0 <= layers[0] <= layers[-1] < num_layers:
+        given = ", ".join(
+            f"`{hyperparameter.name}` (given: {getattr(pruning, hyperparameter.name)})"
+            for hyperparameter in method.hyperparameters
+            if hyperparameter.is_layer
+        )
+        read = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
         raise ValueError(
-            f"the method {pruning.method!r} reads the encoder layers {layers[0]} to {layers[-1]}, but the vision tower has "
-            f"{num_layers} layers, 0 to {num_layers - 1}. Lower `importance_start_layer` (given: "
-            f"{pruning.importance_start_layer}) or `importance_num_layers` (given: {pruning.importance_num_layers})."
+            f"the method {pruning.method!r} reads the encoder {read}, but the vision tower has {num_layers} layers, 0 to "
+            f"{num_layers - 1}. Change {given}."
+        )
+    if method.reads_class_attention and not has_cls:
+        alternatives = ", ".join(repr(name) for name, other in METHODS.items() if not other.reads_class_attention)
+        raise ValueError(
+            f"the method {pruning.method!r} reads what the class token attends to, but the vision tower has no class token. "
+            f"Choose one of {alternatives}."
         )
 
 
@@ -51,7 +78,7 @@ def check_feature_selection(strategy: str, has_cls: bool) -> None:
 
 
 def prune_features(
-    features: Sequence[Tensor], layouts: Sequence[TokenLayout], scores: Tensor, pruning: VisualTokenPruningConfig
+    features: Sequence[Tensor], layouts: Sequence[TokenLayout], scores: Mapping[int, Tensor], feature_layer: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keeps of every image's packed features those that the method selects.
 
@@ -60,9 +87,9 @@ def prune_features(
 
     Args:
         features: of every image the stock features, (num_stock, hidden).
-        layouts: of every image its layout, under the same `pruning`.
-        scores: (tiles of all images, tokens), a class token, if any, first.
-        pruning: the settings.
+        layouts: of every image its layout, each under its own settings.
+        scores: of every scored layer (tiles of all images, tokens), a class token, if any, first.
+        feature_layer: the layer whose output is the visual feature.
 
     Returns:
         The features (num_retained, hidden) and the ascending indices of those kept, int64, a list each. There are
@@ -71,27 +98,50 @@ def prune_features(
     Raises:
         ValueError: where scores or features do not fit the layouts.
     """
-    grid = layouts[0].grid
-    tiles = [layout.num_tiles for layout in layouts]
-    extra_tokens = scores.shape[1] - grid * grid
-    if scores.shape[0] != sum(tiles) or extra_tokens not in (0, 1):
-        raise ValueError(
-            f"the vision tower scored {scores.shape[0]} tiles of {scores.shape[1]} tokens; the images need {sum(tiles)} tiles "
-            f"of {grid * grid} cells, with or without a class token. Check `image_sizes` and the tower's image size."
-        )
-    valid = torch.cat([layout.valid for layout in layouts]).to(scores.device)
-    select = pruning_method(pruning.method).load_selector().select
-    kept_cells = select(scores[:, extra_tokens:].view(-1, grid, grid), valid, pruning)
+    for feature, layout in zip(features, layouts, strict=True):
+        check_packed_length(feature, layout)
+    device = next(iter(scores.values()), features[0]).device
+    evidence = VisualEvidence(
+        layouts=layouts,
+        valid=torch.cat([layout.valid for layout in layouts]).to(device),
+        features=features,
+        scores={layer: _cell_scores(of_layer.to(device), layouts) for layer, of_layer in scores.items()},
+        feature_layer=feature_layer,
+    )
+    kept_cells: dict[int, Tensor] = {}
+    for pruning, members in _images_by_pruning(layouts).items():
+        seen = evidence.of_images(members)
+        of_tiles = pruning_method(pruning.method).load_selector().select(seen, pruning)
+        kept_cells.update(zip(members, of_tiles.split([layout.num_tiles for layout in seen.layouts]), strict=True))
 
     kept_features, kept_indices = [], []
-    for feature, layout, cells in zip(features, layouts, kept_cells.split(tiles), strict=True):
-        check_packed_length(feature, layout)
-        kept = layout.kept_indices(cells.to(feature.device))
+    for image, (feature, layout) in enumerate(zip(features, layouts, strict=True)):
+        kept = layout.kept_indices(kept_cells[image].to(feature.device))
         surplus = feature.new_zeros(layout.num_retained - len(kept), feature.shape[1])
         kept_feature = feature.index_select(0, kept)
         kept_features.append(torch.cat((surplus, kept_feature)) if len(surplus) else kept_feature)
         kept_indices.append(kept)
     return kept_features, kept_indices
+
+
+def _images_by_pruning(layouts: Sequence[TokenLayout]) -> dict[VisualTokenPruningConfig, list[int]]:
+    """Images of equal settings, which can be chosen from together; ratios may differ from image to image."""
+    groups: dict[VisualTokenPruningConfig, list[int]] = {}
+    for image, layout in enumerate(layouts):
+        groups.setdefault(layout.pruning, []).append(image)
+    return groups
+
+
+def _cell_scores(scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
+    """Scores of tokens (tiles, tokens) as those of cells (tiles, grid, grid)."""
+    grid, tiles = layouts[0].grid, sum(layout.num_tiles for layout in layouts)
+    extra_tokens = scores.shape[1] - grid * grid
+    if scores.shape[0] != tiles or extra_tokens not in (0, 1):
+        raise ValueError(
+            f"the vision tower scored {scores.shape[0]} tiles of {scores.shape[1]} tokens; the images need {tiles} tiles "
+            f"of {grid * grid} cells, with or without a class token. Check `image_sizes` and the tower's image size."
+        )
+    return scores[:, extra_tokens:].view(-1, grid, grid)
 
 
 def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
@@ -104,44 +154,68 @@ def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]
 def check_packed_length(feature: Tensor, layout: TokenLayout) -> None:
     """A ValueError where transformers packs an image into another number of tokens than the layout counts."""
     if feature.shape[0] != layout.num_stock:
+        size = "" if layout.image_size is None else " of {} x {} pixels".format(*layout.image_size)
         raise ValueError(
-            f"transformers packed an image of {layout.image_size[0]} x {layout.image_size[1]} pixels into {feature.shape[0]} "
-            f"features; {layout.num_stock} were expected. Check that `image_grid_pinpoints`, `image_size` and `patch_size` of "
-            "the configuration belong to this checkpoint."
+            f"transformers packed an image{size} into {feature.shape[0]} features; {layout.num_stock} were expected. Check "
+            "that `image_grid_pinpoints`, `image_size` and `patch_size` of the configuration belong to this checkpoint."
         )
 
 
-def check_placeholders(is_placeholder: Tensor, retained: Sequence[int], images: Sequence[str], pruning: Any) -> None:
+def check_placeholders(
+    is_placeholder: Tensor, retained: Sequence[int], layouts: Sequence[TokenLayout] | None, pruning: Any
+) -> None:
     """Compares the placeholders of a prompt with the features that the model keeps.
 
     Args:
         is_placeholder: bool (batch, sequence).
         retained: features kept of each image, in the order of the prompt.
-        images: how to call each image in the message.
+        layouts: of each image, or None where images came encoded.
         pruning: the model's settings.
 
     Raises:
         ValueError: on another number, with both numbers, per image where each has its own run of placeholders.
     """
+    found = int(is_placeholder.sum())
+    if found == sum(retained) and len(retained) < 2:
+        return
     runs = _run_lengths(is_placeholder)
-    found = sum(runs)
     # Equal sums do not do where each image has its own run: images in another order than the prompt's would be mixed up.
     if found == sum(retained) and (len(runs) != len(retained) or runs == list(retained)):
         return
     details = ""
     if len(runs) == len(retained):
+        names = [f"image {i}" for i in range(len(retained))]
+        if layouts is not None:
+            names = [f"{name}{_described(layout, pruning)}" for name, layout in zip(names, layouts, strict=True)]
         lines = [
-            f"{image}: {run} placeholders, {kept} features"
-            for image, run, kept in zip(images, runs, retained, strict=True)
+            f"{name}: {run} placeholders, {kept} features"
+            for name, run, kept in zip(names, runs, retained, strict=True)
             if run != kept
         ]
         details = f" ({'; '.join(lines)})"
+    advice = (
+        "Make the inputs with a processor of the same settings (`processor.pruning_config = model.config.pruning_config`), "
+        "pass the model all that the processor returned and every image that the prompt names, in its order, and do not "
+        "truncate placeholders (`truncation`, `max_length`)."
+    )
+    if layouts is not None and found == sum(layout.num_stock for layout in layouts):
+        advice = (
+            "That is as many placeholders as the unpruned model takes: the inputs come from a stock processor, or from one "
+            "that keeps everything. Use the pruned processor of this model's family (`HIVTPLlavaNextProcessor` or "
+            "`HIVTPLlavaProcessor`), with `pruning_config=model.config.pruning_config`."
+        )
     raise ValueError(
         f"the prompt has {found} image placeholders, but the model keeps {sum(retained)} visual tokens{details}. The model "
-        f"prunes by {pruning!r}. Make the inputs with a processor of the same settings "
-        "(`processor.pruning_config = model.config.pruning_config`), pass every image that the prompt names, in its order, "
-        "and do not truncate placeholders (`truncation`, `max_length`)."
+        f"prunes by {pruning!r}. {advice}"
     )
+
+
+def _described(layout: TokenLayout, pruning: VisualTokenPruningConfig) -> str:
+    """An image's size, and its ratio where that is not the model's own."""
+    words = [] if layout.image_size is None else ["{} x {}".format(*layout.image_size)]
+    if layout.pruning.retention_ratio != pruning.retention_ratio:
+        words.append(f"retention_ratio {layout.pruning.retention_ratio:g}")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _run_lengths(mask: Tensor) -> list[int]:

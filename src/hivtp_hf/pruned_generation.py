@@ -1,15 +1,16 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
 import functools
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from .call_arguments import named_arguments, parameters_of, takes_encoded_images
 from .generation_limits import check_generation
-from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts, named_arguments, takes_encoded_images
+from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts
+from .pruning_config import check_no_setting_among
 from .surplus_placeholders import (
     cached_length,
     check_cached_placeholders,
@@ -41,6 +42,12 @@ class PrunedGenerationMixin(_Stock):
                 arguments["labels"] = move_labels(arguments["labels"], surplus)
         return super().forward(*args, **arguments)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
+        check_no_setting_among(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def initialize_weights(self) -> None:
         """As stock, for missing weights of its parts as well."""
         initialize_stock_parts(self)
@@ -52,7 +59,9 @@ class PrunedGenerationMixin(_Stock):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         generate = super().generate
-        arguments = {"kwargs": {}, **inspect.signature(generate).bind_partial(*args, **kwargs).arguments}
+        signature = parameters_of(GenerationMixin.generate)
+        arguments = {"kwargs": {}, **signature.bind_partial(self, *args, **kwargs).arguments}
+        arguments.pop("self")
         inputs = arguments.pop("kwargs")
         prompt = {**inputs, **arguments}
         if prompt.get("inputs") is not None:

@@ -1,11 +1,10 @@
 """What every family's base model shares: pruned image features, and a forward on them.
 
-A family mixes `PrunedModelMixin` into its base model and says how an image's tokens lie (`_token_layout`). Stock does the rest.
+A family mixes `PrunedModelMixin` into its base model and says how large its images are (`_image_sizes`) and how their tokens
+lie (`_token_layout`). Stock does the rest.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from .call_arguments import named_arguments, takes_encoded_images
+from .methods import pruning_method
 from .pruned_features import (
-    check_feature_selection,
     check_placeholders,
     check_pruning_fits_tower,
+    feature_layer,
     has_cls_token,
     keep_all_features,
     prune_features,
 )
+from .pruning_config import VisualTokenPruningConfig, check_no_setting_among
 from .received_attention import ReceivedAttention, attach
+from .retention_bits import ratios_of_images
 from .surplus_placeholders import (
     check_sliding_window,
     positions_of,
@@ -56,28 +59,11 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
     kept_indices: list[torch.LongTensor] | None = None
 
 
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def named_arguments(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, whatever the release's order of parameters."""
-    arguments = dict(_parameters(function).bind(model, *args, **kwargs).arguments)
-    arguments.pop("self")
-    return {**arguments, **arguments.pop("kwargs", {})}
-
-
-def takes_encoded_images(function: Callable[..., Any]) -> bool:
-    """Newer releases take encoded images as an argument of forward, and hand them from step to step in generate()."""
-    return "mm_encoder_outputs" in _parameters(function).parameters
-
-
-def _encoded_images(arguments: dict[str, Any]) -> Any:
+def _encoded_images(arguments: Mapping[str, Any]) -> Any:
     return (arguments.get("mm_encoder_outputs") or {}).get("image")
 
 
-def _has_pixels(arguments: dict[str, Any]) -> bool:
+def _has_pixels(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
@@ -93,86 +79,82 @@ def initialize_stock_parts(model: Any) -> None:
 class PrunedModelMixin(_Stock):
     """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
 
-    # The layout of an image of a height and a width under the model's configuration: every family says its own.
-    _token_layout: Callable[[int, int], TokenLayout]
+    # (height, width) of every image of a call, from its `pixel_values` and `image_sizes`: every family says its own.
+    _image_sizes: Callable[[Tensor, Any], list[tuple[int, int]]]
+    # The layout of an image of a height and a width, under pruning settings and a feature selection strategy.
+    _token_layout: Callable[[int, int, VisualTokenPruningConfig, str], TokenLayout]
 
     def _start_pruning(self) -> None:
         """Called by a family's constructor once the vision tower stands; ValueError where settings do not fit it."""
         num_layers = self.config.vision_config.num_hidden_layers
-        check_pruning_fits_tower(self.config.pruning_config, num_layers)
-        # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
-        self._token_layout(1, 1)
         self._has_cls_token = has_cls_token(self.vision_tower)
-        check_feature_selection(self.config.vision_feature_select_strategy, self._has_cls_token)
+        pruning = self.config.pruning_config
+        layer = feature_layer(self.config.vision_feature_layer, num_layers)
+        check_pruning_fits_tower(pruning, num_layers, layer, self._has_cls_token)
+        # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
+        self._token_layout(1, 1, pruning.replace(retention_ratio=1.0), self.config.vision_feature_select_strategy)
         self._received_attention_tap = attach(self.vision_tower, num_layers)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
+        check_no_setting_among(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def initialize_weights(self) -> None:
         """As stock, for missing weights of its parts as well."""
         initialize_stock_parts(self)
         super().initialize_weights()
 
-    @can_return_tuple
-    def get_image_features(
+    def _prune_image_features(
         self,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs: Any,
-    ) -> tuple | PrunedImageFeaturesOutput:
-        r"""
-        The visual tokens that are kept of every image, after the projector.
+        stock: Callable[..., Any],
+        layouts: Sequence[TokenLayout],
+        vision_feature_layer: int | list[int] | None,
+    ) -> PrunedImageFeaturesOutput:
+        """What a family's `get_image_features` returns: stock's result, with what the method keeps of every image.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, tiles, channels, height, width)`):
-                As the processor returns them; images with fewer tiles are padded.
-            image_sizes (`torch.Tensor` of shape `(num_images, 2)`):
-                Height and width of the original images in pixels.
-            vision_feature_layer (`int` or `list[int]`, *optional*), vision_feature_select_strategy (`str`, *optional*):
-                As for the stock model; the configuration's by default.
-
-        Returns:
-            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
-
-        Raises:
-            ValueError: for inputs that do not fit each other or the pruning settings.
+            stock: stock's `get_image_features` with its arguments; takes further keywords.
+            layouts: of every image.
+            vision_feature_layer: as given to the call.
         """
-        pruning = self.config.pruning_config
-        check_pruning_fits_tower(pruning, self._received_attention_tap.num_layers)
-        check_feature_selection(
-            vision_feature_select_strategy or self.config.vision_feature_select_strategy, self._has_cls_token
-        )
-        layouts = self._layouts(pixel_values, image_sizes)
-        stock = functools.partial(
-            super().get_image_features,
-            pixel_values,
-            image_sizes,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            return_dict=True,
-            **kwargs,
-        )
+        num_layers = self._received_attention_tap.num_layers
+        chosen = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layer, pruning = feature_layer(chosen, num_layers), self.config.pruning_config
+        check_pruning_fits_tower(pruning, num_layers, layer, self._has_cls_token)
         if all(layout.keeps_everything for layout in layouts):
             output = stock()
             features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
         else:
-            collector = ReceivedAttention(pruning.scored_layers)
-            output = self._received_attention_tap.call(stock, collector)
-            features, kept_indices = self._prune(output.pooler_output, layouts, collector)
+            from_class_token = pruning_method(pruning.method).reads_class_attention
+            collector = ReceivedAttention(pruning.scored_layers(layer), from_class_token)
+            output = self._received_attention_tap.call(stock, collector) if collector.layers else stock()
+            features, kept_indices = self._prune(output.pooler_output, layouts, collector, layer)
         stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
         return PrunedImageFeaturesOutput(**{**stock_fields, "pooler_output": features, "kept_indices": kept_indices})
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
-    def _layouts(self, pixel_values: Tensor, image_sizes: Any) -> list[TokenLayout]:
-        if image_sizes is None:
-            raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
+    def _layouts(
+        self, pixel_values: Tensor, image_sizes: Any = None, strategy: str | None = None, retention_ratio: Any = None
+    ) -> list[TokenLayout]:
+        """The layout of every image of a call, each under its own ratio; ValueError where inputs do not fit each other."""
         if not isinstance(pixel_values, Tensor):
             raise ValueError(
                 f"`pixel_values` is a {type(pixel_values).__name__}; it must be a tensor, as the processor returns it with "
                 '`return_tensors="pt"`.'
             )
-        layouts = [self._token_layout(height, width) for height, width in _size_pairs(image_sizes)]
+        sizes = self._image_sizes(pixel_values, image_sizes)
+        prunings = [self.config.pruning_config] * len(sizes)
+        ratios = ratios_of_images(retention_ratio, len(sizes))
+        if ratios is not None:
+            prunings = [pruning.for_call(ratio) for pruning, ratio in zip(prunings, ratios, strict=True)]
+        strategy = strategy or self.config.vision_feature_select_strategy
+        layouts = [
+            self._token_layout(height, width, pruning, strategy)
+            for (height, width), pruning in zip(sizes, prunings, strict=True)
+        ]
         tiles = [layout.num_tiles for layout in layouts]
         if pixel_values.ndim == 5 and (pixel_values.shape[0] != len(tiles) or pixel_values.shape[1] < max(tiles, default=0)):
             raise ValueError(
@@ -189,25 +171,33 @@ class PrunedModelMixin(_Stock):
 
     @torch.compiler.disable
     def _prune(
-        self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention
+        self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return prune_features(features, layouts, collector.mean(), self.config.pruning_config)
+        return prune_features(features, layouts, collector.by_layer(), layer)
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, after a check that the prompt has one placeholder per kept token."""
         exact = self.config.pruning_config.exact_count
-        if exact and torch.compiler.is_compiling():
+        if exact and torch.compiler.is_compiling() and kwargs.get("retention_ratio") is None:
+            kwargs.pop("retention_ratio", None)
             return super().forward(*args, **kwargs, return_dict=True)
         arguments = named_arguments(type(self).forward, self, args, kwargs)
         self._check_placeholders(arguments)
-        surplus = None if exact else self._mask_surplus(arguments)
+        encoded, surplus = None, None
+        if not exact:
+            encoded, surplus = self._mask_surplus(arguments)
+        elif arguments.get("retention_ratio") is not None:
+            encoded = self._hand_on_images(arguments)
+        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
         output = super().forward(**arguments, return_dict=True)
+        if encoded is not None and output.image_hidden_states is None:
+            output.image_hidden_states = torch.cat(list(encoded.pooler_output))
         if surplus is not None:
             remember_surplus(output.past_key_values, surplus)
         return output
 
-    def _is_placeholder(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence), None for neither."""
         if arguments.get("input_ids") is not None:
             return arguments["input_ids"] == self.config.image_token_id
@@ -217,52 +207,63 @@ class PrunedModelMixin(_Stock):
         token = torch.tensor(self.config.image_token_id, device=embeddings.device)
         return (embeddings == self.get_input_embeddings()(token)).all(-1)
 
-    def _check_placeholders(self, arguments: dict[str, Any]) -> None:
+    def _check_placeholders(self, arguments: Mapping[str, Any]) -> None:
         """Fails before anything runs if the prompt has other than one placeholder per kept token."""
-        encoded = _encoded_images(arguments)
+        encoded, layouts = _encoded_images(arguments), None
         if encoded is not None:
             retained = [len(features) for features in encoded.pooler_output]
-            images = [f"image {i}" for i in range(len(retained))]
         elif _has_pixels(arguments):
-            layouts = self._layouts(arguments["pixel_values"], arguments.get("image_sizes"))
+            layouts = self._layouts(
+                arguments["pixel_values"],
+                arguments.get("image_sizes"),
+                arguments.get("vision_feature_select_strategy"),
+                arguments.get("retention_ratio"),
+            )
             retained = [layout.num_retained for layout in layouts]
-            images = [f"image {i} ({'{} x {}'.format(*layout.image_size)})" for i, layout in enumerate(layouts)]
         else:
             return
         is_placeholder = self._is_placeholder(arguments)
         if is_placeholder is not None:  # else stock says what is missing
-            check_placeholders(is_placeholder, retained, images, self.config.pruning_config)
+            check_placeholders(is_placeholder, retained, layouts, self.config.pruning_config)
 
     def _encode_ahead(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
         """The images of a call, encoded before the language model runs and left among its arguments instead of pixels."""
         encoded = _encoded_images(arguments)
         if encoded is None and _has_pixels(arguments):
-            names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+            inputs = ("pixel_values", "image_sizes", "retention_ratio")
+            names = (*inputs, "vision_feature_layer", "vision_feature_select_strategy")
             encoded = self.get_image_features(
                 **{name: arguments[name] for name in names if name in arguments}, return_dict=True
             )
-            for name in ("pixel_values", "image_sizes"):
+            for name in inputs:
                 arguments.pop(name, None)
             arguments["mm_encoder_outputs"] = {"image": encoded}
         return encoded
 
-    def _mask_surplus(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _hand_on_images(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
+        """The images of a call, encoded and put among the arguments of stock's forward as the release takes them."""
+        encoded = self._encode_ahead(arguments)
+        if not takes_encoded_images(type(self).forward):
+            arguments.pop("mm_encoder_outputs", None)
+            is_placeholder = self._is_placeholder(arguments)
+            if encoded is not None and is_placeholder is not None:
+                self._enter_by_embeddings(arguments, encoded, is_placeholder)
+        return encoded
+
+    def _mask_surplus(self, arguments: dict[str, Any]) -> tuple[PrunedImageFeaturesOutput | None, Tensor | None]:
         """Lets placeholders without a token have no effect: changes the arguments of a forward in place.
 
         Returns:
-            The surplus among cached and new positions, bool (batch, cached + new), or None if there is none.
+            The encoded images, if any, and the surplus among cached and new positions, bool (batch, cached + new), or None if
+            there is none.
         """
-        encoded = self._encode_ahead(arguments)
         is_placeholder = self._is_placeholder(arguments)
+        encoded = self._hand_on_images(arguments)
         if is_placeholder is None:
-            return None
+            return encoded, None
         surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), arguments.get("past_key_values"))
-        if not takes_encoded_images(type(self).forward):
-            arguments.pop("mm_encoder_outputs", None)
-            if encoded is not None:
-                self._enter_by_embeddings(arguments, encoded, is_placeholder)
         if not surplus.any():
-            return None
+            return encoded, None
         check_sliding_window(self.config.get_text_config(), surplus.shape[1])
         mask = arguments.get("attention_mask")
         mask = torch.ones_like(surplus, dtype=torch.int64) if mask is None else mask
@@ -272,7 +273,7 @@ class PrunedModelMixin(_Stock):
             if arguments.get("position_ids") is None or not torch.equal(masked, mask):
                 arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
             arguments["attention_mask"] = masked
-        return surplus
+        return encoded, surplus
 
     def _enter_by_embeddings(self, arguments: dict[str, Any], encoded: Any, is_placeholder: Tensor) -> None:
         embeddings = arguments.get("inputs_embeds")
@@ -282,7 +283,10 @@ class PrunedModelMixin(_Stock):
         arguments["inputs_embeds"] = embeddings.masked_scatter(is_placeholder[..., None].to(embeddings.device), features)
 
 
-def _size_pairs(image_sizes: Any) -> list[tuple[int, int]]:
+def size_pairs(image_sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) of every image, from a tensor or a sequence; a ValueError for anything else."""
+    if image_sizes is None:
+        raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
     sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
     try:
         return [(height, width) for height, width in sizes]

@@ -1,15 +1,48 @@
-"""`VisualTokenPruningConfig`: which visual tokens to keep, as validated numbers."""
+"""`VisualTokenPruningConfig`: which visual tokens to keep, as validated settings."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .methods import checked_number, pruning_method, shown
+from .checked_values import checked_flag, checked_number, shown
+from .methods import METHODS, pruning_method
 
 
-def _checked_flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{field}` is {shown(value)}; it must be True or False.")
-    return value
+def check_one_budget(retention_ratio: Any, token_budget: Any) -> None:
+    """A ValueError if both are given: each says how much to keep, and they would say different things."""
+    if retention_ratio is not None and token_budget is not None:
+        raise ValueError(
+            f"`retention_ratio` is {shown(retention_ratio)} and `token_budget` {shown(token_budget)}; give one of them. The "
+            "first is a share of the patch tokens, the second a number of language-model tokens per image."
+        )
+
+
+def checked_ratio(value: Any) -> float:
+    """`value` as a retention ratio, a float above 0 and at most 1; ValueError otherwise."""
+    try:
+        return checked_number("retention_ratio", value, float, 0, 1, above_minimum=True)
+    except ValueError as error:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 < value <= 100:
+            raise ValueError(
+                f"{error} For {value:g} % write {value / 100:g}; for {value:g} tokens use `token_budget`."
+            ) from None
+        raise
+
+
+def checked_budget(value: Any) -> int:
+    """`value` as a token budget, a whole number from 1; ValueError otherwise."""
+    return checked_number("token_budget", value, int, 1)
+
+
+def check_no_setting_among(keywords: Mapping[str, Any]) -> None:
+    """A ValueError for pruning settings among the keywords of a `from_pretrained`, which may drop them in silence."""
+    settings = {"method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"}
+    settings |= {hyperparameter.name for method in METHODS.values() for hyperparameter in method.hyperparameters}
+    for name in keywords:
+        if name in settings:
+            raise ValueError(f"`{name}` is a pruning setting; give it as `pruning_config={{{name!r}: ...}}`.")
+        if name != "pruning_config" and difflib.get_close_matches(name, ["pruning_config"], cutoff=0.8):
+            raise ValueError(f"`{name}` is no argument. Did you mean `pruning_config`?")
 
 
 class VisualTokenPruningConfig:
@@ -19,13 +52,18 @@ class VisualTokenPruningConfig:
 
     Args:
         method (`str`, defaults to `"hivtp"`):
-            The pruning method.
+            How tokens are chosen: `"hivtp"`, `"hiprune"`, `"gprune"`, `"cls_attention"`, `"random"`, `"uniform"` or `"none"`.
         retention_ratio (`float`, *optional*):
-            The share of an image's patch tokens to keep, above 0 and at most 1. It counts patch tokens tile by tile;
-            newline tokens come on top. When given, it rules over `global_ratio` and `local_window`. 1 keeps everything.
+            The share of an image's patch tokens to keep, above 0 and at most 1; newline tokens come on top. 1 keeps
+            everything. For hivtp it rules over `global_ratio` and `local_window`, which stand where it is not given; other
+            methods then read 0.5. The method "none" takes no ratio below 1.
+        token_budget (`int`, *optional*):
+            Instead of a ratio: at most this many language-model tokens per image, newlines included, from 1. Of the numbers
+            that a ratio can reach, the largest one not above it is kept.
         exact_count (`bool`, defaults to `True`):
             Whether the number of kept tokens depends on the image's size and these settings alone, which processors
-            and serving engines rely on. False gives the published selection, whose number depends on the content.
+            and serving engines rely on. False, for hivtp only, gives the published selection, whose number depends on
+            the content.
         keep_newlines (`bool`, defaults to `True`):
             Whether the newline token after each row of the crops is kept; False drops them all, at every ratio.
         global_ratio (`float`, defaults to 0.25):
@@ -38,16 +76,35 @@ class VisualTokenPruningConfig:
             hivtp: first encoder layer whose attention counts, from 0.
         importance_num_layers (`int`, defaults to 3):
             hivtp: number of layers, from that one on, that are averaged; from 1.
+        alpha (`float`, defaults to 0.1):
+            hiprune: the share of the budget that goes to anchors and their four neighbours, from 0 to 1.
+        object_layer (`int`, defaults to 8), deep_layer (`int`, *optional*):
+            hiprune: encoder layers, from 0, whose attention chooses the anchors and the rest. By default the latter is
+            the layer whose output is the visual feature.
+        published_borders (`bool`, defaults to `False`):
+            hiprune: neighbours wrap round the tile's border, as in the released code.
+        similarity_threshold (`float`, defaults to 0.5):
+            gprune: cosine similarities below it are no edge of the graph, from 0 to 1.
+        temperature (`float`, defaults to 0.03):
+            gprune: similarities are divided by it before the softmax; above 0.
+        iterations (`int`, defaults to 5):
+            gprune: how often tokens hand their mass to their neighbours, from 0.
+        layer (`int`, *optional*):
+            cls_attention: the encoder layer, from 0; by default the one whose output is the visual feature.
+        seed (`int`, defaults to 0):
+            random: which draw, from 0 to 2**32 - 1.
 
     Raises:
         ValueError: names the field, the value given and what is allowed. A hyperparameter that the method does not have
-            is an error too.
+            is an error too, and so are a ratio and a budget together.
 
-    Source: HIVTP, arXiv 2509.23663, section 3; `retention_ratio` and `exact_count` are ours.
+    Source: HIVTP, arXiv 2509.23663, section 3; HiPrune, arXiv 2508.00553; G-Prune, arXiv 2501.02268. `retention_ratio`,
+    `token_budget` and `exact_count` are ours.
     """
 
     method: str
     retention_ratio: float | None
+    token_budget: int | None
     exact_count: bool
     keep_newlines: bool
 
@@ -56,23 +113,36 @@ class VisualTokenPruningConfig:
         /,  # so that a stored setting may even be called "self", and is refused like any other
         method: str = "hivtp",
         retention_ratio: float | None = None,
+        token_budget: int | None = None,
         exact_count: bool = True,
         keep_newlines: bool = True,
         **hyperparameters: Any,
     ):
         entry = pruning_method(method)
-        if _checked_flag("exact_count", exact_count) is False and not entry.content_dependent_count:
+        if checked_flag("exact_count", exact_count) is False and not entry.content_dependent_count:
             raise ValueError(
                 f"`exact_count` is False; the method {entry.name!r} keeps a number that the image's size determines, so it "
                 "must be True."
             )
-        if retention_ratio is not None:
-            retention_ratio = checked_number("retention_ratio", retention_ratio, float, 0, 1, above_minimum=True)
+        check_one_budget(retention_ratio, token_budget)
+        if token_budget is not None:
+            token_budget = checked_budget(token_budget)
+        elif retention_ratio is not None:
+            retention_ratio = checked_ratio(retention_ratio)
+        else:
+            retention_ratio = entry.default_retention_ratio
+        if entry.keeps_everything and (token_budget is not None or retention_ratio not in (None, 1)):
+            given = f"`retention_ratio` is {retention_ratio}" if token_budget is None else f"`token_budget` is {token_budget}"
+            raise ValueError(
+                f"{given}; the method {entry.name!r} keeps every token. Leave it out, or choose another method "
+                '(such as `method="hivtp"`).'
+            )
         settings: dict[str, Any] = {
             "method": entry.name,
             "retention_ratio": retention_ratio,
+            "token_budget": token_budget,
             "exact_count": exact_count,
-            "keep_newlines": _checked_flag("keep_newlines", keep_newlines),
+            "keep_newlines": checked_flag("keep_newlines", keep_newlines),
         }
         for hyperparameter in entry.hyperparameters:
             given = hyperparameters.pop(hyperparameter.name, hyperparameter.default)
@@ -80,7 +150,9 @@ class VisualTokenPruningConfig:
         if hyperparameters:
             known = ", ".join(f"`{name}`" for name in settings)
             unknown = ", ".join(f"`{name}`" for name in sorted(map(str, hyperparameters)))
-            raise ValueError(f"{unknown}: not a setting of the method {entry.name!r}, which has {known}. Remove it.")
+            close = [match for name in hyperparameters for match in difflib.get_close_matches(str(name), settings, n=1)]
+            advice = f"Did you mean {' and '.join(f'`{match}`' for match in close)}?" if close else "Remove it."
+            raise ValueError(f"{unknown}: not a setting of the method {entry.name!r}, which has {known}. {advice}")
         # Written past our own __setattr__, which refuses: settings that were checked once stay as they are.
         self.__dict__.update(settings)
 
@@ -113,18 +185,44 @@ class VisualTokenPruningConfig:
         return dict(self.__dict__)
 
     def replace(self, /, **changes: Any) -> "VisualTokenPruningConfig":
-        """A copy with some settings changed, validated as a whole."""
-        return type(self)(**{**self.to_dict(), **changes})
+        """A copy with some settings changed, validated as a whole.
 
-    @property
-    def scored_layers(self) -> Sequence[int]:
-        """The encoder layers, 0-based and ascending, whose attention this config reads."""
-        return pruning_method(self.method).scored_layers(self)
+        A new ratio takes the place of a budget, and the other way round. With a new method, the old one's hyperparameters
+        go; what all methods share stays, except that the method "none" takes no budget along.
+        """
+        settings = self.to_dict()
+        if changes.get("method", self.method) != self.method:
+            dropped = {hyperparameter.name for hyperparameter in pruning_method(self.method).hyperparameters}
+            if pruning_method(changes["method"]).keeps_everything:
+                dropped |= {"retention_ratio", "token_budget"}
+            settings = {name: value for name, value in settings.items() if name not in dropped}
+        for budget, other in (("retention_ratio", "token_budget"), ("token_budget", "retention_ratio")):
+            if changes.get(budget) is not None:
+                settings.pop(other, None)
+        return type(self)(**{**settings, **changes})
+
+    def for_call(self, retention_ratio: float | None = None, token_budget: int | None = None) -> "VisualTokenPruningConfig":
+        """These settings with the budget of one call, which rules; themselves where the call gives none."""
+        check_one_budget(retention_ratio, token_budget)
+        if retention_ratio is not None:
+            return self.replace(retention_ratio=retention_ratio)
+        return self if token_budget is None else self.replace(token_budget=token_budget)
+
+    def scored_layers(self, feature_layer: int) -> Sequence[int]:
+        """The encoder layers, 0-based and ascending, whose attention this config reads.
+
+        Args:
+            feature_layer: the layer whose output is the visual feature, 0-based; where settings name none, it is meant.
+        """
+        return pruning_method(self.method).scored_layers(self, feature_layer)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
             f"a VisualTokenPruningConfig does not change; use `pruning.replace({name}={value!r})` and assign the result."
         )
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError("a VisualTokenPruningConfig does not change.")

@@ -39,18 +39,20 @@ class ReceivedAttention:
 
     Args:
         layers: the encoder layers to score, 0-based.
+        from_class_token: whether only what the class token (the first) attends to counts, instead of every token's attention.
     """
 
-    def __init__(self, layers: Iterable[int]):
+    def __init__(self, layers: Iterable[int], from_class_token: bool = False):
         self.layers = tuple(sorted(set(layers)))
+        self.from_class_token = from_class_token
         self._by_layer: dict[int, Tensor] = {}
 
     def add(self, layer: int, received: Tensor) -> None:
         """Takes the scores of one layer: float32 (tiles, tokens)."""
         self._by_layer[layer] = received
 
-    def mean(self) -> Tensor:
-        """The average over all wanted layers: float32 (tiles, tokens).
+    def by_layer(self) -> dict[int, Tensor]:
+        """The scores of every wanted layer: float32 (tiles, tokens).
 
         Raises:
             ValueError: if a layer did not report. Selecting without its scores would be a guess.
@@ -62,11 +64,7 @@ class ReceivedAttention:
                 "The vision tower's attention modules were replaced, or do not call transformers' attention interface. "
                 "Load the tower with a transformers implementation such as CLIP or SigLIP."
             )
-        first = self._by_layer[self.layers[0]]
-        total = torch.zeros_like(first)
-        for layer in self.layers:
-            total = total + self._by_layer[layer].to(first.device)
-        return total / len(self.layers)
+        return {layer: self._by_layer[layer] for layer in self.layers}
 
 
 _active: ContextVar["ReceivedAttention | None"] = ContextVar(_IMPLEMENTATION_NAME, default=None)
@@ -236,7 +234,8 @@ def _attention_with_scores(
             raise ValueError("the vision tower masks its attention; scores of masked towers are not supported.")
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        collector.add(view._hivtp_layer, received_attention(query, key, scaling, view.num_attention_heads))
+        rows = query[:, :, :1] if collector.from_class_token else query
+        collector.add(view._hivtp_layer, received_attention(rows, key, scaling, view.num_attention_heads))
     config = view._hivtp_config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
     return implementation(_ModuleView(module, config), query, key, value, attention_mask, *args, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .pruning_config import VisualTokenPruningConfig
 from .ranking import descending_rank, keep_best_of_groups
+from .retained_share import rounded_share
 
 
 class HIVTPBudget(NamedTuple):
@@ -50,13 +51,15 @@ def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudge
     region_valid.scatter_add_(1, region_of_cell.expand(tiles, -1), cells.long())
 
     if pruning.retention_ratio is None:
-        region_quota = _floor_table(pruning.global_ratio, 0.0, grid, valid.device)[region_valid]
+        share = [math.floor(pruning.global_ratio * n) for n in range(grid * grid + 1)]
+        region_quota = torch.tensor(share, device=valid.device)[region_valid]
         side = min(pruning.local_window, grid)
         num_windows = _count_windows(cells, [side], grid)[:, 0]
         total = torch.minimum(num_valid, region_quota.sum(1) + num_windows)
         return HIVTPBudget(region_quota, torch.full_like(total, side), total)
 
-    total = _floor_table(pruning.retention_ratio, 0.5, grid, valid.device)[num_valid].minimum(num_valid)
+    share = [rounded_share(n, pruning.retention_ratio) for n in range(grid * grid + 1)]
+    total = torch.tensor(share, device=valid.device)[num_valid]
     if grid < 2:  # no window of side 2 fits
         return HIVTPBudget(_proportional_split(total, region_valid), torch.zeros_like(total), total)
     sides = list(range(2, grid + 1))
@@ -127,11 +130,6 @@ def _check_select_arguments(scores: Tensor, valid: Tensor, pruning: VisualTokenP
         raise ValueError(f"`scores` is {scores.dtype} and `valid` {valid.dtype}; they must be floating point and bool.")
     if pruning.method != "hivtp":
         raise ValueError(f"`pruning` has the method {pruning.method!r}; select_hivtp needs 'hivtp'.")
-
-
-def _floor_table(factor: float, offset: float, grid: int, device: torch.device) -> Tensor:
-    """floor(factor * n + offset) for n from 0 to the cells of a tile, in Python's float64."""
-    return torch.tensor([math.floor(factor * n + offset) for n in range(grid * grid + 1)], device=device)
 
 
 def _region_of_cell(grid: int, regions: int, device: torch.device) -> Tensor:

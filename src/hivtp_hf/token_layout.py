@@ -4,12 +4,14 @@ Processor and model both ask this module, and nothing else counts. Integers and 
 
 Words. A *tile* is one square view that the vision encoder sees: the base tile (the whole image, squeezed), then the crops,
 row by row. A *cell* is one patch of a tile. The *packed sequence* is what stock transformers hands to the language model:
-the base tile's cells, then the rows of the stitched and un-padded crops, each row followed by one newline.
+the base tile's cells, then the rows of the stitched and un-padded crops, each row followed by one newline. LLaVA-1.5 has
+the base tile alone; where its class token is kept, that comes first.
 
 Source of the geometry: transformers' LLaVA-NeXT (`pack_image_features`, `unpad_image`); of the counts: the methods.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from .methods import pruning_method, shown
+from .checked_values import shown
+from .methods import pruning_method
 from .pruning_config import VisualTokenPruningConfig
+from .retention_bits import bits_of_ratio, ratio_of_bits
 
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -28,57 +32,69 @@ LARGEST_SIDE = 2**31 - 1
 MOST_CELLS = 2**17
 
 
+# What packed positions show that is no cell.
+_NEWLINE = -1
+_CLASS_TOKEN = -2
+
+
 class TokenLayout:
-    """The visual tokens of one image under one pruning config. Immutable; build it with `from_image_size`.
+    """The visual tokens of one image under one pruning config. Immutable; `from_image_size` and `single_tile` build it.
 
     Attributes:
-        image_size: (height, width) of the original image in pixels.
+        image_size: (height, width) of the original image in pixels; None where the layout was built without it.
+        pruning: the settings. A token budget among them has become the ratio that it means for this image.
         grid: cells per side of a tile.
-        tile_rows, tile_columns: how the crops are stitched.
+        tile_rows, tile_columns: how the crops are stitched; 0 where there are none.
         row_range, column_range: the half-open ranges of stitched rows and columns that un-padding keeps.
-        valid: bool (tiles, grid, grid), base tile first; the cells that un-padding keeps.
-        tile_totals: cells kept of each tile, base tile first.
+        valid: bool (tiles, grid, grid), base tile first; the cells that the stock model uses.
+        valid_per_tile: their number in each tile.
+        group_totals: cells kept of each group of cells among which the method chooses: of each tile, base tile first; for
+            gprune of the base tile and of all crops together.
         num_stock: tokens that the stock model uses for this image.
         num_newlines: newline tokens kept.
-        num_retained: placeholders of this image: `sum(tile_totals) + num_newlines`.
+        num_class_tokens: class tokens kept, 0 or 1.
+        num_retained: placeholders of this image: `sum(group_totals) + num_newlines + num_class_tokens`.
         keeps_everything: whether the kept sequence is the stock one, so that there is nothing to select.
     """
 
     def __init__(
         self,
-        image_size: tuple[int, int],
+        image_size: tuple[int, int] | None,
         pruning: VisualTokenPruningConfig,
         *,
         grid: int,
-        cell_pixels: int,
-        tile_rows: int,
-        tile_columns: int,
-        row_range: tuple[int, int],
-        column_range: tuple[int, int],
+        tile_rows: int = 0,
+        tile_columns: int = 0,
+        row_range: tuple[int, int] = (0, 0),
+        column_range: tuple[int, int] = (0, 0),
+        extra_tokens: int = 0,
+        view: tuple[float, float, float, float] | None = None,
     ):
         self.image_size = image_size
-        self.pruning = pruning
         self.grid = grid
         self.tile_rows = tile_rows
         self.tile_columns = tile_columns
         self.row_range = row_range
         self.column_range = column_range
-        self._cell_pixels = cell_pixels
+        self._extra_tokens = extra_tokens
+        self._view = view
 
         rows, columns = row_range[1] - row_range[0], column_range[1] - column_range[0]
-        self.num_stock = grid * grid + rows * (columns + 1)
+        self.num_stock = grid * grid + extra_tokens + rows * (columns + 1)
         self.num_newlines = rows if pruning.keep_newlines else 0
+        self.num_class_tokens = max(extra_tokens, 0)
         # A layout outlives the call that first asks for it, and so must not take on that call's surroundings: models are
         # built under a meta device, and images encoded under inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
             self.valid = self._valid_cells()
-            # For every packed position the cell it shows, as an index into `valid.flatten()`; -1 for a newline.
+            self.valid_per_tile: tuple[int, ...] = tuple(self.valid.flatten(1).sum(1).tolist())
+            # For every packed position the cell it shows, as an index into `valid.flatten()`.
             self._cell_of_token = self._packed_cells()
-            totals = pruning_method(pruning.method).load_selector().count(self.valid, pruning)
-        self.tile_totals: tuple[int, ...] = tuple(totals.tolist())
-        self.num_retained = sum(self.tile_totals) + self.num_newlines
+            self.pruning = self._with_ratio(pruning)
+            self.group_totals: tuple[int, ...] = self._count(self.pruning)
+        self.num_retained = sum(self.group_totals) + self.num_newlines + self.num_class_tokens
         # Without an exact count the number kept may stay below that of the placeholders, except at a ratio of 1.
-        certain = pruning.exact_count or pruning.retention_ratio == 1
+        certain = self.pruning.exact_count or self.pruning.retention_ratio == 1
         self.keeps_everything = certain and self.num_retained == self.num_stock
 
     @staticmethod
@@ -113,6 +129,46 @@ class TokenLayout:
             _checked_pinpoints(pinpoints),
         )
 
+    @staticmethod
+    def single_tile(
+        grid: int,
+        pruning: VisualTokenPruningConfig,
+        *,
+        extra_tokens: int = 0,
+        image_size: Sequence[int] | None = None,
+        view: Sequence[float] | None = None,
+    ) -> "TokenLayout":
+        """The layout of an image in LLaVA-1.5: one tile, no newlines; remembered for repeated arguments.
+
+        Args:
+            grid: cells per side of the tile.
+            pruning: which tokens to keep.
+            extra_tokens: what the stock sequence has beyond one token per cell: 1 where it begins with the class token, which
+                is then kept and counted; -1 where stock drops the first cell as if that were one; else 0.
+            image_size: (height, width) of the original image in pixels.
+            view: (left, top, right, bottom), the part of the original image that the cells show, in its pixels; all of it
+                unless given.
+
+        Raises:
+            ValueError: for a grid that is no positive integer, or of more than 2**17 cells, and for other extra tokens, sizes and
+                views than described.
+        """
+        grid = _positive_integer("grid", grid, "cells")
+        if grid * grid > MOST_CELLS:
+            raise ValueError(f"`grid` is {grid}; {grid * grid} cells are too many, {MOST_CELLS} are allowed.")
+        if isinstance(extra_tokens, bool) or not isinstance(extra_tokens, int) or extra_tokens not in (-1, 0, 1):
+            raise ValueError(f"`extra_tokens` is {shown(extra_tokens)}; it must be -1, 0 or 1.")
+        if image_size is not None:
+            image_size = _checked_image_size(image_size)
+            view = (0, 0, image_size[1], image_size[0]) if view is None else view
+        return _single_tile_layout(
+            grid,
+            VisualTokenPruningConfig.coerce(pruning),
+            extra_tokens,
+            image_size,
+            None if view is None else _checked_view(view),
+        )
+
     @property
     def num_tiles(self) -> int:
         """The base tile and the crops."""
@@ -122,24 +178,23 @@ class TokenLayout:
         """Positions in the packed sequence that stay, newlines included.
 
         Args:
-            kept_cells: bool (tiles, grid, grid) on any device, with `tile_totals` cells per tile; with
-                `exact_count=False` any number up to that.
+            kept_cells: bool (tiles, grid, grid) on any device, as many of each group as `group_totals` says;
+                with `exact_count=False` any number up to that.
 
         Returns:
             int64, ascending, on the same device: (num_retained,) without waiting for the device, or as many as there are
             with `exact_count=False`.
         """
         cell_of_token = self._cell_of_token.to(kept_cells.device)
-        is_newline = cell_of_token < 0
         kept = kept_cells.flatten()[cell_of_token.clamp(min=0)]
-        kept = torch.where(is_newline, self.pruning.keep_newlines, kept)
+        kept = torch.where(cell_of_token == _NEWLINE, self.pruning.keep_newlines, kept | (cell_of_token == _CLASS_TOKEN))
         if not self.pruning.exact_count:
             return kept.nonzero().flatten()
         # Kept positions first, in order: a stable sort knows the length of its result, `nonzero` would have to wait.
         return torch.sort((~kept).to(torch.uint8), stable=True).indices[: self.num_retained]
 
     def cells(self, kept_indices: Tensor) -> Tensor:
-        """The cells behind packed positions, newlines left out.
+        """The cells behind packed positions; what is no cell (newlines, class token) is left out.
 
         Args:
             kept_indices: int64 (n,), positions in the packed sequence.
@@ -153,42 +208,78 @@ class TokenLayout:
         return torch.stack((flat // per_tile, flat % per_tile // self.grid, flat % self.grid), dim=1)
 
     def pixel_boxes(self, kept_indices: Tensor) -> Tensor:
-        """Where in the original image the cells behind packed positions lie, newlines left out.
+        """Where in the original image the cells behind packed positions lie; what is no cell is left out.
 
         Args:
             kept_indices: int64 (n,), positions in the packed sequence.
 
         Returns:
             float64 (cells, 4): left, top, right, bottom in pixels of the original image, rows in the order of `cells`.
-            A crop's cell that reaches into the padding is cut at the image's border.
+            A cell that reaches into padding is cut at the image's border.
         """
         tile, row, column = self.cells(kept_indices.cpu()).unbind(1)
+        if self.image_size is None:
+            raise ValueError("this layout was built without `image_size`; give it to say where cells lie in the image.")
         height, width = self.image_size
-        base = torch.stack((column, row, column + 1, row + 1), dim=1).double() / self.grid
-        base = base * torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
+        left, top, right, bottom = self._view or (0, 0, width, height)
+        step = torch.tensor([right - left, bottom - top] * 2, dtype=torch.float64, device="cpu") / self.grid
+        origin = torch.tensor([left, top] * 2, dtype=torch.float64, device="cpu")
+        limit = torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
+        base = (torch.stack((column, row, column + 1, row + 1), dim=1) * step + origin).clamp(min=0).minimum(limit)
         if self.num_tiles == 1:
             return base
 
+        # In units of one cell of the stitched grid.
         crop = (tile - 1).clamp(min=0)
-        top = (crop // self.tile_columns * self.grid + row) * self._cell_pixels
-        left = (crop % self.tile_columns * self.grid + column) * self._cell_pixels
-        padded = torch.stack((left, top, left + self._cell_pixels, top + self._cell_pixels), dim=1).double()
+        top_cell = crop // self.tile_columns * self.grid + row
+        left_cell = crop % self.tile_columns * self.grid + column
+        padded = torch.stack((left_cell, top_cell, left_cell + 1, top_cell + 1), dim=1).double()
         # Stock resizes to the largest size that fits the pinpoint and pads to its centre.
-        target_height = self.tile_rows * self.grid * self._cell_pixels
-        target_width = self.tile_columns * self.grid * self._cell_pixels
+        target_height, target_width = self.tile_rows * self.grid, self.tile_columns * self.grid
         scale = min(target_width / width, target_height / height)
         resized_height, resized_width = min(height * scale, target_height), min(width * scale, target_width)
         pad_left, pad_top = (target_width - resized_width) / 2, (target_height - resized_height) / 2
         crops = (padded - torch.tensor([pad_left, pad_top, pad_left, pad_top], dtype=torch.float64, device="cpu")) / scale
-        limit = torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
         return torch.where((tile == 0)[:, None], base, crops.clamp(min=0).minimum(limit))
+
+    def _with_ratio(self, pruning: VisualTokenPruningConfig) -> VisualTokenPruningConfig:
+        """`pruning`, with a ratio in place of a token budget: the largest one whose tokens do not exceed it."""
+        if pruning.token_budget is None:
+            return pruning
+        budget = pruning.token_budget - self.num_newlines - self.num_class_tokens
+        if budget < 0:
+            names = [f"{self.num_newlines} newline tokens"] * (self.num_newlines > 0)
+            names += ["the class token"] * self.num_class_tokens
+            raise ValueError(
+                f"`token_budget` is {pruning.token_budget}, but an image of this shape has {' and '.join(names)} that stay "
+                "whatever is pruned. Give a larger budget"
+                + (", or set `keep_newlines` to False, which drops the newlines." if self.num_newlines else ".")
+            )
+
+        def exceeds(ratio: float) -> bool:
+            return sum(self._count(pruning.replace(retention_ratio=ratio))) > budget
+
+        # What is kept grows with the ratio, so the ratios that fit end somewhere: found among the floats themselves, whose bits
+        # are ordered as they are. The first keeps nothing of any image.
+        fits, too_large = bits_of_ratio(2.0**-64), bits_of_ratio(1.0)
+        if not exceeds(1.0):
+            return pruning.replace(retention_ratio=1.0)
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            fits, too_large = (fits, middle) if exceeds(ratio_of_bits(middle)) else (middle, too_large)
+        return pruning.replace(retention_ratio=ratio_of_bits(fits))
+
+    def _count(self, pruning: VisualTokenPruningConfig) -> tuple[int, ...]:
+        return tuple(pruning_method(pruning.method).load_selector().count(self, pruning))
 
     def _valid_cells(self) -> Tensor:
         grid = self.grid
         stitched = torch.zeros(self.tile_rows * grid, self.tile_columns * grid, dtype=torch.bool)
         stitched[slice(*self.row_range), slice(*self.column_range)] = True
         crops = stitched.view(self.tile_rows, grid, self.tile_columns, grid).transpose(1, 2).reshape(-1, grid, grid)
-        return torch.cat((torch.ones(1, grid, grid, dtype=torch.bool), crops))
+        base = torch.ones(1, grid, grid, dtype=torch.bool)
+        base[0, 0, 0] = self._extra_tokens >= 0
+        return torch.cat((base, crops))
 
     def _packed_cells(self) -> Tensor:
         grid = self.grid
@@ -197,13 +288,14 @@ class TokenLayout:
         stitched = crops.view(self.tile_rows, self.tile_columns, grid, grid).transpose(1, 2)
         stitched = stitched.reshape(self.tile_rows * grid, self.tile_columns * grid)
         unpadded = stitched[slice(*self.row_range), slice(*self.column_range)]
-        with_newlines = torch.nn.functional.pad(unpadded, (0, 1), value=-1)
-        return torch.cat((base, with_newlines.flatten()))
+        with_newlines = torch.nn.functional.pad(unpadded, (0, 1), value=_NEWLINE)
+        class_token = torch.full((self.num_class_tokens,), _CLASS_TOKEN)
+        return torch.cat((class_token, base[max(0, -self._extra_tokens) :], with_newlines.flatten()))
 
     def __repr__(self) -> str:
-        height, width = self.image_size
+        size = "image" if self.image_size is None else "{} x {}".format(*self.image_size)
         return (
-            f"TokenLayout({height} x {width}: {self.num_stock} stock tokens, {self.num_retained} retained, "
+            f"TokenLayout({size}: {self.num_stock} stock tokens, {self.num_retained} retained, "
             f"of them {self.num_newlines} newlines)"
         )
 
@@ -237,12 +329,22 @@ def _llava_next_layout(
         (height, width),
         pruning,
         grid=grid,
-        cell_pixels=patch_size,
         tile_rows=tile_rows,
         tile_columns=tile_columns,
         row_range=row_range,
         column_range=column_range,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _single_tile_layout(
+    grid: int,
+    pruning: VisualTokenPruningConfig,
+    extra_tokens: int,
+    image_size: tuple[int, int] | None,
+    view: tuple[float, float, float, float] | None,
+) -> TokenLayout:
+    return TokenLayout(image_size, pruning, grid=grid, extra_tokens=extra_tokens, view=view)
 
 
 def cells_per_side(tile_size: int, patch_size: int) -> int:
@@ -264,14 +366,32 @@ def _unpadded_ranges(height: int, width: int, rows: int, columns: int) -> tuple[
     return (0, rows), (padding, columns - padding)
 
 
-def _positive_integer(field: str, value: Any) -> int:
+def _positive_integer(field: str, value: Any, unit: str = "pixels") -> int:
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except (TypeError, RuntimeError):  # the latter from tensors that hold no data
         number = 0
     if not 1 <= number <= LARGEST_SIDE:
-        raise ValueError(f"`{field}` is {shown(value)}; it must be a whole number of pixels from 1 to {LARGEST_SIDE}.")
+        raise ValueError(f"`{field}` is {shown(value)}; it must be a whole number of {unit} from 1 to {LARGEST_SIDE}.")
     return number
+
+
+def _checked_image_size(image_size: Any) -> tuple[int, int]:
+    try:
+        height, width = image_size
+    except (TypeError, ValueError):
+        raise ValueError(f"`image_size` is {shown(image_size)}; it must be (height, width) in pixels.") from None
+    return _positive_integer("height", height), _positive_integer("width", width)
+
+
+def _checked_view(view: Any) -> tuple[float, float, float, float]:
+    try:
+        left, top, right, bottom = map(float, view)
+    except (TypeError, ValueError):
+        left = top = right = bottom = math.nan
+    if not (left < right and top < bottom and all(map(math.isfinite, (left, top, right, bottom)))):
+        raise ValueError(f"`view` is {shown(view)}; it must be (left, top, right, bottom) in pixels of the image.")
+    return left, top, right, bottom
 
 
 def _checked_pinpoints(pinpoints: Any) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,96 @@
+"""`CallBudget`: what one call of a processor says of how much to keep, image by image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .pruning_config import VisualTokenPruningConfig, check_one_budget
+from .retention_bits import bits_of_ratio
+
+# Where transformers keeps arguments for a processor's parts: no place for ours, which belong to all of them.
+_NESTED = ("images_kwargs", "text_kwargs", "common_kwargs", "videos_kwargs", "audio_kwargs")
+
+
+class CallBudget:
+    """The pruning settings of every image of one processor call.
+
+    Args:
+        settings: the processor's own.
+        retention_ratio, token_budget: of the call, at most one of them: a number for all images, a sequence with one for
+            each, or None.
+
+    Raises:
+        ValueError: for both, for values out of range, and for nested sequences.
+    """
+
+    def __init__(self, settings: VisualTokenPruningConfig, retention_ratio: Any = None, token_budget: Any = None):
+        check_one_budget(retention_ratio, token_budget)
+        self._name = "retention_ratio" if token_budget is None else "token_budget"
+        given = retention_ratio if token_budget is None else token_budget
+        if hasattr(given, "tolist"):  # arrays, tensors and their scalars
+            given = given.tolist()
+        self.is_given = given is not None
+        self._one_per_image = isinstance(given, Sequence) and not isinstance(given, str)
+        values = given if self._one_per_image else [given]
+        self._prunings = [settings.for_call(**{self._name: value}) for value in values]
+        self._asked = 0
+
+    @classmethod
+    def taken_from(cls, settings: VisualTokenPruningConfig, keywords: dict[str, Any]) -> "CallBudget":
+        """The budget among the keywords of a call, which it leaves, since transformers does not know it.
+
+        Raises:
+            ValueError: also for a budget that is nested among the arguments for a part, and for whole settings.
+        """
+        names = ("retention_ratio", "token_budget")
+        for nested in _NESTED:
+            for name in set(names) & set(keywords.get(nested) or ()):
+                raise ValueError(
+                    f"`{name}` was given inside `{nested}`; give it at the top level: processor(..., {name}=...), or "
+                    f"processor_kwargs={{{name!r}: ...}}."
+                )
+        if "pruning_config" in keywords:
+            raise ValueError(
+                "`pruning_config` was given to a call, which takes `retention_ratio` or `token_budget`. To change the "
+                "settings, assign `processor.pruning_config` and `model.config.pruning_config`."
+            )
+        return cls(settings, **{name: keywords.pop(name) for name in names if name in keywords})
+
+    def of_image(self, index: int) -> VisualTokenPruningConfig:
+        """The settings of the image `index`, counted through the whole call."""
+        if not self._one_per_image:
+            return self._prunings[0]
+        if index >= len(self._prunings):
+            raise self._wrong_number("more")
+        return self._prunings[index]
+
+    def of_next_image(self) -> VisualTokenPruningConfig:
+        """The settings of the next image, where images are asked for in their order."""
+        self._asked += 1
+        return self.of_image(self._asked - 1)
+
+    def check_number(self, num_images: int) -> None:
+        """A ValueError if there is one value per image, and another number of images."""
+        if self._one_per_image and num_images != len(self._prunings):
+            raise self._wrong_number(str(num_images))
+
+    def _wrong_number(self, images: str) -> ValueError:
+        return ValueError(
+            f"`{self._name}` has {len(self._prunings)} values, and the call has {images} images. Give one value for each "
+            "image, in their order, or a single one for all."
+        )
+
+
+def as_model_input(ratios: Sequence[float], like: Any) -> Any:
+    """The ratios of a call's images as a model input: int64 (num_images,), the bits of their float64 values.
+
+    Args:
+        ratios: one per image.
+        like: another input of the same call, whose kind (PyTorch, NumPy, list) the result takes.
+    """
+    bits = [bits_of_ratio(ratio) for ratio in ratios]
+    if isinstance(like, torch.Tensor):
+        return torch.tensor(bits, dtype=torch.int64)
+    return np.array(bits, dtype=np.int64) if isinstance(like, np.ndarray) else bits

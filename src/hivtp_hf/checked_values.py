@@ -1,0 +1,74 @@
+"""Values that a person wrote, checked and shown: what every setting of the package goes through."""
+
+import math
+import numbers
+from typing import Any
+
+# More than any setting means, and a number that every float and every printed message can hold.
+LARGEST_WHOLE_NUMBER = 10**100
+
+
+def shown(value: Any) -> str:
+    """`value` and its type for an error message: never more than a line or two, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # Python writes no integer of thousands of digits, and no list that is nested too deep
+        text = "a value that cannot be printed"
+    if len(text) > 500:
+        text = f"{text[:400]} ... {text[-50:]}"
+    return f"{text} ({type(value).__name__})"
+
+
+def checked_number(
+    field: str,
+    value: Any,
+    kind: type,
+    minimum: float,
+    maximum: float | None = None,
+    above_minimum: bool = False,
+) -> Any:
+    """`value` as a plain `kind` (int or float) if it lies in the range.
+
+    Booleans, strings and tensors are refused rather than converted: in a configuration they are slips of the pen.
+
+    Args:
+        field: the name to put into the error.
+        value: what was given; NumPy scalars count as numbers.
+        kind: `int` or `float`.
+        minimum: the smallest allowed value.
+        maximum: the largest allowed value, or None.
+        above_minimum: whether `minimum` itself is outside the range.
+
+    Raises:
+        ValueError: names the field, the value and the allowed range.
+    """
+    family = numbers.Integral if kind is int else numbers.Real
+    number = None
+    if isinstance(value, family) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except OverflowError:  # an integer beyond the range of a float
+            number = None
+    allowed = f"a number above {minimum}" if above_minimum else f"a number from {minimum}"
+    if kind is int:
+        allowed = allowed.replace("a number", "a whole number")
+    if kind is int and maximum is None and number is not None and number > LARGEST_WHOLE_NUMBER:
+        maximum = LARGEST_WHOLE_NUMBER
+    if maximum is not None:
+        allowed += f" to {maximum}"
+    inside = (
+        number is not None
+        and (number > minimum if above_minimum else number >= minimum)
+        and (maximum is None or number <= maximum)
+        and math.isfinite(number)
+    )
+    if not inside:
+        raise ValueError(f"`{field}` is {shown(value)}; it must be {allowed}.")
+    return number
+
+
+def checked_flag(field: str, value: Any) -> bool:
+    """`value` if it is True or False; a ValueError that names the field otherwise."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{field}` is {shown(value)}; it must be True or False.")
+    return value

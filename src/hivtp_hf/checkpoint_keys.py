@@ -1,0 +1,20 @@
+"""Names of weights in checkpoints: ours are stock's, in every layout that transformers has written."""
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+
+def take_stock_keys(model_type: str, stock_type: str) -> None:
+    """Lets checkpoints of `model_type` rename their keys as those of the stock `stock_type`.
+
+    transformers renames by model type and knows only its own. Ours takes stock's rules, preceded by one that carries the
+    Hub's vision keys into the base model as well.
+    """
+    register_checkpoint_conversion_mapping(
+        model_type,
+        [
+            WeightRenaming(r"^vision_tower\.vision_model\.", "model.vision_tower."),
+            *(get_checkpoint_conversion_mapping(stock_type) or []),
+        ],
+        overwrite=True,
+    )

@@ -1,0 +1,50 @@
+"""Configuration of LLaVA-1.5 with visual token pruning."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import LlavaConfig
+
+from .pruned_configuration import PrunedConfigMixin, auto_map
+from .supported_transformers import check_transformers_version  # noqa: F401
+
+if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
+    from .checked_values import shown  # noqa: F401
+    from .methods import Hyperparameter  # noqa: F401
+    from .pruning_config import check_one_budget  # noqa: F401
+    from .ranking import descending_rank  # noqa: F401
+    from .retained_share import rounded_share  # noqa: F401
+    from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selectors_cls_attention import select_cls_attention  # noqa: F401
+    from .selectors_gprune import count_gprune  # noqa: F401
+    from .selectors_hiprune import select_hiprune  # noqa: F401
+    from .selectors_hivtp import HIVTPBudget  # noqa: F401
+    from .selectors_random import select_random  # noqa: F401
+    from .selectors_uniform import select_uniform  # noqa: F401
+    from .token_layout import TokenLayout  # noqa: F401
+
+
+class HIVTPLlavaConfig(PrunedConfigMixin, LlavaConfig):
+    r"""
+    Configuration of [`HIVTPLlavaForConditionalGeneration`]: LLaVA's own, and how to prune visual tokens.
+
+    Args:
+        pruning_config (`VisualTokenPruningConfig`, `dict` or `None`, *optional*):
+            As for [`HIVTPLlavaNextConfig`].
+        **kwargs:
+            As for [`~transformers.LlavaConfig`].
+
+    Raises:
+        ValueError: for settings out of range, naming field, value and range.
+
+    A stock checkpoint ("llava") loads directly, and prunes at the defaults.
+    """
+
+    model_type = "hivtp_llava"
+    stock_model_type: ClassVar[str] = LlavaConfig.model_type
+    family_auto_map: ClassVar[dict[str, str]] = auto_map("llava", "HIVTPLlava")
+    _auto_class = "AutoConfig"
+
+    pruning_config: Any = None
+
+
+__all__ = ["HIVTPLlavaConfig"]

@@ -1,0 +1,164 @@
+"""LLaVA-1.5 with visual token pruning: thin subclasses of transformers' model classes."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers.utils import can_return_tuple
+
+from .call_arguments import as_stock_with_ratio
+from .checkpoint_keys import take_stock_keys
+from .configuration_hivtp_llava import HIVTPLlavaConfig
+from .pruned_generation import PrunedGenerationMixin
+from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin
+from .pruning_config import VisualTokenPruningConfig
+from .supported_transformers import check_transformers_version  # noqa: F401
+from .token_layout import TokenLayout
+
+if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
+    from .attention_reduction import received_attention  # noqa: F401
+    from .checked_values import shown  # noqa: F401
+    from .generation_limits import repeats_images_by_prompt  # noqa: F401
+    from .methods import Hyperparameter  # noqa: F401
+    from .pruned_configuration import auto_map  # noqa: F401
+    from .pruned_features import feature_layer  # noqa: F401
+    from .ranking import descending_rank  # noqa: F401
+    from .received_attention import ReceivedAttention  # noqa: F401
+    from .retained_share import rounded_share  # noqa: F401
+    from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selectors_cls_attention import select_cls_attention  # noqa: F401
+    from .selectors_gprune import count_gprune  # noqa: F401
+    from .selectors_hiprune import select_hiprune  # noqa: F401
+    from .selectors_hivtp import HIVTPBudget  # noqa: F401
+    from .selectors_random import select_random  # noqa: F401
+    from .selectors_uniform import select_uniform  # noqa: F401
+    from .surplus_placeholders import surplus_of_images  # noqa: F401
+    from .visual_evidence import VisualEvidence  # noqa: F401
+
+
+take_stock_keys(HIVTPLlavaConfig.model_type, HIVTPLlavaConfig.stock_model_type)
+
+
+class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
+    r"""
+    The LLaVA model without a language modelling head, pruning its visual tokens by `config.pruning_config`.
+
+    Args:
+        config ([`HIVTPLlavaConfig`]): the configuration.
+
+    Raises:
+        ValueError: where the settings do not fit the vision tower: layers beyond its depth, images of varying size
+            (Pixtral), a method that needs a class token where there is none.
+
+    Source: the methods that `VisualTokenPruningConfig` names.
+    """
+
+    config: HIVTPLlavaConfig
+    config_class = HIVTPLlavaConfig
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: HIVTPLlavaConfig):
+        if config.vision_config.model_type == "pixtral":
+            raise ValueError(
+                "the vision tower is a Pixtral model, whose images vary in size; pruning needs one square tile per image. "
+                "Use a checkpoint with a CLIP or SigLIP tower."
+            )
+        super().__init__(config)
+        self._start_pruning()
+
+    def _image_sizes(self, pixel_values: Tensor, image_sizes: Any) -> list[tuple[int, int]]:
+        if image_sizes is not None:
+            raise ValueError("`image_sizes` was given, which LLaVA-1.5 does not take: it sees every image as one square tile.")
+        return [(self.config.vision_config.image_size,) * 2] * len(pixel_values)
+
+    def _token_layout(self, height: int, width: int, pruning: VisualTokenPruningConfig, strategy: str) -> TokenLayout:
+        if strategy not in ("default", "full"):
+            raise ValueError(f"`vision_feature_select_strategy` is {strategy!r}; it must be 'default' or 'full'.")
+        vision = self.config.vision_config
+        # "default" drops the first token, whether or not it is a class token.
+        extra_tokens = int(self._has_cls_token) - (strategy == "default")
+        return TokenLayout.single_tile(vision.image_size // vision.patch_size, pruning, extra_tokens=extra_tokens)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: None = None,
+        retention_ratio: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> tuple | PrunedImageFeaturesOutput:
+        r"""
+        The visual tokens that are kept of every image, after the projector.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
+                As the processor returns them.
+            vision_feature_layer (`int` or `list[int]`, *optional*), vision_feature_select_strategy (`str`, *optional*):
+                As for the stock model; the configuration's by default.
+            image_sizes (`None`):
+                Takes no other value; stock hands it to towers that this class does not take.
+            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
+                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
+                of float64 values), or a number for all images.
+
+        Returns:
+            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
+
+        Raises:
+            ValueError: for inputs that do not fit each other or the pruning settings.
+        """
+        layouts = self._layouts(pixel_values, image_sizes, vision_feature_select_strategy, retention_ratio)
+        stock = functools.partial(
+            super().get_image_features,
+            pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            return_dict=True,
+            **kwargs,
+        )
+        return self._prune_image_features(stock, layouts, vision_feature_layer)
+
+    @as_stock_with_ratio(LlavaModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class HIVTPLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditionalGeneration):
+    r"""
+    LLaVA with a language modelling head, pruning its visual tokens by `config.pruning_config`.
+
+    Loads pruned and stock LLaVA checkpoints; `from_pretrained(stock, pruning_config={...})` sets the pruning.
+
+    Args:
+        config ([`HIVTPLlavaConfig`]): the configuration.
+
+    Raises:
+        ValueError: as [`HIVTPLlavaModel`].
+
+    Source: the methods that `VisualTokenPruningConfig` names.
+    """
+
+    config: HIVTPLlavaConfig
+    config_class = HIVTPLlavaConfig
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: HIVTPLlavaConfig):
+        # Past the stock class's own constructor, which would build the stock model inside.
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = HIVTPLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @functools.wraps(HIVTPLlavaModel.get_image_features)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_image_features(*args, **kwargs)
+
+    @as_stock_with_ratio(LlavaForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+__all__ = ["HIVTPLlavaForConditionalGeneration", "HIVTPLlavaModel"]

@@ -1,0 +1,66 @@
+"""What every family's configuration shares: `pruning_config`, validated and stored, over a stock configuration."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .pruning_config import VisualTokenPruningConfig
+
+# A mixin's calls to super() reach the stock class that comes behind it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Stock
+else:
+    _Stock = object
+
+
+def auto_map(family: str, class_prefix: str) -> dict[str, str]:
+    """By this map a checkpoint that is loaded without the package finds its classes, in the files beside its weights.
+
+    Args:
+        family: the family's part of the file names, such as "llava_next".
+        class_prefix: the common part of its class names, such as "HIVTPLlavaNext".
+    """
+    modeling = f"modeling_hivtp_{family}.{class_prefix}"
+    return {
+        "AutoConfig": f"configuration_hivtp_{family}.{class_prefix}Config",
+        "AutoModel": f"{modeling}Model",
+        "AutoModelForImageTextToText": f"{modeling}ForConditionalGeneration",
+        "AutoModelForMultimodalLM": f"{modeling}ForConditionalGeneration",
+    }
+
+
+class PrunedConfigMixin(_Stock):
+    """A stock configuration that also says how to prune visual tokens. Comes before the stock class."""
+
+    # The model type of stock checkpoints of the family, and what a checkpoint of ours says of its classes.
+    stock_model_type: ClassVar[str]
+    family_auto_map: ClassVar[dict[str, str]]
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # The one place that every route passes: constructor, stored file, and keywords of from_pretrained, which are set
+        # on the finished object.
+        if key == "pruning_config":
+            value = VisualTokenPruningConfig.coerce(value)
+        super().__setattr__(key, value)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError):  # what becomes of JSON that is no object
+            config_dict = None
+        # Without one, transformers would go on with the defaults: a model of 7 billion weights, at another ratio.
+        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no config.json that names its `model_type`. Load a checkpoint of the "
+                f"type {cls.stock_model_type!r} with all of its files."
+            )
+        if config_dict.get("model_type") == cls.stock_model_type:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for any config, with `pruning_config` as a plain dict and the whole `auto_map`."""
+        output = super().to_dict()
+        output["pruning_config"] = self.pruning_config.to_dict()
+        # transformers itself writes the one entry of the class that is being saved.
+        output["auto_map"] = dict(self.family_auto_map)
+        return output

@@ -1,0 +1,284 @@
+"""Every method in whole models: the same guarantees at every ratio, on every kind of batch, in both families."""
+
+import pytest
+import torch
+
+from families import FAMILIES
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
+from hivtp_hf.methods import METHODS
+from hivtp_hf.selectors_cls_attention import select_cls_attention
+from hivtp_hf.selectors_gprune import select_gprune
+from hivtp_hf.selectors_hiprune import select_hiprune
+from hivtp_hf.selectors_random import select_random
+from hivtp_hf.selectors_uniform import select_uniform
+from oracle import oracle_inputs
+from tiny_models import image_inputs, photo, twins
+
+# A new method adds its line here: the settings to run it with beside a ratio.
+TESTED = {
+    "hivtp": {},
+    "hiprune": {"object_layer": 5},
+    "gprune": {},
+    "cls_attention": {},
+    "random": {"seed": 7},
+    "uniform": {},
+    "none": {},
+}
+RATIOS = (1.0, 0.9, 0.57, 0.5, 1 / 3, 2 / 9, 1 / 9, 1 / 18, 1 / 36)
+# Rows of several lengths and numbers of images, one of them without any; every pinpoint shape of LLaVA-NeXT occurs.
+TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "no image at all. ASSISTANT:", "<image> and <image>", "<image>, <image>"]
+SIZES = [(60, 100), (112, 112), (200, 50), (20, 20), (30, 170)]
+TOWERS = {"CLIP": {}, "SigLIP": {"vision_type": "siglip_vision_model"}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    return twins(family=request.param)
+
+
+@pytest.fixture(scope="module")
+def next_pair():
+    return twins()
+
+
+def prune_by(pair, **pruning):
+    pair.pruned.config.pruning_config = pair.processor.pruning_config = pruning
+    return pair
+
+
+def ratios_of(method: str) -> tuple[float, ...]:
+    return (1.0,) if METHODS[method].keeps_everything else RATIOS
+
+
+MATRIX = [(method, ratio) for method in TESTED for ratio in ratios_of(method)]
+
+
+def images():
+    return [photo(*size, seed) for seed, size in enumerate(SIZES)]
+
+
+def batch(pair, **call):
+    return pair.processor(images=images(), text=TEXTS, padding=True, return_tensors="pt", **call)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def features(pair, inputs, dtype=torch.float32):
+    with torch.no_grad():
+        return pair.pruned.get_image_features(**image_inputs(inputs))
+
+
+def test_every_method_is_tested():
+    assert list(TESTED) == list(METHODS)
+
+
+@pytest.mark.parametrize(("method", "ratio"), MATRIX)
+def test_guarantees(pair, method, ratio):
+    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method])
+    inputs = batch(pair)
+    output = features(pair, inputs)
+    layouts = [pair.processor.token_layout(*size) for size in SIZES]
+
+    # Processor, layout and model count the same, and the cells of each group are as many as the layout says.
+    is_placeholder = inputs["input_ids"] == pair.pruned.config.image_token_id
+    assert int(is_placeholder.sum()) == sum(layout.num_retained for layout in layouts)
+    announced = pair.processor._get_num_multimodal_tokens(image_sizes=SIZES)
+    assert announced["num_image_tokens"] == [layout.num_retained for layout in layouts]
+    for layout, kept in zip(layouts, output.kept_indices, strict=True):
+        assert len(kept) == layout.num_retained
+        assert bool((kept.diff() > 0).all())
+        cells = layout.cells(kept)
+        per_tile = cells[:, 0].bincount(minlength=layout.num_tiles).tolist()
+        groups = per_tile if len(layout.group_totals) == layout.num_tiles else [per_tile[0], sum(per_tile[1:])]
+        assert tuple(groups) == layout.group_totals
+        assert bool(layout.valid[cells.unbind(1)].all())
+
+    # The kept features are stock's own, and what follows from them is what stock makes of the shorter sequence.
+    with torch.no_grad():
+        packed = pair.stock.get_image_features(**image_inputs(inputs)).pooler_output
+    for kept, pruned, stock in zip(output.kept_indices, output.pooler_output, packed, strict=True):
+        assert torch.equal(pruned, stock[kept])
+    got, is_token = logits(pair.pruned, inputs), inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[is_token], logits(pair.stock, oracle_inputs(pair, inputs))[is_token], atol=1e-4, rtol=1e-4)
+    if ratio == 1:
+        stock_inputs = pair.stock_processor(images=images(), text=TEXTS, padding=True, return_tensors="pt")
+        assert torch.equal(got, logits(pair.stock, stock_inputs))
+
+    # Images alone keep the same tokens as in the batch, and a ratio of the call the same as one of the configuration.
+    for image, kept in zip(images(), output.kept_indices, strict=True):
+        single = pair.processor(images=image, text="<image>", return_tensors="pt")
+        assert torch.equal(features(pair, single).kept_indices[0], kept)
+    if not METHODS[method].keeps_everything:
+        prune_by(pair, method=method, retention_ratio=0.77, **TESTED[method])
+        called = batch(pair, retention_ratio=ratio)
+        with torch.no_grad():
+            kept_by_call = pair.pruned.get_image_features(
+                **image_inputs(called), retention_ratio=called["retention_ratio"]
+            ).kept_indices
+        assert [kept.tolist() for kept in kept_by_call] == [kept.tolist() for kept in output.kept_indices]
+
+
+@pytest.mark.parametrize("method", TESTED)
+def test_bfloat16(pair, method):
+    ratio = ratios_of(method)[-1]
+    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method])
+    inputs = batch(pair).to(torch.bfloat16)
+    models = [model.to(torch.bfloat16) for model in (pair.pruned, pair.stock)]
+    try:
+        with torch.no_grad():
+            output = models[0].get_image_features(**image_inputs(inputs))
+            packed = models[1].get_image_features(**image_inputs(inputs)).pooler_output
+            assert models[0](**inputs).logits.dtype == torch.bfloat16
+    finally:
+        for model in models:
+            model.float()
+    layouts = [pair.processor.token_layout(*size) for size in SIZES]
+    assert [len(kept) for kept in output.kept_indices] == [layout.num_retained for layout in layouts]
+    for kept, pruned, stock in zip(output.kept_indices, output.pooler_output, packed, strict=True):
+        assert torch.equal(pruned, stock[kept])
+
+
+@pytest.mark.parametrize("keep_newlines", [True, False])
+@pytest.mark.parametrize("method", TESTED)
+def test_newlines(next_pair, method, keep_newlines):
+    pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-2:][0], keep_newlines=keep_newlines)
+    if method == "hiprune":
+        pair = prune_by(pair, method=method, retention_ratio=RATIOS[-2], keep_newlines=keep_newlines, object_layer=5)
+    inputs = batch(pair)
+    for size, kept in zip(SIZES, features(pair, inputs).kept_indices, strict=True):
+        layout = pair.processor.token_layout(*size)
+        assert len(kept) - len(layout.cells(kept)) == layout.num_newlines
+        assert (layout.num_newlines > 0) == keep_newlines
+    assert logits(pair.pruned, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("method", TESTED)
+def test_ratios_in_one_batch(next_pair, method):
+    """Images of one call at ratios of their own keep what they keep alone."""
+    pair = prune_by(next_pair, method=method, **TESTED[method])
+    ratios = [1.0] * 5 if METHODS[method].keeps_everything else [1.0, 0.5, 1 / 9, 0.5, 0.3]
+    inputs = batch(pair, retention_ratio=ratios)
+    with torch.no_grad():
+        together = pair.pruned.get_image_features(**image_inputs(inputs), retention_ratio=inputs["retention_ratio"])
+        for image, ratio, kept in zip(images(), ratios, together.kept_indices, strict=True):
+            single = pair.processor(images=image, text="<image>", return_tensors="pt", retention_ratio=ratio)
+            alone = pair.pruned.get_image_features(**image_inputs(single), retention_ratio=single["retention_ratio"])
+            assert torch.equal(alone.kept_indices[0], kept)
+
+
+def attention_maps(model, pixels):
+    """Of every encoder layer the whole attention, (tiles, heads, queries, keys), from eager attention."""
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return tower(pixels, output_attentions=True).attentions
+    finally:
+        tower.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(
+    ("pruning", "feature_layer", "read_layers"),
+    [
+        ({"method": "hivtp", "importance_start_layer": 2, "importance_num_layers": 2}, -2, (2, 3)),
+        ({"method": "hiprune", "object_layer": 4}, -2, (4, 8)),
+        ({"method": "hiprune", "object_layer": 4}, [-4, 3], (4, 2)),
+        ({"method": "hiprune", "object_layer": 4, "deep_layer": 7}, -2, (4, 7)),
+        ({"method": "hiprune", "object_layer": 4, "deep_layer": 4, "published_borders": True}, -1, (4, 4)),
+        ({"method": "cls_attention"}, -2, (8,)),
+        ({"method": "cls_attention"}, -1, (9,)),
+        ({"method": "cls_attention", "layer": 3}, -2, (3,)),
+        ({"method": "gprune", "iterations": 2}, -2, ()),
+        ({"method": "random", "seed": 3}, -2, ()),
+        ({"method": "uniform"}, -2, ()),
+    ],
+    ids=str,
+)
+def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
+    """What each method is to look at, taken from the stock model's own maps and features, gives what the model keeps."""
+    if tower == "SigLIP" and pruning["method"] == "cls_attention":
+        pytest.skip("no class token; the refusal is tested below")
+    settings = VisualTokenPruningConfig(**pruning, retention_ratio=0.3)
+    pair = twins(settings, vision_feature_layer=feature_layer, **TOWERS[tower])
+    size = (60, 100)
+    inputs = pair.processor(images=photo(*size), text="<image>", return_tensors="pt")
+    layout: TokenLayout = pair.processor.token_layout(*size)
+    pixels = inputs["pixel_values"][0, : layout.num_tiles]
+    maps = [layer.mean(1) for layer in attention_maps(pair.stock, pixels)]
+    has_cls = int(tower == "CLIP")
+
+    def cells(of_tokens):
+        return of_tokens[:, has_cls:].view(-1, layout.grid, layout.grid)
+
+    received = [cells(maps[layer].mean(1)) for layer in read_layers]
+    with torch.no_grad():
+        packed = pair.stock.get_image_features(**image_inputs(inputs)).pooler_output
+    expected = {
+        "hivtp": lambda: select_hivtp(sum(received) / 2, layout.valid, settings),
+        "hiprune": lambda: select_hiprune(*received, layout.valid, settings),
+        "cls_attention": lambda: select_cls_attention(cells(maps[read_layers[0]][:, 0]), layout.valid, settings),
+        "gprune": lambda: select_gprune(packed, [layout], settings),
+        "random": lambda: select_random(list(range(layout.num_tiles)), layout.valid, settings),
+        "uniform": lambda: select_uniform(layout.valid, settings),
+    }[pruning["method"]]()
+    assert torch.equal(features(pair, inputs).kept_indices[0], layout.kept_indices(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("pruning", "vision_feature_layer", "named"),
+    [
+        ({"method": "hivtp", "importance_start_layer": 9}, None, ["importance_start_layer", "given: 9", "10 layers"]),
+        ({"method": "hiprune", "object_layer": 10}, None, ["object_layer", "given: 10", "0 to 9"]),
+        ({"method": "hiprune", "deep_layer": 11}, None, ["deep_layer", "given: 11", "0 to 9"]),
+        ({"method": "cls_attention", "layer": 10}, None, ["`layer` (given: 10)", "0 to 9"]),
+        ({"method": "cls_attention"}, 0, ["`layer` (given: None)", "0 to 9"]),
+    ],
+    ids=str,
+)
+def test_layers_beyond_the_tower(family, pruning, vision_feature_layer, named):
+    with pytest.raises(ValueError) as refused:
+        twins(pruning, vision_feature_layer=vision_feature_layer, family=family)
+    for words in named:
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_class_attention_needs_a_class_token(family):
+    with pytest.raises(ValueError, match=r"no class token. Choose one of 'hivtp', 'hiprune', 'gprune', 'random'"):
+        twins({"method": "cls_attention"}, family=family, vision_type="siglip_vision_model")
+    pair = twins(family=family, vision_type="siglip_vision_model")
+    prune_by(pair, method="cls_attention")
+    with pytest.raises(ValueError, match="no class token"):
+        pair.pruned(**batch(pair))
+
+
+def test_methods_choose_differently(next_pair):
+    kept = {}
+    for method in TESTED:
+        if not METHODS[method].keeps_everything:
+            pair = prune_by(next_pair, method=method, retention_ratio=0.3, **TESTED[method])
+            kept[method] = tuple(features(pair, batch(pair)).kept_indices[1].tolist())
+    assert len(set(kept.values())) == len(kept)
+
+
+@pytest.mark.parametrize("method", TESTED)
+def test_scoring_reads_nothing_that_is_not_needed(next_pair, method, monkeypatch):
+    """Methods that do not look at attention leave the tower alone, and so does a ratio of 1."""
+    calls = []
+    tap = next_pair.pruned.model._received_attention_tap
+    monkeypatch.setattr(
+        tap, "call", lambda stock, collector: calls.append(collector.layers) or type(tap).call(tap, stock, collector)
+    )
+    pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-1], **TESTED[method])
+    features(pair, batch(pair))
+    assert bool(calls) == (method in ("hivtp", "hiprune", "cls_attention"))
+    calls.clear()
+    prune_by(pair, method=method, retention_ratio=1, **TESTED[method])
+    features(pair, batch(pair))
+    assert not calls
