@@ -1,4 +1,5 @@
-"""Stock LLaVA-NeXT beside the same weights with pruned visual tokens: token counts, prefill time, KV cache, kept cells.
+"""A stock model beside the same weights with pruned visual tokens: token counts, prefill time, KV cache, and what each
+method keeps of a photograph.
 
 python examples/demo.py                          a tiny model with random weights on real photographs, offline
 python examples/demo.py MODEL IMAGE "QUESTION"   your own checkpoint, stock or pruned, on your own image
@@ -13,16 +14,41 @@ from typing import NamedTuple
 import torch
 import transformers
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedConfig, pipeline
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    pipeline,
+)
 from transformers.image_utils import load_image
 
-from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
-from hivtp_hf.visualization import draw_kept_cells
+from hivtp_hf import (
+    HIVTPLlavaForConditionalGeneration,
+    HIVTPLlavaNextForConditionalGeneration,
+    HIVTPLlavaNextProcessor,
+    HIVTPLlavaProcessor,
+)
+from hivtp_hf.methods import METHODS
+from hivtp_hf.visualization import draw_comparison, draw_kept_cells
 from tiny_checkpoint import build_stock_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
 TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
+RATIOS = {"50 %": 1 / 2, "22 %": 2 / 9, "11 %": 1 / 9}
+# By the model type of a stock checkpoint, stock's classes and ours.
+FAMILIES = {
+    "llava_next": (
+        (LlavaNextForConditionalGeneration, LlavaNextProcessor),
+        (HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor),
+    ),
+    "llava": (
+        (LlavaForConditionalGeneration, LlavaProcessor),
+        (HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
+    ),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -48,14 +74,23 @@ def load(name: str, model_class, processor_class):
     return pipeline("image-text-to-text", model=model, processor=processor_class.from_pretrained(name), device=DEVICE)
 
 
-def load_pruned(name: str):
-    model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    if model_type == HIVTPLlavaNextConfig.model_type:
+def load_pair(stock_name: str, pruned_name: str) -> tuple:
+    """Pipelines of the stock model and of the pruned one; both names may be those of one checkpoint, stock or pruned."""
+    model_type = str(PreTrainedConfig.get_config_dict(pruned_name)[0].get("model_type"))
+    family = FAMILIES.get(model_type.removeprefix("hivtp_"))
+    if family is None:
+        known = " or ".join(map(repr, FAMILIES))
+        raise ValueError(
+            f"it has the model type {model_type!r}; give a checkpoint of type {known}, stock or pruned by hivtp_hf."
+        )
+    if model_type.startswith("hivtp_"):
         # Where hivtp_hf is not imported, this line runs the code that lies in the checkpoint; here it runs the package.
-        return pipeline("image-text-to-text", model=name, trust_remote_code=True, device=DEVICE)
-    if model_type != "llava_next":
-        raise ValueError(f"it has the model type {model_type!r}; give a LLaVA-NeXT checkpoint, stock or pruned by hivtp_hf.")
-    return load(name, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor)
+        pruned = pipeline("image-text-to-text", model=pruned_name, trust_remote_code=True, device=DEVICE)
+    else:
+        pruned = load(pruned_name, *family[1])
+    # Warnings about the weights have been shown by now; those to come repeat them or concern the pipeline's own defaults.
+    transformers.logging.set_verbosity_error()
+    return load(stock_name, *family[0]), pruned
 
 
 def load_photographs(image_path: str | None) -> dict[str, Image.Image]:
@@ -95,11 +130,33 @@ def measure(pipes: list, messages: list[dict], repeats: int) -> list[Prefill]:
     return [runs[0]._replace(seconds=statistics.median(run.seconds for run in runs)) for runs in runs_of_pipe]
 
 
-@torch.inference_mode()
-def draw(pipe, image: Image.Image, messages: list[dict]) -> Image.Image:
-    inputs = prepare(pipe, messages)
-    kept_indices = pipe.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices[0]
-    return draw_kept_cells(image, pipe.processor.token_layout(image.height, image.width), kept_indices)
+def encode(pipe, image: Image.Image) -> tuple:
+    """The layout of an image under the model's settings, and the indices of the tokens that the model keeps."""
+    inputs = pipe.processor(images=image, text="<image>", return_tensors="pt").to(pipe.device, dtype=pipe.model.dtype)
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    with torch.inference_mode():
+        kept_indices = pipe.model.get_image_features(**images).kept_indices[0]
+    return pipe.processor.token_layout(image.height, image.width), kept_indices
+
+
+def compare_methods(pipe, image: Image.Image) -> Image.Image:
+    """One photograph under every method: one word of the settings changes from column to column."""
+    settings, columns = pipe.model.config.pruning_config, {}
+    for method in METHODS:
+        columns[method] = []
+        for ratio in RATIOS.values():
+            # Stock has one panel, since it keeps everything.
+            pruning = {"method": method} if METHODS[method].keeps_everything else {"method": method, "retention_ratio": ratio}
+            pipe.model.config.pruning_config = pipe.processor.pruning_config = pruning
+            try:
+                shown = None if columns[method] and METHODS[method].keeps_everything else encode(pipe, image)
+            except ValueError as error:  # such as a method that needs a class token
+                print(f"{method} is left out: {error}")
+                del columns[method]
+                break
+            columns[method].append(shown)
+    pipe.model.config.pruning_config = pipe.processor.pruning_config = settings
+    return draw_comparison(image, list(RATIOS), columns)
 
 
 def answer(pipe, messages: list[dict]) -> str:
@@ -120,15 +177,20 @@ def report(stock, pruned, photographs: dict[str, Image.Image], question: str, fo
         row = f"{name[:12]:12}{f'{image.width}x{image.height}':>11}{before.image_tokens:9}{after.image_tokens:8}"
         row += "".join(f"{run.seconds * 1e3:{width}.0f} ms" for run, width in ((before, 9), (after, 8)))
         print(row + "".join(f"{run.cache_bytes / 2**20:8.2f} MiB" for run in (before, after)), flush=True)
-        draw(pruned, image, messages).save(folder / f"{name}_kept.png")
+        draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{name}_kept.png")
         answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
     print(f"\n{question}", *answers, f"\nThe kept cells are drawn in {folder / '*_kept.png'}.", sep="\n")
+    name, image = next(iter(photographs.items()))
+    compare_methods(pruned, image).save(folder / f"{name}_methods.png")
+    print(f"{name} under every method at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
 
 
 def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> None:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="name or path of a LLaVA-NeXT checkpoint (loaded twice: stock and pruned)")
+    parser.add_argument(
+        "model", nargs="?", help="name or path of a LLaVA-NeXT or LLaVA-1.5 checkpoint, stock or pruned (loaded twice)"
+    )
     parser.add_argument("image", nargs="?", help="an image file; scikit-image's photographs by default")
     parser.add_argument("question", nargs="?", default="What is shown in this image?", help='"%(default)s" by default')
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures (%(default)s)")
@@ -150,12 +212,9 @@ def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> N
         print("A tiny LLaVA-NeXT with random weights: its answers are nonsense. Counts, times and sizes are real, for it only.")
         stock_name, pruned_name = build_checkpoints(options.output, tiny_model)
     try:
-        pruned = load_pruned(pruned_name)
+        stock, pruned = load_pair(stock_name, pruned_name)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load the model {pruned_name!r}: {error}")
-    # Warnings about the weights have been shown by now; those to come repeat them or concern the pipeline's own defaults.
-    transformers.logging.set_verbosity_error()
-    stock = load(stock_name, LlavaNextForConditionalGeneration, LlavaNextProcessor)
     for pipe in (stock, pruned):
         print(f"{type(pipe.model).__name__} from {type(pipe.model).__module__}")
     report(stock, pruned, photographs, options.question, options.output, options.repeats)

@@ -10,6 +10,7 @@ from PIL import Image
 import demo
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.methods import METHODS
 from tiny_models import photo
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -55,6 +56,7 @@ def test_tiny_model_on_a_photograph(tmp_path, capsys, monkeypatch):
     assert "random weights" in output
     assert "nonsense" in output
     assert Image.open(tmp_path / "chelsea_kept.png").format == "PNG"
+    assert Image.open(tmp_path / "chelsea_methods.png").width > 300 * len(METHODS)
     assert json.loads((tmp_path / "pruned_checkpoint" / "config.json").read_text())["model_type"] == "hivtp_llava_next"
 
 
@@ -67,12 +69,12 @@ def test_own_checkpoint_and_image(kind, pruning, checkpoint, image_path, tmp_pat
     assert row_of("holiday", output)[:4] == ["holiday", "130x90", str(expected.num_stock), str(expected.num_retained)]
     assert "Is there a dog?" in output
     assert "random weights" not in output
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["holiday_kept.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["holiday_kept.png", "holiday_methods.png"]
 
 
 def test_cache_bytes_are_those_of_the_prompt(checkpoint):
     messages = [{"role": "user", "content": [{"type": "image", "image": photo(90, 130)}, {"type": "text", "text": "?"}]}]
-    pipe = demo.load_pruned(str(checkpoint))
+    _, pipe = demo.load_pair(str(checkpoint), str(checkpoint))
     (prefill,) = demo.measure([pipe], messages, repeats=1)
     tokens = demo.prepare(pipe, messages)["input_ids"].shape[1]
     assert prefill.cache_bytes == tokens * 2 * 2 * 32 * 4  # keys and values, of 2 layers with one head of 32 float32

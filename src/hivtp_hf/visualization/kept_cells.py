@@ -24,10 +24,11 @@ _TILE_BORDER = (255, 204, 0)
 
 
 def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tensor) -> Image.Image:
-    """Draws which cells of an image are kept: left those of the base tile, right those of the crops.
+    """Draws which cells of an image are kept: left those of the base tile, right those of the crops, if there are any.
 
-    Kept cells show the photograph as it is, everything else fades to grey, also the few pixels at the border that
-    un-padding takes from the stock model as well. Yellow lines separate the tiles. Newline tokens show no cell.
+    Kept cells show the photograph as it is, everything else fades to grey, also what the stock model does not see: the few
+    pixels at the border that un-padding takes, or what a centre crop leaves out. Yellow lines separate the tiles. Newline
+    tokens show no cell.
 
     Args:
         image: the image that the processor was given, in any mode.
@@ -36,15 +37,39 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
             `model.model.get_image_features(...).kept_indices[i]`.
 
     Returns:
-        An RGB picture with both panels side by side under their captions. The longer side of a panel measures `PANEL_SIDE`
+        An RGB picture with the panels side by side under their captions. The longer side of a panel measures `PANEL_SIDE`
         pixels, so an image of that size is drawn pixel by pixel.
 
     Raises:
         ValueError: for anything but a PIL image, an image of another size than the layout's, and indices that are no
             positions of the layout's packed sequence.
     """
-    kept_indices = _checked_arguments(image, layout, kept_indices)
-    scale = PANEL_SIDE / max(image.size)
+    kept_indices = checked_arguments(image, layout, kept_indices)
+    panels = [("base tile", range(1))]
+    if layout.num_tiles > 1:
+        crops = layout.num_tiles - 1
+        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
+    drawn = []
+    for title, tiles in panels:
+        panel, kept, cells = draw_tiles(image, layout, kept_indices, tiles, PANEL_SIDE)
+        drawn.append((f"{title}: {kept} of {cells} cells kept", panel))
+    return _side_by_side(drawn)
+
+
+def draw_tiles(
+    image: Image.Image, layout: TokenLayout, kept_indices: Tensor, tiles: range, panel_side: int
+) -> tuple[Image.Image, int, int]:
+    """One panel: an image with the kept cells of some of its tiles.
+
+    Args:
+        image, layout, kept_indices: as `draw_kept_cells` takes and checks them.
+        tiles: the base tile, `range(1)`, or crops.
+        panel_side: longer side of the panel in pixels.
+
+    Returns:
+        The panel, and how many cells of these tiles are kept, and how many there are.
+    """
+    scale = panel_side / max(image.size)
     panel_size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     bright = image.convert("RGB").resize(panel_size, Image.Resampling.LANCZOS)
     faded = ImageOps.colorize(bright.convert("L"), (_FADED_BLACK,) * 3, (_FADED_WHITE,) * 3)
@@ -52,22 +77,24 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
     every_index = torch.arange(layout.num_stock)
     tile_of_cell, boxes = layout.cells(every_index)[:, 0], _panel_boxes(layout, every_index, panel_size)
     tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], _panel_boxes(layout, kept_indices, panel_size)
-    crops = range(1, layout.num_tiles)
-    panels = []
-    for title, tiles in (("base tile", range(1)), ("1 crop" if len(crops) == 1 else f"{len(crops)} crops", crops)):
-        in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
-        kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
-        panel = _draw_panel(bright, faded, kept_boxes[kept_in_panel].tolist())
-        _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
-        panels.append((f"{title}: {int(kept_in_panel.sum())} of {int(in_panel.sum())} cells kept", panel))
-    return _side_by_side(panels)
+    in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
+    kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
+    panel = _draw_panel(bright, faded, kept_boxes[kept_in_panel].tolist())
+    _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
+    return panel, int(kept_in_panel.sum()), int(in_panel.sum())
 
 
-def _checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Tensor:
+def checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Tensor:
+    """The indices on the CPU, ascending; ValueError as `draw_kept_cells`."""
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"`image` is a {type(image).__name__}; it must be a PIL image. Use `PIL.Image.open(path)`, or "
             "`PIL.Image.fromarray(array)` for an array of bytes (height, width, 3)."
+        )
+    if layout.image_size is None:
+        raise ValueError(
+            "`layout` was built without the image's size. Take `processor.token_layout(image.height, image.width)`, or give "
+            "`image_size` to `TokenLayout.single_tile`."
         )
     height, width = layout.image_size
     if (image.height, image.width) != (height, width):
@@ -96,6 +123,7 @@ def _checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Te
 
 def _panel_boxes(layout: TokenLayout, indices: Tensor, panel_size: tuple[int, int]) -> Tensor:
     """Left, top, right, bottom in whole pixels of a panel, int64 (cells, 4); the last two lie outside the cell."""
+    assert layout.image_size is not None  # checked with the arguments
     height, width = layout.image_size
     scale = torch.tensor([panel_size[0] / width, panel_size[1] / height] * 2, dtype=torch.float64)
     return (layout.pixel_boxes(indices) * scale).round().long()
