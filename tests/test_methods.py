@@ -12,18 +12,9 @@ from hivtp_hf.selectors_hiprune import select_hiprune
 from hivtp_hf.selectors_random import select_random
 from hivtp_hf.selectors_uniform import select_uniform
 from oracle import oracle_inputs
+from tested_methods import TESTED
 from tiny_models import image_inputs, photo, twins
 
-# A new method adds its line here: the settings to run it with beside a ratio.
-TESTED = {
-    "hivtp": {},
-    "hiprune": {"object_layer": 5},
-    "gprune": {},
-    "cls_attention": {},
-    "random": {"seed": 7},
-    "uniform": {},
-    "none": {},
-}
 RATIOS = (1.0, 0.9, 0.57, 0.5, 1 / 3, 2 / 9, 1 / 9, 1 / 18, 1 / 36)
 # Rows of several lengths and numbers of images, one of them without any; every pinpoint shape of LLaVA-NeXT occurs.
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "no image at all. ASSISTANT:", "<image> and <image>", "<image>, <image>"]
@@ -77,7 +68,7 @@ def test_every_method_is_tested():
 
 @pytest.mark.parametrize(("method", "ratio"), MATRIX)
 def test_guarantees(pair, method, ratio):
-    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method])
+    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method].small)
     inputs = batch(pair)
     output = features(pair, inputs)
     layouts = [pair.processor.token_layout(*size) for size in SIZES]
@@ -112,7 +103,7 @@ def test_guarantees(pair, method, ratio):
         single = pair.processor(images=image, text="<image>", return_tensors="pt")
         assert torch.equal(features(pair, single).kept_indices[0], kept)
     if not METHODS[method].keeps_everything:
-        prune_by(pair, method=method, retention_ratio=0.77, **TESTED[method])
+        prune_by(pair, method=method, retention_ratio=0.77, **TESTED[method].small)
         called = batch(pair, retention_ratio=ratio)
         with torch.no_grad():
             kept_by_call = pair.pruned.get_image_features(
@@ -124,7 +115,7 @@ def test_guarantees(pair, method, ratio):
 @pytest.mark.parametrize("method", TESTED)
 def test_bfloat16(pair, method):
     ratio = ratios_of(method)[-1]
-    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method])
+    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method].small)
     inputs = batch(pair).to(torch.bfloat16)
     models = [model.to(torch.bfloat16) for model in (pair.pruned, pair.stock)]
     try:
@@ -144,9 +135,8 @@ def test_bfloat16(pair, method):
 @pytest.mark.parametrize("keep_newlines", [True, False])
 @pytest.mark.parametrize("method", TESTED)
 def test_newlines(next_pair, method, keep_newlines):
-    pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-2:][0], keep_newlines=keep_newlines)
-    if method == "hiprune":
-        pair = prune_by(pair, method=method, retention_ratio=RATIOS[-2], keep_newlines=keep_newlines, object_layer=5)
+    settings = {"method": method, "retention_ratio": ratios_of(method)[-1], **TESTED[method].small}
+    pair = prune_by(next_pair, **settings, keep_newlines=keep_newlines)
     inputs = batch(pair)
     for size, kept in zip(SIZES, features(pair, inputs).kept_indices, strict=True):
         layout = pair.processor.token_layout(*size)
@@ -158,7 +148,7 @@ def test_newlines(next_pair, method, keep_newlines):
 @pytest.mark.parametrize("method", TESTED)
 def test_ratios_in_one_batch(next_pair, method):
     """Images of one call at ratios of their own keep what they keep alone."""
-    pair = prune_by(next_pair, method=method, **TESTED[method])
+    pair = prune_by(next_pair, method=method, **TESTED[method].small)
     ratios = [1.0] * 5 if METHODS[method].keeps_everything else [1.0, 0.5, 1 / 9, 0.5, 0.3]
     inputs = batch(pair, retention_ratio=ratios)
     with torch.no_grad():
@@ -242,7 +232,7 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     ids=str,
 )
 def test_layers_beyond_the_tower(family, pruning, vision_feature_layer, named):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="the vision tower has 10 layers") as refused:
         twins(pruning, vision_feature_layer=vision_feature_layer, family=family)
     for words in named:
         assert words in str(refused.value)
@@ -262,7 +252,7 @@ def test_methods_choose_differently(next_pair):
     kept = {}
     for method in TESTED:
         if not METHODS[method].keeps_everything:
-            pair = prune_by(next_pair, method=method, retention_ratio=0.3, **TESTED[method])
+            pair = prune_by(next_pair, method=method, retention_ratio=0.3, **TESTED[method].small)
             kept[method] = tuple(features(pair, batch(pair)).kept_indices[1].tolist())
     assert len(set(kept.values())) == len(kept)
 
@@ -275,10 +265,10 @@ def test_scoring_reads_nothing_that_is_not_needed(next_pair, method, monkeypatch
     monkeypatch.setattr(
         tap, "call", lambda stock, collector: calls.append(collector.layers) or type(tap).call(tap, stock, collector)
     )
-    pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-1], **TESTED[method])
+    pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-1], **TESTED[method].small)
     features(pair, batch(pair))
-    assert bool(calls) == (method in ("hivtp", "hiprune", "cls_attention"))
+    assert bool(calls) == TESTED[method].reads_attention
     calls.clear()
-    prune_by(pair, method=method, retention_ratio=1, **TESTED[method])
+    prune_by(pair, method=method, retention_ratio=1, **TESTED[method].small)
     features(pair, batch(pair))
     assert not calls

@@ -12,24 +12,9 @@ import pytest
 
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
+from tested_methods import TESTED
 
-SHARED = {"retention_ratio": 0.5, "token_budget": None, "exact_count": True, "keep_newlines": True}
-DEFAULTS = {
-    "hivtp": {
-        "retention_ratio": None,
-        "global_ratio": 0.25,
-        "local_window": 2,
-        "regions": 2,
-        "importance_start_layer": 6,
-        "importance_num_layers": 3,
-    },
-    "hiprune": {"alpha": 0.1, "object_layer": 8, "deep_layer": None, "published_borders": False},
-    "gprune": {"similarity_threshold": 0.5, "temperature": 0.03, "iterations": 5},
-    "cls_attention": {"layer": None},
-    "random": {"seed": 0},
-    "uniform": {},
-    "none": {"retention_ratio": None},
-}
+SHARED = {"token_budget": None, "exact_count": True, "keep_newlines": True}
 EVERY_HYPERPARAMETER = [
     pytest.param(method.name, hyperparameter, id=f"{method.name}-{hyperparameter.name}")
     for method in METHODS.values()
@@ -42,14 +27,15 @@ def test_the_default_method_is_hivtp():
 
 
 def test_methods_that_are_known():
-    assert list(METHODS) == list(DEFAULTS)
+    assert list(METHODS) == list(TESTED)
     assert all(name == method.name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_the_published_settings(method):
     pruning = VisualTokenPruningConfig(method=method)
-    assert pruning.to_dict() == {"method": method, **SHARED, **DEFAULTS[method]}
+    ratio = None if method in ("hivtp", "none") else 0.5
+    assert pruning.to_dict() == {"method": method, "retention_ratio": ratio, **SHARED, **TESTED[method].defaults}
     for name, value in pruning.to_dict().items():
         assert getattr(pruning, name) == value
         assert type(getattr(pruning, name)) is type(value)
@@ -59,7 +45,9 @@ def test_defaults_are_the_published_settings(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_reads_its_own_settings_only(method):
     pruning = VisualTokenPruningConfig(method=method)
-    others = {name for entry in METHODS.values() for name in (h.name for h in entry.hyperparameters)} - set(DEFAULTS[method])
+    others = {name for entry in METHODS.values() for name in (h.name for h in entry.hyperparameters)} - set(
+        TESTED[method].defaults
+    )
     for name in others:
         assert not hasattr(pruning, name)
         with pytest.raises(ValueError, match=f"`{name}`.*not a setting of the method {method!r}"):
@@ -190,8 +178,9 @@ def test_hyperparameters_hold_to_their_ranges(method, hyperparameter):
 
 
 def test_layers_are_marked_as_such():
-    layers = {h.name for method in METHODS.values() for h in method.hyperparameters if h.is_layer}
-    assert layers == {"importance_start_layer", "importance_num_layers", "object_layer", "deep_layer", "layer"}
+    for method in METHODS.values():
+        layers = [hyperparameter.name for hyperparameter in method.hyperparameters if hyperparameter.is_layer]
+        assert layers == [name for name in TESTED[method.name].defaults if "layer" in name]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 # What a reader replaces by their own, and so do we.
 STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
+STOCK_LLAVA_NAME = "llava-hf/llava-1.5-7b-hf"
 PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
 
 
@@ -32,7 +33,8 @@ def test_every_block_is_an_example():
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     stock = build_stock_checkpoint(folder / "stock", **GEOMETRY)
-    return {STOCK_NAME: str(stock), PRUNED_NAME: str(build_pruned_checkpoint(folder, {}))}
+    llava = build_stock_checkpoint(folder / "llava", family="llava", **GEOMETRY)
+    return {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), PRUNED_NAME: str(build_pruned_checkpoint(folder, {}))}
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -246,7 +246,7 @@ def test_settings_that_do_not_fit_are_refused(name, settings, message):
         (torch.rand(2, 4, 4), full(1, 4), r"\(2, 4, 4\).*\(1, 4, 4\)"),
         (torch.rand(4, 4), torch.ones(4, 4, dtype=torch.bool), r"\(4, 4\).*\(tiles, grid, grid\)"),
         (torch.rand(1, 0, 0), full(1, 0), "at least one cell"),
-        (torch.rand(1, 4, 4), torch.ones(1, 4, 4), "`valid` torch.float32"),
+        (torch.rand(1, 4, 4), torch.ones(1, 4, 4), "`valid` is torch.float32"),
         (torch.ones(1, 4, 4, dtype=torch.int64), full(1, 4), "`scores` is torch.int64.*floating"),
     ],
 )

@@ -3,17 +3,20 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
+import importlib
+from typing import Any
+
 import transformers
 
 from ._version import __version__
 from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
+from .methods import METHODS
 from .modeling_hivtp_llava import HIVTPLlavaForConditionalGeneration, HIVTPLlavaModel
 from .modeling_hivtp_llava_next import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel
 from .processing_hivtp_llava import HIVTPLlavaProcessor
 from .processing_hivtp_llava_next import HIVTPLlavaNextProcessor
 from .pruning_config import VisualTokenPruningConfig
-from .selectors_hivtp import select_hivtp
 from .token_layout import TokenLayout
 
 __all__ = [
@@ -30,6 +33,19 @@ __all__ = [
     "__version__",
     "select_hivtp",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`select_hivtp` and the other methods' selections, `select_<method>`: imported when they are asked for."""
+    method = name.removeprefix("select_")
+    if name != method and method in METHODS:
+        module = f"{__name__}.selectors_{method}"
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != module:  # the method "none" has no such file
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Of each family: configuration, base model, model with a language modelling head, processor.

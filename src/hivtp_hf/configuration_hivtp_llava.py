@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .ranking import descending_rank  # noqa: F401
     from .retained_share import rounded_share  # noqa: F401
     from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selector_arguments import check_tiles  # noqa: F401
     from .selectors_cls_attention import select_cls_attention  # noqa: F401
     from .selectors_gprune import count_gprune  # noqa: F401
     from .selectors_hiprune import select_hiprune  # noqa: F401

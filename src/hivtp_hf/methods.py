@@ -17,6 +17,7 @@ class Hyperparameter:
     """One setting that belongs to one method: its name, type (`int`, `float` or `bool`), default and range.
 
     Attributes:
+        meaning: for a reader, in a line or two.
         minimum, maximum: the range, both ends included; None for no upper end.
         above_minimum: whether `minimum` itself is outside the range.
         is_layer: whether it counts encoder layers, so that it can be named where an encoder is not deep enough.
@@ -29,6 +30,7 @@ class Hyperparameter:
     maximum: float | None = None
     above_minimum: bool = False
     is_layer: bool = False
+    meaning: str = ""
 
     def checked(self, value: Any) -> Any:
         """`value` as a plain `kind` inside the range, or None where that is the default; ValueError otherwise."""
@@ -62,6 +64,7 @@ class PruningMethod:
 
     Attributes:
         name: what `pruning_config.method` says.
+        rule: what it keeps, in a line, and where that is from.
         hyperparameters: its own settings, beside those that all methods share.
         load_selector: imports its selector.
         scored_layers: from a pruning config, and the layer whose output is the visual feature, to the encoder layers (0-based,
@@ -75,6 +78,7 @@ class PruningMethod:
     """
 
     name: str
+    rule: str
     hyperparameters: tuple[Hyperparameter, ...]
     load_selector: Callable[[], Selector]
     scored_layers: Callable[[Any, int], Sequence[int]] = _no_layers
@@ -166,12 +170,13 @@ METHODS: dict[str, PruningMethod] = {
     for method in (
         PruningMethod(
             name="hivtp",
+            rule="the best of every region and of every small window, by attention in middle layers (arXiv 2509.23663)",
             hyperparameters=(
-                Hyperparameter("global_ratio", float, 0.25, 0, 1),
-                Hyperparameter("local_window", int, 2, 1),
-                Hyperparameter("regions", int, 2, 1),
-                Hyperparameter("importance_start_layer", int, 6, is_layer=True),
-                Hyperparameter("importance_num_layers", int, 3, 1, is_layer=True),
+                Hyperparameter("global_ratio", float, 0.25, 0, 1, meaning="share of a region's cells kept by the global stage"),
+                Hyperparameter("local_window", int, 2, 1, meaning="side in cells of windows that each keep one cell more"),
+                Hyperparameter("regions", int, 2, 1, meaning="regions per side of a tile, so 2 means four quadrants"),
+                Hyperparameter("importance_start_layer", int, 6, is_layer=True, meaning="first encoder layer that scores"),
+                Hyperparameter("importance_num_layers", int, 3, 1, is_layer=True, meaning="how many layers are averaged"),
             ),
             load_selector=_hivtp_selector,
             scored_layers=_hivtp_layers,
@@ -180,39 +185,61 @@ METHODS: dict[str, PruningMethod] = {
         ),
         PruningMethod(
             name="hiprune",
+            rule="anchors of a middle layer with their neighbours, and the best of a deep layer (arXiv 2508.00553)",
             hyperparameters=(
-                Hyperparameter("alpha", float, 0.1, 0, 1),
-                Hyperparameter("object_layer", int, 8, is_layer=True),
-                Hyperparameter("deep_layer", int, None, is_layer=True),
-                Hyperparameter("published_borders", bool, False),
+                Hyperparameter("alpha", float, 0.1, 0, 1, meaning="share of the budget for anchors and their neighbours"),
+                Hyperparameter("object_layer", int, 8, is_layer=True, meaning="encoder layer that chooses the anchors"),
+                Hyperparameter(
+                    "deep_layer",
+                    int,
+                    None,
+                    is_layer=True,
+                    meaning="encoder layer that ranks the rest; None: the visual feature's",
+                ),
+                Hyperparameter(
+                    "published_borders", bool, False, meaning="neighbours wrap round a tile's border, as in the released code"
+                ),
             ),
             load_selector=_hiprune_selector,
             scored_layers=_hiprune_layers,
         ),
         PruningMethod(
             name="gprune",
+            rule="what gathers most mass on a graph of similar features (arXiv 2501.02268)",
             hyperparameters=(
-                Hyperparameter("similarity_threshold", float, 0.5, 0, 1),
-                Hyperparameter("temperature", float, 0.03, 0, above_minimum=True),
-                Hyperparameter("iterations", int, 5),
+                Hyperparameter("similarity_threshold", float, 0.5, 0, 1, meaning="cosine similarities below it are no edge"),
+                Hyperparameter(
+                    "temperature", float, 0.03, 0, above_minimum=True, meaning="divides similarities before the softmax"
+                ),
+                Hyperparameter("iterations", int, 5, meaning="how often tokens hand their mass to their neighbours"),
             ),
             load_selector=_gprune_selector,
         ),
         PruningMethod(
             name="cls_attention",
-            hyperparameters=(Hyperparameter("layer", int, None, is_layer=True),),
+            rule="what the class token attends to most (FasterVLM, arXiv 2412.01818; VisionZip, arXiv 2412.04467)",
+            hyperparameters=(
+                Hyperparameter("layer", int, None, is_layer=True, meaning="encoder layer; None: the visual feature's"),
+            ),
             load_selector=_cls_attention_selector,
             scored_layers=_cls_attention_layers,
             reads_class_attention=True,
         ),
         PruningMethod(
             name="random",
-            hyperparameters=(Hyperparameter("seed", int, 0, 0, 2**32 - 1),),
+            rule="a baseline: cells drawn at random, the same for every image of a shape",
+            hyperparameters=(Hyperparameter("seed", int, 0, 0, 2**32 - 1, meaning="which draw"),),
             load_selector=_random_selector,
         ),
-        PruningMethod(name="uniform", hyperparameters=(), load_selector=_uniform_selector),
+        PruningMethod(
+            name="uniform",
+            rule="a baseline: cells at even distances in raster order",
+            hyperparameters=(),
+            load_selector=_uniform_selector,
+        ),
         PruningMethod(
             name="none",
+            rule="everything, as the stock model",
             hyperparameters=(),
             load_selector=_none_selector,
             default_retention_ratio=None,
@@ -220,6 +247,19 @@ METHODS: dict[str, PruningMethod] = {
         ),
     )
 }
+
+
+def described_methods() -> str:
+    """All methods with their settings, as text for a docstring; deeper lines are indented by four spaces."""
+    lines = []
+    for method in METHODS.values():
+        lines.append(f'"{method.name}": {method.rule}.')
+        for setting in method.hyperparameters:
+            opening = "above" if setting.above_minimum else "from"
+            upper = "" if setting.maximum is None else f" to {setting.maximum}"
+            allowed = "" if setting.kind is bool else f", {opening} {setting.minimum}{upper}"
+            lines.append(f"    {setting.name} ({setting.kind.__name__}, {setting.default}{allowed}): {setting.meaning}.")
+    return "\n".join(lines)
 
 
 def pruning_method(name: Any) -> PruningMethod:

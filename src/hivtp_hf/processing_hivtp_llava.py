@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .ranking import descending_rank  # noqa: F401
     from .retained_share import rounded_share  # noqa: F401
     from .retention_bits import bits_of_ratio  # noqa: F401
+    from .selector_arguments import check_tiles  # noqa: F401
     from .selectors_cls_attention import select_cls_attention  # noqa: F401
     from .selectors_gprune import count_gprune  # noqa: F401
     from .selectors_hiprune import select_hiprune  # noqa: F401
@@ -47,31 +48,6 @@ class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
 
     _auto_class = "AutoProcessor"
     stock_config_class: ClassVar[type] = LlavaConfig
-
-    # Spelled out, as transformers takes from this signature which stored settings it may hand over.
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        patch_size=None,
-        vision_feature_select_strategy=None,
-        chat_template=None,
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        pruning_config=None,
-        **kwargs,
-    ):
-        self.pruning_config = pruning_config
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
 
     # Takes stock's signature, which differs between releases.
     @functools.wraps(LlavaProcessor.__call__)

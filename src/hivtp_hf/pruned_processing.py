@@ -25,6 +25,31 @@ class PrunedProcessorMixin(_Stock):
     # The stock configuration of the family, by which transformers decides which tokenizer class a checkpoint means.
     stock_config_class: ClassVar[type]
 
+    # Spelled out, as transformers takes from this signature which stored settings it may hand over.
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        pruning_config=None,
+        **kwargs,
+    ):
+        self.pruning_config = pruning_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning_config":
             value = VisualTokenPruningConfig.coerce(value)

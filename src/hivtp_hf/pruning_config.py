@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .checked_values import checked_flag, checked_number, shown
-from .methods import METHODS, pruning_method
+from .methods import METHODS, described_methods, pruning_method
 
 
 def check_one_budget(retention_ratio: Any, token_budget: Any) -> None:
@@ -52,7 +52,7 @@ class VisualTokenPruningConfig:
 
     Args:
         method (`str`, defaults to `"hivtp"`):
-            How tokens are chosen: `"hivtp"`, `"hiprune"`, `"gprune"`, `"cls_attention"`, `"random"`, `"uniform"` or `"none"`.
+            How tokens are chosen; all methods are listed below.
         retention_ratio (`float`, *optional*):
             The share of an image's patch tokens to keep, above 0 and at most 1; newline tokens come on top. 1 keeps
             everything. For hivtp it rules over `global_ratio` and `local_window`, which stand where it is not given; other
@@ -66,40 +66,16 @@ class VisualTokenPruningConfig:
             the content.
         keep_newlines (`bool`, defaults to `True`):
             Whether the newline token after each row of the crops is kept; False drops them all, at every ratio.
-        global_ratio (`float`, defaults to 0.25):
-            hivtp, global stage: the share of a region's cells that is kept, from 0 to 1.
-        local_window (`int`, defaults to 2):
-            hivtp, local stage: side of the windows, in cells, of which each keeps its best remaining cell; from 1.
-        regions (`int`, defaults to 2):
-            hivtp, global stage: regions per side of a tile, so 2 means four quadrants; from 1.
-        importance_start_layer (`int`, defaults to 6):
-            hivtp: first encoder layer whose attention counts, from 0.
-        importance_num_layers (`int`, defaults to 3):
-            hivtp: number of layers, from that one on, that are averaged; from 1.
-        alpha (`float`, defaults to 0.1):
-            hiprune: the share of the budget that goes to anchors and their four neighbours, from 0 to 1.
-        object_layer (`int`, defaults to 8), deep_layer (`int`, *optional*):
-            hiprune: encoder layers, from 0, whose attention chooses the anchors and the rest. By default the latter is
-            the layer whose output is the visual feature.
-        published_borders (`bool`, defaults to `False`):
-            hiprune: neighbours wrap round the tile's border, as in the released code.
-        similarity_threshold (`float`, defaults to 0.5):
-            gprune: cosine similarities below it are no edge of the graph, from 0 to 1.
-        temperature (`float`, defaults to 0.03):
-            gprune: similarities are divided by it before the softmax; above 0.
-        iterations (`int`, defaults to 5):
-            gprune: how often tokens hand their mass to their neighbours, from 0.
-        layer (`int`, *optional*):
-            cls_attention: the encoder layer, from 0; by default the one whose output is the visual feature.
-        seed (`int`, defaults to 0):
-            random: which draw, from 0 to 2**32 - 1.
+        **hyperparameters:
+            The method's own, listed below with their type, default and range. Encoder layers count from 0.
 
     Raises:
         ValueError: names the field, the value given and what is allowed. A hyperparameter that the method does not have
             is an error too, and so are a ratio and a budget together.
 
-    Source: HIVTP, arXiv 2509.23663, section 3; HiPrune, arXiv 2508.00553; G-Prune, arXiv 2501.02268. `retention_ratio`,
-    `token_budget` and `exact_count` are ours.
+    `retention_ratio`, `token_budget` and `exact_count` are ours. Methods keep:
+
+    {methods}
     """
 
     method: str
@@ -239,3 +215,10 @@ class VisualTokenPruningConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.__dict__.items())})"
+
+
+# None under `python -OO`.
+if VisualTokenPruningConfig.__doc__:
+    VisualTokenPruningConfig.__doc__ = VisualTokenPruningConfig.__doc__.replace(
+        "{methods}", described_methods().replace("\n", "\n    ")
+    )

@@ -41,3 +41,15 @@ def keep_best_of_groups(rank: Tensor, groups: Tensor, quota: Tensor) -> Tensor:
     place_in_group = torch.arange(members, device=rank.device) - first.gather(1, group_in_order)
     kept_in_order = place_in_group < quota.gather(1, group_in_order)
     return torch.zeros_like(kept_in_order).scatter_(1, order, kept_in_order)
+
+
+def keep_best(rank: Tensor, members: Tensor, number: Tensor) -> Tensor:
+    """A mask of the best-ranked members of every row: bool (rows, n).
+
+    Args:
+        rank: int64 (rows, n), distinct within a row, smaller is better.
+        members: bool (rows, n), who may be kept.
+        number: int64 (rows,), how many of each row; where there are fewer members, all of them.
+    """
+    # One group, number 0, of the members; the others are in none.
+    return keep_best_of_groups(rank, (~members).long(), number[:, None])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .pruning_config import VisualTokenPruningConfig
 from .ranking import descending_rank
+from .selector_arguments import settings_of
 
 if TYPE_CHECKING:
     from .token_layout import TokenLayout
@@ -38,7 +39,7 @@ def count_gprune(layout: "TokenLayout", pruning: VisualTokenPruningConfig | Mapp
     Raises:
         ValueError: on another method's config, and a token budget in place of a ratio.
     """
-    ratio = _checked_ratio(VisualTokenPruningConfig.coerce(pruning))
+    ratio: Any = settings_of("gprune", pruning).retention_ratio
     base = int(ratio * layout.valid_per_tile[0])
     if layout.num_tiles == 1:
         return (base,)
@@ -73,8 +74,7 @@ def select_gprune(
     Source: arXiv 2501.02268, section 3.
     """
     _check_images(features, layouts)
-    pruning = VisualTokenPruningConfig.coerce(pruning)
-    _checked_ratio(pruning)
+    pruning = settings_of("gprune", pruning)
     images_of_layout: dict[TokenLayout, list[int]] = {}
     for image, layout in enumerate(layouts):
         images_of_layout.setdefault(layout, []).append(image)
@@ -110,21 +110,21 @@ def propagated_mass(features: Tensor, pruning: VisualTokenPruningConfig | Mappin
 
     Returns:
         mass: float32 (graphs, tokens), what each token has after `iterations` rounds that begin with the features' lengths.
-        degree: int64 (graphs, tokens), how many tokens each one hands mass to, itself included.
+        degree: float32 (graphs, tokens), how many tokens each one hands mass to, itself included; whole numbers.
     """
     if features.ndim != 3 or not features.dtype.is_floating_point:
         raise ValueError(
             f"`features` is {features.dtype} of shape {tuple(features.shape)}; it must be floating point of shape "
             "(graphs, tokens, hidden)."
         )
-    pruning = VisualTokenPruningConfig.coerce(pruning)
-    _check_method(pruning)
+    pruning = settings_of("gprune", pruning)
     with torch.no_grad(), _without_autocast(features.device):
         # In float16, weak edges would underflow and change the graph.
         features = features.float()
         length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         transition = _transition(features / length.clamp(min=1e-12), pruning)
-        degree = (transition > 0).sum(-1)
+        # The number of entries above 0, without a mask: its sum would form an int64 copy, twice as large as the matrix.
+        degree = torch.linalg.vector_norm(transition, ord=0, dim=-1)
         mass = length.mT
         for _ in range(pruning.iterations):
             mass = torch.bmm(mass, transition)
@@ -203,18 +203,3 @@ def _check_images(features: Sequence[Tensor], layouts: Sequence["TokenLayout"]) 
                 f"`features[{image}]` is {packed.dtype} of shape {tuple(packed.shape)}; its layout needs floating point of "
                 f"shape ({layout.num_stock}, hidden)."
             )
-
-
-def _check_method(pruning: VisualTokenPruningConfig) -> None:
-    if pruning.method != "gprune":
-        raise ValueError(f"`pruning` has the method {pruning.method!r}; G-Prune needs 'gprune'.")
-
-
-def _checked_ratio(pruning: VisualTokenPruningConfig) -> float:
-    _check_method(pruning)
-    if pruning.retention_ratio is None:
-        raise ValueError(
-            f"`pruning` has a `token_budget` ({pruning.token_budget}), whose meaning depends on the image; give a "
-            "`retention_ratio`, such as that of `TokenLayout.pruning`."
-        )
-    return pruning.retention_ratio

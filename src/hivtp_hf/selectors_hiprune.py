@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .pruning_config import VisualTokenPruningConfig
-from .ranking import descending_rank, keep_best_of_groups
-from .retained_share import rounded_share
+from .ranking import descending_rank, keep_best
+from .retained_share import totals_of_tiles
+from .selector_arguments import check_tiles, settings_of
 
 
 def select_hiprune(
@@ -44,23 +45,16 @@ def select_hiprune(
 
     Source: arXiv 2508.00553, section 3.
     """
-    _check_tiles("object_scores", object_scores, valid)
-    _check_tiles("deep_scores", deep_scores, valid)
-    pruning = VisualTokenPruningConfig.coerce(pruning)
-    ratio = _checked_ratio(pruning)
+    check_tiles(valid, object_scores=object_scores, deep_scores=deep_scores)
+    settings = settings_of("hiprune", pruning)
     cells = valid.flatten(1)
-    # In Python's float64, as the layout counts; a product on the device may have another floor.
-    share = [rounded_share(n, ratio) for n in range(cells.shape[1] + 1)]
-    num_valid = cells.sum(1)
-    total = torch.tensor(share, device=valid.device)[num_valid]
-    num_anchors = torch.tensor([_anchors_of_budget(n, pruning.alpha) for n in share], device=valid.device)[num_valid]
-
-    # One group, number 0, of the cells that may be chosen; the others are in none.
-    anchors = keep_best_of_groups(descending_rank(object_scores.flatten(1)), (~cells).long(), num_anchors[:, None])
-    neighbours = _neighbours_on_flat_index if pruning.published_borders else _neighbours
+    total = totals_of_tiles(cells, settings)
+    # A table, as for the totals: Python's own arithmetic rounds.
+    table = [_anchors_of_budget(budget, settings.alpha) for budget in range(cells.shape[1] + 1)]
+    anchors = keep_best(descending_rank(object_scores.flatten(1)), cells, torch.tensor(table, device=valid.device)[total])
+    neighbours = _neighbours_on_flat_index if settings.published_borders else _neighbours
     kept = (anchors | neighbours(anchors.view_as(valid)).flatten(1)) & cells
-    missing = total - kept.sum(1)
-    registers = keep_best_of_groups(descending_rank(deep_scores.flatten(1)), (~cells | kept).long(), missing[:, None])
+    registers = keep_best(descending_rank(deep_scores.flatten(1)), cells & ~kept, total - kept.sum(1))
     return (kept | registers).view_as(valid)
 
 
@@ -93,24 +87,3 @@ def _neighbours_on_flat_index(anchors: Tensor) -> Tensor:
         near[:, 0] |= flat[:, :step].any(1)
         near[:, -1] |= flat[:, -step:].any(1)
     return near.view_as(anchors)
-
-
-def _check_tiles(name: str, scores: Tensor, valid: Tensor) -> None:
-    if scores.ndim != 3 or scores.shape != valid.shape or scores.shape[1] != scores.shape[2] or scores.shape[1] == 0:
-        raise ValueError(
-            f"`{name}` has shape {tuple(scores.shape)} and `valid` {tuple(valid.shape)}; both must be "
-            "(tiles, grid, grid), with square tiles of at least one cell."
-        )
-    if valid.dtype != torch.bool or not scores.dtype.is_floating_point:
-        raise ValueError(f"`{name}` is {scores.dtype} and `valid` {valid.dtype}; they must be floating point and bool.")
-
-
-def _checked_ratio(pruning: VisualTokenPruningConfig) -> float:
-    if pruning.method != "hiprune":
-        raise ValueError(f"`pruning` has the method {pruning.method!r}; select_hiprune needs 'hiprune'.")
-    if pruning.retention_ratio is None:
-        raise ValueError(
-            f"`pruning` has a `token_budget` ({pruning.token_budget}), whose meaning depends on the image; give a "
-            "`retention_ratio`, such as that of `TokenLayout.pruning`."
-        )
-    return pruning.retention_ratio

@@ -5,20 +5,19 @@ Source: arXiv 2509.23663, section 3. The exact count and the retention ratio are
 Reference compatibility: with `exact_count=False` and no ratio this returns what the authors' released selection returns,
 cell for cell (tests/data/hivtp.npz). The exact set contains the published one and fills it up with the best remaining
 cells, so that its size depends on the valid cells and the settings alone.
-
-All counts come from tables that Python's own float64 arithmetic fills. A product on the device would give other floors in
-float32, may be contracted with the addition by a compiler, and has no float64 at all on some devices.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .pruning_config import VisualTokenPruningConfig
-from .ranking import descending_rank, keep_best_of_groups
-from .retained_share import rounded_share
+from .ranking import descending_rank, keep_best, keep_best_of_groups
+from .retained_share import totals_of_tiles
+from .selector_arguments import check_tiles, settings_of
 
 
 class HIVTPBudget(NamedTuple):
@@ -44,7 +43,6 @@ def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudge
     """
     tiles, grid, _ = valid.shape
     cells = valid.flatten(1)
-    num_valid = cells.sum(1)
     region_of_cell = _region_of_cell(grid, pruning.regions, valid.device)
     num_regions = min(pruning.regions, grid) ** 2
     region_valid = torch.zeros(tiles, num_regions, dtype=torch.int64, device=valid.device)
@@ -55,11 +53,10 @@ def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudge
         region_quota = torch.tensor(share, device=valid.device)[region_valid]
         side = min(pruning.local_window, grid)
         num_windows = _count_windows(cells, [side], grid)[:, 0]
-        total = torch.minimum(num_valid, region_quota.sum(1) + num_windows)
+        total = torch.minimum(cells.sum(1), region_quota.sum(1) + num_windows)
         return HIVTPBudget(region_quota, torch.full_like(total, side), total)
 
-    share = [rounded_share(n, pruning.retention_ratio) for n in range(grid * grid + 1)]
-    total = torch.tensor(share, device=valid.device)[num_valid]
+    total = totals_of_tiles(cells, pruning)
     if grid < 2:  # no window of side 2 fits
         return HIVTPBudget(_proportional_split(total, region_valid), torch.zeros_like(total), total)
     sides = list(range(2, grid + 1))
@@ -77,13 +74,13 @@ def count_hivtp(valid: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
     return hivtp_budget(valid, pruning).total
 
 
-def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
+def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:
     """The cells that HIVTP keeps, of all tiles of all images of a batch at once.
 
     Args:
         scores: (tiles, grid, grid), any float dtype, the importance of each cell; compared in float32.
         valid: bool (tiles, grid, grid) on the same device; other cells are never kept and take no budget.
-        pruning: a config of the method "hivtp".
+        pruning: a config of the method "hivtp", or its settings as a dict.
 
     Returns:
         bool (tiles, grid, grid). With `exact_count` each tile keeps `count_hivtp(valid, pruning)` cells, whatever the
@@ -94,7 +91,8 @@ def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
 
     Source: arXiv 2509.23663, section 3.
     """
-    _check_select_arguments(scores, valid, pruning)
+    check_tiles(valid, scores=scores)
+    pruning = settings_of("hivtp", pruning)
     if pruning.retention_ratio == 1:
         return valid.clone()
     tiles, grid, _ = valid.shape
@@ -116,20 +114,8 @@ def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
 
     if pruning.exact_count:
         missing = budget.total - kept.sum(1)
-        kept = kept | keep_best_of_groups(rank, (~(cells & ~kept)).long(), missing[:, None])
+        kept = kept | keep_best(rank, cells & ~kept, missing)
     return kept.view_as(valid)
-
-
-def _check_select_arguments(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfig) -> None:
-    if scores.ndim != 3 or scores.shape != valid.shape or scores.shape[1] != scores.shape[2] or scores.shape[1] == 0:
-        raise ValueError(
-            f"`scores` has shape {tuple(scores.shape)} and `valid` {tuple(valid.shape)}; both must be "
-            "(tiles, grid, grid), with square tiles of at least one cell."
-        )
-    if valid.dtype != torch.bool or not scores.dtype.is_floating_point:
-        raise ValueError(f"`scores` is {scores.dtype} and `valid` {valid.dtype}; they must be floating point and bool.")
-    if pruning.method != "hivtp":
-        raise ValueError(f"`pruning` has the method {pruning.method!r}; select_hivtp needs 'hivtp'.")
 
 
 def _region_of_cell(grid: int, regions: int, device: torch.device) -> Tensor:

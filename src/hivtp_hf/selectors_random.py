@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .checked_values import shown
 from .pruning_config import VisualTokenPruningConfig
-from .ranking import descending_rank, keep_best_of_groups
-from .retained_share import rounded_share
+from .ranking import descending_rank, keep_best
+from .retained_share import totals_of_tiles
+from .selector_arguments import check_tiles, settings_of
 
 # More than a layout can have; it bounds what one wrong index could cost.
 _MOST_TILES = 2**17
@@ -36,16 +37,12 @@ def select_random(tile_indices: Sequence[int], valid: Tensor, pruning: VisualTok
         ValueError: on a shape or dtype that does not fit, indices that are out of range or not one per tile, another
             method's config, and a token budget in place of a ratio.
     """
-    _check_tiles(tile_indices, valid)
-    pruning = VisualTokenPruningConfig.coerce(pruning)
-    ratio = _checked_ratio(pruning)
+    check_tiles(valid)
+    _check_tile_indices(tile_indices, valid.shape[0])
+    settings = settings_of("random", pruning)
     cells = valid.flatten(1)
-    # In Python's float64, as the layout counts; a product on the device may have another floor.
-    share = [rounded_share(n, ratio) for n in range(cells.shape[1] + 1)]
-    total = torch.tensor(share, device=valid.device)[cells.sum(1)]
-    rank = _random_rank(tile_indices, cells.shape[1], pruning.seed).to(valid.device)
-    # One group, number 0, of the valid cells; the others are in none.
-    return keep_best_of_groups(rank, (~cells).long(), total[:, None]).view_as(valid)
+    rank = _random_rank(tile_indices, cells.shape[1], settings.seed).to(valid.device)
+    return keep_best(rank, cells, totals_of_tiles(cells, settings)).view_as(valid)
 
 
 def _random_rank(tile_indices: Sequence[int], cells: int, seed: int) -> Tensor:
@@ -61,13 +58,7 @@ def _random_rank(tile_indices: Sequence[int], cells: int, seed: int) -> Tensor:
     return descending_rank(draws)[torch.tensor(tile_indices, dtype=torch.int64, device="cpu")]
 
 
-def _check_tiles(tile_indices: Sequence[int], valid: Tensor) -> None:
-    if valid.ndim != 3 or valid.shape[1] != valid.shape[2] or valid.shape[1] == 0:
-        raise ValueError(
-            f"`valid` has shape {tuple(valid.shape)}; it must be (tiles, grid, grid), with square tiles of at least one cell."
-        )
-    if valid.dtype != torch.bool:
-        raise ValueError(f"`valid` is {valid.dtype}; it must be bool.")
+def _check_tile_indices(tile_indices: Sequence[int], tiles: int) -> None:
     if not isinstance(tile_indices, Sequence) or not all(
         isinstance(index, int) and 0 <= index < _MOST_TILES for index in tile_indices
     ):
@@ -75,18 +66,5 @@ def _check_tiles(tile_indices: Sequence[int], valid: Tensor) -> None:
             f"`tile_indices` is {shown(tile_indices)}; it must be a list of whole numbers from 0 to {_MOST_TILES - 1}, such as "
             "`[0, 1, 2]` for an image of three tiles."
         )
-    if len(tile_indices) != valid.shape[0]:
-        raise ValueError(
-            f"`tile_indices` has {len(tile_indices)} indices and `valid` {valid.shape[0]} tiles; give one index per tile."
-        )
-
-
-def _checked_ratio(pruning: VisualTokenPruningConfig) -> float:
-    if pruning.method != "random":
-        raise ValueError(f"`pruning` has the method {pruning.method!r}; select_random needs 'random'.")
-    if pruning.retention_ratio is None:
-        raise ValueError(
-            f"`pruning` has a `token_budget` ({pruning.token_budget}), whose meaning depends on the image; give a "
-            "`retention_ratio`, such as that of `TokenLayout.pruning`."
-        )
-    return pruning.retention_ratio
+    if len(tile_indices) != tiles:
+        raise ValueError(f"`tile_indices` has {len(tile_indices)} indices and `valid` {tiles} tiles; give one index per tile.")

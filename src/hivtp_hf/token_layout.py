@@ -150,8 +150,8 @@ class TokenLayout:
                 unless given.
 
         Raises:
-            ValueError: for a grid that is no positive integer, or of more than 2**17 cells, and for other extra tokens, sizes and
-                views than described.
+            ValueError: for a grid that is no positive integer, or of more than 2**17 cells, and for other extra tokens,
+                sizes and views than described.
         """
         grid = _positive_integer("grid", grid, "cells")
         if grid * grid > MOST_CELLS:
