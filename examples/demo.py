@@ -182,7 +182,7 @@ def report(stock, pruned, photographs: dict[str, Image.Image], question: str, fo
     print(f"\n{question}", *answers, f"\nThe kept cells are drawn in {folder / '*_kept.png'}.", sep="\n")
     name, image = next(iter(photographs.items()))
     compare_methods(pruned, image).save(folder / f"{name}_methods.png")
-    print(f"{name} under every method at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
+    print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
 
 
 def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> None:

@@ -11,6 +11,7 @@ import demo
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
+from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -69,6 +70,15 @@ def test_own_checkpoint_and_image(kind, pruning, checkpoint, image_path, tmp_pat
     assert row_of("holiday", output)[:4] == ["holiday", "130x90", str(expected.num_stock), str(expected.num_retained)]
     assert "Is there a dog?" in output
     assert "random weights" not in output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["holiday_kept.png", "holiday_methods.png"]
+
+
+def test_llava_without_a_class_token(image_path, tmp_path, capsys):
+    folder = build_stock_checkpoint(tmp_path / "llava", family="llava", vision_type="siglip_vision_model", **GEOMETRY)
+    demo.main([str(folder), str(image_path), "--output", str(tmp_path / "out"), "--repeats", "1"])
+    output = capsys.readouterr().out
+    assert row_of("holiday", output)[:4] == ["holiday", "130x90", "64", "32"]
+    assert "cls_attention is left out" in output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["holiday_kept.png", "holiday_methods.png"]
 
 
