@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 @functools.cache
 def parameters_of(function: Callable[..., Any]) -> inspect.Signature:
@@ -12,6 +14,7 @@ def parameters_of(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
+@torch.compiler.disable
 def named_arguments(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, whatever the release's order of parameters."""
     arguments = dict(parameters_of(function).bind(model, *args, **kwargs).arguments)
@@ -19,6 +22,7 @@ def named_arguments(function: Callable[..., Any], model: Any, args: tuple[Any, .
     return {**arguments, **arguments.pop("kwargs", {})}
 
 
+@torch.compiler.disable
 def takes_encoded_images(function: Callable[..., Any]) -> bool:
     """Newer releases take encoded images as an argument of forward, and hand them from step to step in generate()."""
     return "mm_encoder_outputs" in parameters_of(function).parameters

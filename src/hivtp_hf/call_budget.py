@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .pruning_config import VisualTokenPruningConfig, check_one_budget
-from .retention_bits import bits_of_ratio
+from .retention_bits import SMALLEST_RATIO, bits_of_ratio
 
 # Where transformers keeps arguments for a processor's parts: no place for ours, which belong to all of them.
 _NESTED = ("images_kwargs", "text_kwargs", "common_kwargs", "videos_kwargs", "audio_kwargs")
@@ -35,7 +35,7 @@ class CallBudget:
         self._one_per_image = isinstance(given, Sequence) and not isinstance(given, str)
         values = given if self._one_per_image else [given]
         self._prunings = [settings.for_call(**{self._name: value}) for value in values]
-        self._asked = 0
+        self._settings, self._asked = settings, 0
 
     @classmethod
     def taken_from(cls, settings: VisualTokenPruningConfig, keywords: dict[str, Any]) -> "CallBudget":
@@ -62,9 +62,8 @@ class CallBudget:
         """The settings of the image `index`, counted through the whole call."""
         if not self._one_per_image:
             return self._prunings[0]
-        if index >= len(self._prunings):
-            raise self._wrong_number("more")
-        return self._prunings[index]
+        # Beyond the last value the settings of the call stand in: `check_number` then says how many images there were.
+        return self._prunings[index] if index < len(self._prunings) else self._settings
 
     def of_next_image(self) -> VisualTokenPruningConfig:
         """The settings of the next image, where images are asked for in their order."""
@@ -74,13 +73,10 @@ class CallBudget:
     def check_number(self, num_images: int) -> None:
         """A ValueError if there is one value per image, and another number of images."""
         if self._one_per_image and num_images != len(self._prunings):
-            raise self._wrong_number(str(num_images))
-
-    def _wrong_number(self, images: str) -> ValueError:
-        return ValueError(
-            f"`{self._name}` has {len(self._prunings)} values, and the call has {images} images. Give one value for each "
-            "image, in their order, or a single one for all."
-        )
+            raise ValueError(
+                f"`{self._name}` has {len(self._prunings)} values, and the call has {num_images} images. Give one value for "
+                "each image, in their order, or a single one for all."
+            )
 
 
 def as_model_input(ratios: Sequence[float], like: Any) -> Any:
@@ -90,7 +86,8 @@ def as_model_input(ratios: Sequence[float], like: Any) -> Any:
         ratios: one per image.
         like: another input of the same call, whose kind (PyTorch, NumPy, list) the result takes.
     """
-    bits = [bits_of_ratio(ratio) for ratio in ratios]
+    # What a model reads as bits begins at the smallest ratio, which keeps as little as all below it: nothing.
+    bits = [bits_of_ratio(max(ratio, SMALLEST_RATIO)) for ratio in ratios]
     if isinstance(like, torch.Tensor):
         return torch.tensor(bits, dtype=torch.int64)
     return np.array(bits, dtype=np.int64) if isinstance(like, np.ndarray) else bits

@@ -64,8 +64,8 @@ def check_generation(model: Any, arguments: Mapping[str, Any], is_placeholder: T
 
     Raises:
         ValueError: for beams or several returns with several images in a prompt, for a prefill in chunks with images, for
-            a text-only assistant with images; each only where the installed release cannot do it. Names what was given,
-            what works, and the first release that can.
+            an assistant that takes no images, or no ratio per call; each only where the installed release cannot do it.
+            Names what was given, what works, and the first release that can.
     """
     images = _number_of_images(arguments["kwargs"])
     if images == 0:
@@ -91,13 +91,17 @@ def check_generation(model: Any, arguments: Mapping[str, Any], is_placeholder: T
         )
 
     assistant = arguments.get("assistant_model")
-    if assistant is not None and not _takes_pixels(assistant) and not encodes_images_before_generating(model):
-        raise _refusal(
-            f"`assistant_model` is a {type(assistant).__name__}, which takes no images",
-            "hands it the images all the same",
-            TEXT_ONLY_ASSISTANT,
-            "use an assistant of the same family, or none",
-        )
+    if assistant is not None and not encodes_images_before_generating(model):
+        lacking = None if _takes(assistant, "pixel_values") else "no images"
+        if lacking is None and arguments["kwargs"].get("retention_ratio") is not None:
+            lacking = None if _takes(assistant, "retention_ratio") else "no `retention_ratio`"
+        if lacking is not None:
+            raise _refusal(
+                f"`assistant_model` is a {type(assistant).__name__}, which takes {lacking}",
+                "hands it the images' inputs all the same",
+                TEXT_ONLY_ASSISTANT,
+                "use a pruned assistant of the same family, or none",
+            )
 
 
 def _refusal(given: str, fault: str, first_release: str, instead: str) -> ValueError:
@@ -133,6 +137,6 @@ def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     return getattr(model.generation_config, name, None) if given is None else given
 
 
-def _takes_pixels(model: Any) -> bool:
+def _takes(model: Any, name: str) -> bool:
     functions = (model.forward, model.prepare_inputs_for_generation)
-    return any("pixel_values" in inspect.signature(function).parameters for function in functions)
+    return any(name in inspect.signature(function).parameters for function in functions)

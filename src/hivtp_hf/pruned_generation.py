@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from .call_arguments import named_arguments, parameters_of, takes_encoded_images
 from .generation_limits import check_generation
 from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts
-from .pruning_config import check_no_setting_among
+from .pruning_config import check_no_setting_among, checked_ratio
 from .surplus_placeholders import (
     cached_length,
     check_cached_placeholders,
@@ -58,6 +58,9 @@ class PrunedGenerationMixin(_Stock):
     @functools.wraps(GenerationMixin.generate)
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        ratios = kwargs.get("retention_ratio")
+        if isinstance(ratios, (list, tuple)):  # beams and several returns repeat tensors with the prompts, and nothing else
+            kwargs["retention_ratio"] = torch.tensor([checked_ratio(ratio) for ratio in ratios], dtype=torch.float64)
         generate = super().generate
         signature = parameters_of(GenerationMixin.generate)
         arguments = {"kwargs": {}, **signature.bind_partial(self, *args, **kwargs).arguments}

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def ratio_of_bits(bits: int) -> float:
 
 
 # No ratio that means anything is smaller, while whole numbers that somebody took for a ratio are, read as bits.
-_SMALLEST_RATIO = 2.0**-64
+SMALLEST_RATIO = 2.0**-64
 
 
 def ratios_of_images(given: Any, num_images: int) -> list[float] | None:
@@ -46,6 +47,8 @@ def ratios_of_images(given: Any, num_images: int) -> list[float] | None:
     """
     if given is None:
         return None
+    if isinstance(given, np.ndarray):
+        given = torch.from_numpy(given)
     if not isinstance(given, (Tensor, Sequence)) or isinstance(given, str):
         return [checked_ratio(given)] * num_images
     if isinstance(given, Tensor):
@@ -54,13 +57,14 @@ def ratios_of_images(given: Any, num_images: int) -> list[float] | None:
                 f"`retention_ratio` is a tensor of {given.dtype}; it must be int64, as the processor returns it (the bits of "
                 "float64 values), or float64. Lower precision would keep another number of tokens."
             )
-        numbers = given.flatten().tolist()
-        ratios = [ratio_of_bits(number) for number in numbers] if given.dtype == torch.int64 else numbers
-        if not all(ratio >= _SMALLEST_RATIO for ratio in ratios):
-            raise ValueError(
-                f"`retention_ratio` holds {numbers}, read as {ratios}; as int64 it must hold the bits of float64 values from 0 "
-                "to 1. Pass it as the processor returned it, or as a plain number."
-            )
+        ratios = given.flatten().tolist()
+        if given.dtype == torch.int64:
+            numbers, ratios = ratios, [ratio_of_bits(number) for number in ratios]
+            if not all(SMALLEST_RATIO <= ratio <= 1 for ratio in ratios):
+                raise ValueError(
+                    f"`retention_ratio` holds {shown(numbers)}, read as {shown(ratios)}; as int64 it must hold the bits of "
+                    "float64 values above 0 to 1. Pass it as the processor returned it, or as a plain number."
+                )
     else:
         ratios = list(given)
     if len(ratios) != num_images:
