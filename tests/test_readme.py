@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
+from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
 
@@ -27,6 +28,21 @@ def test_every_block_is_an_example():
     for language, block in BLOCKS:
         assert language == "python"
         assert block in example_files().values()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_of_methods(method):
+    (row,) = re.findall(rf"^\| `{method}` \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for setting in METHODS[method].hyperparameters:
+        assert f"`{setting.name}` {setting.default}" in row
+
+
+def test_contributing_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {name for name in re.findall(r"`([\w./]+\.(?:py|md))`", text) if "<" not in name}
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "src" / "hivtp_hf" / name).exists(), name
 
 
 @pytest.fixture(scope="module")
