@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from families import FAMILIES
 from oracle import oracle_inputs
-from tiny_models import LOW_RATIO, greedy, photo, twins
+from tiny_models import LOW_RATIO, SIGLIP, TOWERS, greedy, image_inputs, photo, twins
 
 # Rows of mixed lengths, image sizes and numbers of images, one of them without any.
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "no image at all. ASSISTANT:", "<image> and <image>", "<image>"]
@@ -15,19 +16,24 @@ SIZES = [(60, 100), (112, 112), (200, 50), (20, 20)]
 ROW_OF_IMAGE = [0, 2, 2, 3]
 
 MODELS = {
-    "CLIP and Llama": {},
-    "CLIP and Mistral": {"text_type": "mistral"},
-    "CLIP and Qwen2": {"text_type": "qwen2"},
-    "SigLIP and Llama": {"vision_type": "siglip_vision_model"},
-    "SigLIP and Qwen2": {"vision_type": "siglip_vision_model", "text_type": "qwen2"},
-    "CLIP, three feature layers": {"vision_feature_layer": [-2, -5, 3]},
-    "SigLIP, two feature layers": {"vision_type": "siglip_vision_model", "vision_feature_layer": [-1, 4]},
+    **TOWERS,
+    "LLaVA-NeXT, CLIP and Mistral": {"text_type": "mistral"},
+    "LLaVA-NeXT, CLIP and Qwen2": {"text_type": "qwen2"},
+    "LLaVA-NeXT, SigLIP and Qwen2": {**SIGLIP, "text_type": "qwen2"},
+    "LLaVA-1.5, SigLIP and Qwen2": {"family": "llava", **SIGLIP, "text_type": "qwen2"},
+    "LLaVA-NeXT, CLIP, three feature layers": {"vision_feature_layer": [-2, -5, 3]},
+    "LLaVA-NeXT, SigLIP, two feature layers": {**SIGLIP, "vision_feature_layer": [-1, 4]},
+    "LLaVA-1.5, CLIP, full, three feature layers": {**TOWERS["LLaVA-1.5, CLIP, full"], "vision_feature_layer": [-2, -5, 3]},
+    "LLaVA-1.5, SigLIP, default, two feature layers": {
+        **TOWERS["LLaVA-1.5, SigLIP, default"],
+        "vision_feature_layer": [-1, 4],
+    },
 }
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return twins(LOW_RATIO)
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    return twins(LOW_RATIO, family=request.param)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -86,8 +92,9 @@ def test_every_model_generates_as_the_oracle(any_pair):
     assert torch.equal(greedy(any_pair.pruned, inputs), expected)
 
 
-def test_the_oracle_itself_is_stock_where_nothing_is_pruned():
-    pair = twins({"retention_ratio": 1})
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_oracle_itself_is_stock_where_nothing_is_pruned(tower):
+    pair = twins({"retention_ratio": 1}, **TOWERS[tower])
     inputs = batch(pair)
     assert_oracles_logits(pair, inputs)
     is_token = inputs["attention_mask"].bool()
@@ -115,9 +122,18 @@ def test_the_feature_layer_may_come_with_the_call(pair, layers):
     assert (got - logits(pair.pruned, inputs))[is_token].abs().max() > 0.1
 
 
-def test_several_feature_layers_may_come_with_the_call():
-    pair = twins(LOW_RATIO, vision_feature_layer=[-2, -5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_feature_layers_may_come_with_the_call(family):
+    pair = twins(LOW_RATIO, vision_feature_layer=[-2, -5], family=family)
     assert_oracles_logits(pair, batch(pair), vision_feature_layer=[4, -1])
+
+
+@pytest.mark.parametrize(("tower", "strategy"), [("CLIP", "full"), ("CLIP, full", "default"), ("SigLIP", "default")])
+def test_the_feature_strategy_may_come_with_the_call(tower, strategy):
+    """With inputs of a processor of that strategy. LLaVA-1.5 alone, as LLaVA-NeXT knows one strategy for every tower."""
+    pair = twins(LOW_RATIO, **TOWERS[f"LLaVA-1.5, {tower}"])
+    pair.processor.vision_feature_select_strategy = strategy
+    assert_oracles_logits(pair, batch(pair), vision_feature_select_strategy=strategy)
 
 
 FORMS_OF_AN_IMAGE = {
@@ -139,7 +155,7 @@ def test_images_may_come_and_inputs_may_leave_as_tensors_or_arrays(pair, form, r
     assert all(isinstance(value, kind) for value in inputs.values())
     stock_inputs = pair.stock_processor(**arguments)
     assert inputs.keys() == stock_inputs.keys()
-    for key in ("pixel_values", "image_sizes"):
+    for key in image_inputs(stock_inputs):
         assert np.array_equal(inputs[key], stock_inputs[key])
 
     inputs = {key: torch.as_tensor(value) for key, value in inputs.items()}
@@ -172,11 +188,11 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("vision_type", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_logits_are_the_oracles_in_every_precision(precision, vision_type):
+def test_logits_are_the_oracles_in_every_precision(precision, tower):
     dtype, autocast_dtype, tolerance = PRECISIONS[precision]
-    pair = twins(LOW_RATIO, vision_type=vision_type)
+    pair = twins(LOW_RATIO, **TOWERS[tower])
     for model in (pair.stock, pair.pruned):
         model.to(dtype)
     surroundings = torch.autocast("cpu", dtype=autocast_dtype) if autocast_dtype else contextlib.nullcontext()
@@ -188,11 +204,12 @@ def test_logits_are_the_oracles_in_every_precision(precision, vision_type):
         assert got.abs().max() < 8
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_wrong_token_shows_in_every_precision(precision):
-    """The tolerances above are tight enough: a neighbour's feature in place of one of 100 tokens exceeds them."""
+def test_one_wrong_token_shows_in_every_precision(precision, family):
+    """The tolerances above are tight enough: a neighbour's feature in place of one token's exceeds them."""
     dtype, autocast_dtype, tolerance = PRECISIONS[precision]
-    pair = twins(LOW_RATIO)
+    pair = twins(LOW_RATIO, family=family)
     pair.stock.to(dtype), pair.pruned.to(dtype)
     surroundings = torch.autocast("cpu", dtype=autocast_dtype) if autocast_dtype else contextlib.nullcontext()
     inputs = single(pair, 0).to(dtype)

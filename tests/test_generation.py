@@ -1,4 +1,4 @@
-"""`generate` in every mode that stock LLaVA-NeXT has: the same answers as the oracle, or an error that names the fix."""
+"""`generate` in every mode that stock LLaVA has: the same answers as the oracle, or an error that names the fix."""
 
 import copy
 import threading
@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from families import FAMILIES
 from hivtp_hf import generation_limits
 from oracle import oracle_inputs
-from tiny_models import LOW_RATIO, photo, twins
+from tiny_models import LOW_RATIO, image_inputs, photo, twins
 
 INSTALLED = Version(transformers.__version__)
 IMAGE_TOKEN = 3
@@ -148,9 +149,9 @@ def skip_where_stock_is_wrong(setting, prompts):
         pytest.skip(f"{setting.name}, {prompts.name}: stock itself is wrong before transformers {first_release}")
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return twins(LOW_RATIO)
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    return twins(LOW_RATIO, family=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -360,12 +361,11 @@ def test_a_second_turn_with_a_second_image_goes_on_from_the_cache(pair, inputs_o
     sequences = torch.cat((answered.sequences, second["input_ids"]), dim=1)
     answer_mask = torch.ones_like(new_tokens(answered.sequences, first))
     mask = torch.cat((first["attention_mask"], answer_mask, second["attention_mask"]), dim=1)
-    images = {key: second[key] for key in ("pixel_values", "image_sizes")}
 
     # The oracle reads the whole conversation at once, its images in the order of their rows.
     expected = generate(pair.stock, conversation_for_oracle(pair, first, second, sequences, mask))
     sent = sequences if sends == "whole conversation" else sequences[:, cache.get_seq_length() :]
-    answers = generate(pair.pruned, {"input_ids": sent, "attention_mask": mask, **images}, past_key_values=cache)
+    answers = generate(pair.pruned, {"input_ids": sent, "attention_mask": mask, **image_inputs(second)}, past_key_values=cache)
     assert torch.equal(answers[:, sent.shape[1] :], expected)
 
 

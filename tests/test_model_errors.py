@@ -3,54 +3,102 @@
 import pytest
 import torch
 
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel
+from families import FAMILIES
+from hivtp_hf import HIVTPLlavaConfig, HIVTPLlavaNextModel
 from tiny_checkpoint import tiny_config
-from tiny_models import LOW_RATIO, SMALL, photo, pruned_config, twins
+from tiny_models import LOW_RATIO, SIGLIP, SMALL, TOWERS, image_inputs, photo, pruned_config, twins
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    return twins(LOW_RATIO, family=request.param)
+
+
 @pytest.fixture(scope="module")
-def pair():
-    return twins(LOW_RATIO)
+def next_pair():
+    return twins(LOW_RATIO, family="llava_next")
+
+
+@pytest.fixture(scope="module")
+def llava_pair():
+    return twins(LOW_RATIO, family="llava")
+
+
+def sized(pair, size):
+    """How an error names an image's size, which LLaVA-1.5 does not know."""
+    return " ({} x {})".format(*size) if pair.family.name == "llava_next" else ""
+
+
+def never(*args, **kwargs):
+    raise AssertionError("the language model ran")
 
 
 @pytest.fixture
 def no_language_model(pair, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("the language model ran")
-
     monkeypatch.setattr(pair.pruned.model.language_model, "forward", never)
 
 
 @pytest.mark.usefixtures("no_language_model")
 def test_stock_placeholders_are_refused_per_image(pair):
-    images = [photo(60, 100), photo(112, 112)]
-    inputs = pair.stock_processor(images=images, text=[PROMPT + " <image>"], return_tensors="pt")
-    stock = [pair.processor.token_layout(*size).num_stock for size in [(60, 100), (112, 112)]]
-    kept = [pair.processor.token_layout(*size).num_retained for size in [(60, 100), (112, 112)]]
+    sizes = [(60, 100), (112, 112)]
+    inputs = pair.stock_processor(images=[photo(*size) for size in sizes], text=[PROMPT + " <image>"], return_tensors="pt")
+    stock = [pair.processor.token_layout(*size).num_stock for size in sizes]
+    kept = [pair.processor.token_layout(*size).num_retained for size in sizes]
     with pytest.raises(ValueError, match="the prompt has") as error:
         pair.pruned(**inputs)
     message = str(error.value)
     assert f"{sum(stock)} image placeholders" in message
     assert f"keeps {sum(kept)} visual tokens" in message
-    assert f"image 0 (60 x 100): {stock[0]} placeholders, {kept[0]} features" in message
-    assert f"image 1 (112 x 112): {stock[1]} placeholders, {kept[1]} features" in message
+    for image, size in enumerate(sizes):
+        assert f"image {image}{sized(pair, size)}: {stock[image]} placeholders, {kept[image]} features" in message
     assert "retention_ratio=0.25" in message
-    assert "processor.pruning_config = model.config.pruning_config" in message
+    assert f"`{pair.family.processor.__name__}`" in message
+    assert "pruning_config=model.config.pruning_config" in message
     with pytest.raises(ValueError, match="the prompt has"):
         pair.pruned.generate(**inputs, max_new_tokens=2)
     with pytest.raises(ValueError, match="the prompt has"):
         pair.pruned.model(**inputs)
 
 
-@pytest.mark.usefixtures("no_language_model")
-def test_only_the_image_that_differs_is_named(pair):
-    inputs = pair.processor(images=[photo(60, 100), photo(112, 112)], text=["<image> and <image>"], return_tensors="pt")
+def test_only_the_image_of_another_size_is_named(next_pair, monkeypatch):
+    """LLaVA-NeXT alone takes sizes."""
+    monkeypatch.setattr(next_pair.pruned.model.language_model, "forward", never)
+    images = [photo(60, 100), photo(112, 112)]
+    inputs = next_pair.processor(images=images, text=["<image> and <image>"], return_tensors="pt")
     inputs["image_sizes"][1] = torch.tensor([112, 56])
     with pytest.raises(ValueError, match=r"image 1 \(112 x 56\)") as error:
-        pair.pruned(**inputs)
+        next_pair.pruned(**inputs)
     assert "image 0" not in str(error.value)
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_only_the_image_of_another_ratio_is_named(pair):
+    asked = {"images": [photo(60, 100), photo(112, 112)], "text": ["<image> and <image>"], "return_tensors": "pt"}
+    inputs = pair.processor(**asked, retention_ratio=[0.25, 0.5])
+    inputs["retention_ratio"] = pair.processor(**asked, retention_ratio=[0.25, 0.75])["retention_ratio"]
+    placeholders, features = (
+        pair.processor.token_layout(112, 112, retention_ratio=ratio).num_retained for ratio in (0.5, 0.75)
+    )
+    with pytest.raises(ValueError, match=f"{placeholders} placeholders, {features} features") as error:
+        pair.pruned(**inputs)
+    assert "retention_ratio 0.75)" in str(error.value)
+    assert "image 0" not in str(error.value)
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_images_in_another_order_than_the_prompts_are_refused(pair):
+    """The sums are equal, so that nothing but the runs of placeholders tells."""
+    images = [photo(60, 100), photo(112, 112)]
+    asked = {"images": images, "text": ["<image> and <image>"], "return_tensors": "pt", "retention_ratio": [0.25, 0.5]}
+    inputs = pair.processor(**asked)
+    for name in (*image_inputs(inputs), "retention_ratio"):
+        inputs[name] = inputs[name].flip(0)
+    with pytest.raises(ValueError, match="in its order") as error:
+        pair.pruned(**inputs)
+    assert "image 0" in str(error.value)
+    assert "image 1" in str(error.value)
 
 
 @pytest.mark.usefixtures("no_language_model")
@@ -63,8 +111,8 @@ def test_placeholders_given_as_embeddings_are_counted_too(pair):
 
 def test_truncated_placeholders_are_refused(pair):
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
-    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :20], inputs["attention_mask"][:, :20]
-    with pytest.raises(ValueError, match="truncation"):
+    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :12], inputs["attention_mask"][:, :12]
+    with pytest.raises(ValueError, match=r"processor\.pruning_config = model\.config\.pruning_config.*truncation"):
         pair.pruned(**inputs)
 
 
@@ -80,21 +128,41 @@ def test_equal_counts_follow_the_models_settings(pair):
         assert pair.pruned(**inputs).logits.shape[1] == inputs.input_ids.shape[1]
 
 
-@pytest.mark.parametrize("build", [HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration])
+@pytest.mark.parametrize("build", ["base", "model"])
 @pytest.mark.parametrize(
     ("geometry", "pruning", "message"),
     [
-        ({"vision_layers": 8}, {}, r"layers 6 to 8, but the vision tower has 8 layers, 0 to 7.*importance_start_layer"),
-        ({"vision_layers": 8}, {"retention_ratio": 1.0}, "8 layers"),
-        ({}, {"importance_num_layers": 10**30}, "10 layers"),
-        ({"patch_size": 6}, {}, "56 pixels does not divide into patches of 6 pixels"),
-        ({"pinpoints": [[56, 100]]}, {}, "does not divide into tiles of 56 pixels"),
+        *(
+            ({"family": family, **geometry}, pruning, message)
+            for family in FAMILIES
+            for geometry, pruning, message in (
+                (
+                    {"vision_layers": 8},
+                    {},
+                    "layers 6 to 8, but the vision tower has 8 layers, 0 to 7.*"
+                    r"`importance_start_layer` \(given: 6\), `importance_num_layers` \(given: 3\)",
+                ),
+                ({"vision_layers": 8}, {"retention_ratio": 1.0}, "8 layers"),
+                ({}, {"importance_num_layers": 10**30}, "10 layers"),
+                (SIGLIP, {"method": "cls_attention"}, "'cls_attention' reads .* the vision tower has no class token.*'hivtp'"),
+            )
+        ),
+        # Of LLaVA-NeXT: un-padding counts whole cells, so tiles must divide. LLaVA-1.5 drops what is left, as stock does.
+        ({"family": "llava_next", "patch_size": 6}, {}, "56 pixels does not divide into patches of 6 pixels"),
+        ({"family": "llava_next", "pinpoints": [[56, 100]]}, {}, "does not divide into tiles of 56 pixels"),
     ],
 )
 def test_settings_that_do_not_fit_the_tower_are_refused_at_construction(build, geometry, pruning, message):
     config = pruned_config(tiny_config(**{**SMALL, **geometry}), pruning)
     with pytest.raises(ValueError, match=message):
-        build(config)
+        getattr(FAMILIES[geometry["family"]], build)(config)
+
+
+@pytest.mark.parametrize("build", ["base", "model"])
+def test_a_tower_without_one_tile_size_is_refused(build):
+    """LLaVA-1.5 also means Pixtral in transformers, whose images vary in size."""
+    with pytest.raises(ValueError, match=r"Pixtral.* pruning needs one square tile"):
+        getattr(FAMILIES["llava"], build)(HIVTPLlavaConfig(vision_config={"model_type": "pixtral"}))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +173,7 @@ def test_settings_that_do_not_fit_the_tower_are_refused_at_construction(build, g
     ],
 )
 def test_a_feature_selection_that_is_not_one_per_cell_is_refused(vision_type, strategy, message):
+    """By LLaVA-NeXT, which un-pads a grid; LLaVA-1.5 takes both, as stock does."""
     config = pruned_config(tiny_config(**SMALL, vision_type=vision_type), {})
     model = HIVTPLlavaNextModel(config)
     pixel_values, image_sizes = torch.zeros(1, 5, 3, 56, 56), torch.tensor([[112, 112]])
@@ -115,13 +184,32 @@ def test_a_feature_selection_that_is_not_one_per_cell_is_refused(vision_type, st
         HIVTPLlavaNextModel(config)
 
 
+def test_an_unknown_feature_selection_is_refused(llava_pair):
+    inputs = llava_pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    for model in (llava_pair.pruned, llava_pair.pruned.model):
+        with pytest.raises(ValueError, match="is 'cls'; it must be 'default' or 'full'"):
+            model(**inputs, vision_feature_select_strategy="cls")
+
+
+@pytest.mark.parametrize(
+    ("tower", "other", "placeholders", "features"),
+    [("CLIP", "full", 64, 65), ("CLIP, full", "default", 65, 64), ("SigLIP", "default", 64, 63)],
+)
+def test_a_feature_selection_that_counts_otherwise_than_the_processor_is_refused(tower, other, placeholders, features):
+    """LLaVA-1.5 has a token more or less under the other one."""
+    pair = twins({"retention_ratio": 1}, **TOWERS[f"LLaVA-1.5, {tower}"])
+    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    with pytest.raises(ValueError, match=f"has {placeholders} image placeholders, but the model keeps {features} visual"):
+        pair.pruned(**inputs, vision_feature_select_strategy=other)
+
+
 def test_settings_changed_after_construction_are_checked_at_the_call(pair):
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
     try:
         for settings, message in [({"importance_start_layer": 9}, "10 layers"), ({"importance_num_layers": 5}, "6 to 10")]:
             pair.pruned.config.pruning_config = settings
             with pytest.raises(ValueError, match=message):
-                pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+                pair.pruned.model.get_image_features(**image_inputs(inputs))
         with pytest.raises(ValueError, match="`retention_ratio` is 7"):
             pair.pruned.config.pruning_config = {"retention_ratio": 7}
     finally:
@@ -136,9 +224,31 @@ def test_settings_changed_after_construction_are_checked_at_the_call(pair):
         ({"image_sizes": torch.tensor([60, 100])}, "must be \\(height, width\\)"),
         ({"image_sizes": torch.tensor([[0, 100]])}, "`height` is 0"),
         ({"pixel_values": torch.zeros(1, 2, 3, 56, 56)}, "images of 2 tiles"),
+        ({"pixel_values": [[0.0]]}, "`pixel_values` is a list; it must be a tensor"),
     ],
 )
-def test_inputs_that_do_not_fit_each_other_are_refused(pair, change, message):
+def test_tiles_and_sizes_that_do_not_fit_each_other_are_refused(next_pair, change, message):
     inputs = {"pixel_values": torch.zeros(1, 5, 3, 56, 56), "image_sizes": torch.tensor([[60, 100]]), **change}
     with pytest.raises(ValueError, match=message):
-        pair.pruned.model.get_image_features(**inputs)
+        next_pair.pruned.model.get_image_features(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_sizes": torch.tensor([[60, 100]])}, "`image_sizes` was given, which LLaVA-1.5 does not take"),
+        ({"pixel_values": [[0.0]]}, "`pixel_values` is a list; it must be a tensor"),
+        ({"pixel_values": torch.zeros(1, 5, 3, 56, 56)}, "`pixel_values` has the shape"),
+        ({"retention_ratio": [0.5, 0.5]}, "`retention_ratio`"),
+    ],
+)
+def test_inputs_of_another_family_are_refused(llava_pair, change, message):
+    """LLaVA-1.5 takes a tile per image and no sizes, be it features, a forward or an answer that is asked for."""
+    pixels = {"pixel_values": torch.zeros(1, 3, 56, 56), **change}
+    prompt = {"input_ids": torch.full((1, 16), 3), "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
+    for call in (llava_pair.pruned.get_image_features, llava_pair.pruned.model.get_image_features):
+        with pytest.raises(ValueError, match=message):
+            call(**pixels)
+    for call in (llava_pair.pruned, llava_pair.pruned.model, llava_pair.pruned.generate):
+        with pytest.raises(ValueError, match=message):
+            call(**prompt, **pixels)

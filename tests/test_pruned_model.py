@@ -3,17 +3,19 @@
 import pytest
 import torch
 
+from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig, received_attention, select_hivtp
 from hivtp_hf.received_attention import ReceivedAttention
-from tiny_models import LOW_RATIO, greedy, photo, twins
+from hivtp_hf.visual_evidence import mean_of_layers
+from tiny_models import LOW_RATIO, TOWERS, greedy, image_inputs, photo, twins
 
 SIZES = [(60, 100), (112, 112), (200, 50), (37, 300), (20, 20)]
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return twins(LOW_RATIO)
+@pytest.fixture(scope="module", params=TOWERS)
+def pair(request):
+    return twins(LOW_RATIO, **TOWERS[request.param])
 
 
 @pytest.fixture
@@ -47,8 +49,8 @@ def test_kept_features_are_stocks(pair, pruning_of, settings):
     images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
     inputs = pair.processor(images=images, text=[PROMPT] * len(images), return_tensors="pt", padding=True)
     with torch.no_grad():
-        output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
-        stock = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        output = pair.pruned.model.get_image_features(**image_inputs(inputs))
+        stock = pair.stock.model.get_image_features(**image_inputs(inputs))
     assert isinstance(output.pooler_output, list)
     placeholders = (inputs.input_ids == pair.pruned.config.image_token_id).sum(1).tolist()
     for i, (kept, features, packed) in enumerate(
@@ -69,13 +71,13 @@ def test_kept_cells_are_the_selectors_choice(pair):
     inputs = pair.processor(images=photo(*size), text=PROMPT, return_tensors="pt")
     pruning = pair.pruned.config.pruning_config
     layout = pair.processor.token_layout(*size)
-    model = pair.pruned.model
-    collector = ReceivedAttention(pruning.scored_layers)
+    model, has_class_token = pair.pruned.model, pair.stock.config.vision_config.model_type == "clip_vision_model"
+    collector = ReceivedAttention(pruning.scored_layers(2))
     with torch.no_grad():
-        kept = model.get_image_features(inputs.pixel_values, inputs.image_sizes).kept_indices[0]
-        pixels = inputs.pixel_values[0, : layout.num_tiles]
+        kept = model.get_image_features(**image_inputs(inputs)).kept_indices[0]
+        pixels = inputs.pixel_values.view(-1, 3, 56, 56)[: layout.num_tiles]
         model._received_attention_tap.call(model.vision_tower, collector, pixels)
-    scores = collector.mean()[:, 1:].view(-1, 8, 8)
+    scores = mean_of_layers(collector.by_layer())[:, int(has_class_token) :].view(-1, 8, 8)
     assert torch.equal(kept, layout.kept_indices(select_hivtp(scores, layout.valid, pruning)))
 
 
@@ -94,8 +96,8 @@ def test_ratio_one_is_stock_bit_for_bit_and_scores_nothing(pair, pruning_of, mon
     assert all(torch.equal(inputs[key], stock_inputs[key]) for key in inputs)
     with torch.no_grad():
         assert torch.equal(pair.pruned(**inputs).logits, pair.stock(**inputs).logits)
-        features = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
-        stock_features = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+        features = pair.pruned.model.get_image_features(**image_inputs(inputs))
+        stock_features = pair.stock.model.get_image_features(**image_inputs(inputs))
     assert all(torch.equal(*pair) for pair in zip(features.pooler_output, stock_features.pooler_output, strict=True))
     assert torch.equal(greedy(pair.pruned, inputs), greedy(pair.stock, inputs))
 
@@ -125,7 +127,7 @@ def test_a_mixed_batch_equals_single_runs(pair, pruning_of, settings):
     )
     with torch.no_grad():
         batch_logits = pair.pruned(**batch).logits
-        batch_kept = pair.pruned.model.get_image_features(batch.pixel_values, batch.image_sizes).kept_indices
+        batch_kept = pair.pruned.model.get_image_features(**image_inputs(batch)).kept_indices
     batch_tokens = greedy(pair.pruned, batch)
     first = 0
     for row, text in enumerate(texts):
@@ -135,7 +137,7 @@ def test_a_mixed_batch_equals_single_runs(pair, pruning_of, settings):
         with torch.no_grad():
             torch.testing.assert_close(batch_logits[row, -length:], pair.pruned(**single).logits[0], atol=1e-4, rtol=0)
             if images[row]:
-                kept = pair.pruned.model.get_image_features(single.pixel_values, single.image_sizes).kept_indices
+                kept = pair.pruned.model.get_image_features(**image_inputs(single)).kept_indices
                 together = batch_kept[first : first + len(kept)]
                 assert all(torch.equal(*indices) for indices in zip(kept, together, strict=True))
                 first += len(kept)
@@ -143,38 +145,54 @@ def test_a_mixed_batch_equals_single_runs(pair, pruning_of, settings):
     assert first == len(batch_kept)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs(dtype):
-    pair = twins(LOW_RATIO)
+def test_half_precision_runs(dtype, family):
+    pair = twins(LOW_RATIO, family=family)
     pair.pruned.to(dtype)
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt").to(dtype)
-    output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
+    output = pair.pruned.model.get_image_features(**image_inputs(inputs))
     assert output.pooler_output[0].dtype == dtype
     assert len(output.kept_indices[0]) == pair.processor.token_layout(60, 100).num_retained
     assert greedy(pair.pruned, inputs).shape == (1, 6)
 
 
-def test_the_tower_may_lack_a_class_token():
-    pair = twins(LOW_RATIO, vision_type="siglip_vision_model")
+@pytest.mark.parametrize("ratio", [1 / 64, 0.25])
+def test_the_class_token_is_kept_and_counted_and_never_ranked(ratio):
+    """LLaVA-1.5 with CLIP and "full": the first placeholder shows the class token, and the ratio is one of cells."""
+    settings = {"retention_ratio": ratio}
+    pair, without = (twins(settings, **TOWERS[f"LLaVA-1.5, CLIP{end}"]) for end in (", full", ""))
+    inputs, without_inputs = (of.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt") for of in (pair, without))
+    (kept,) = pair.pruned.get_image_features(**image_inputs(inputs)).kept_indices
+    (kept_without,) = without.pruned.get_image_features(**image_inputs(without_inputs)).kept_indices
+    assert len(kept_without) == 64 * ratio
+    assert kept.tolist() == [0, *(kept_without + 1).tolist()]
+    assert inputs.input_ids.shape[1] == without_inputs.input_ids.shape[1] + 1
+
+
+def test_siglips_first_cell_is_dropped_as_stock_does():
+    """LLaVA-1.5 with SigLIP and "default": stock takes the first cell for a class token, and so it can never be chosen."""
+    pair, whole = (twins({"retention_ratio": 1}, **TOWERS[f"LLaVA-1.5, SigLIP{end}"]) for end in (", default", ""))
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
-    with torch.no_grad():
-        output = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
-        stock = pair.stock.model.get_image_features(inputs.pixel_values, inputs.image_sizes)
-    assert torch.equal(output.pooler_output[0], stock.pooler_output[0][output.kept_indices[0]])
-    assert greedy(pair.pruned, inputs).shape == (1, 6)
+    (features,) = pair.pruned.get_image_features(**image_inputs(inputs)).pooler_output
+    (all_features,) = whole.pruned.get_image_features(**image_inputs(inputs)).pooler_output
+    assert torch.equal(features, all_features[1:])
+    layout = pair.processor.token_layout(60, 100)
+    assert layout.cells(torch.tensor([0])).tolist() == [[0, 0, 1]]
+    assert layout.num_retained == layout.num_stock == 63
 
 
 def test_features_can_be_asked_for_as_a_tuple_and_from_either_class(pair):
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
     with torch.no_grad():
-        output = pair.pruned.get_image_features(inputs.pixel_values, inputs.image_sizes)
-        as_tuple = pair.pruned.model.get_image_features(inputs.pixel_values, inputs.image_sizes, return_dict=False)
+        output = pair.pruned.get_image_features(**image_inputs(inputs))
+        as_tuple = pair.pruned.model.get_image_features(**image_inputs(inputs), return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[-1][0], output.kept_indices[0])
 
 
-def test_the_default_prunes_to_half(pair):
-    layout = TokenLayout.from_image_size(
-        112, 112, VisualTokenPruningConfig(), tile_size=56, patch_size=7, pinpoints=[[112, 112]]
-    )
-    assert sum(layout.tile_totals) == layout.num_tiles * 64 // 2
+def test_the_default_prunes_to_half():
+    pruning = VisualTokenPruningConfig()
+    tiled = TokenLayout.from_image_size(112, 112, pruning, tile_size=56, patch_size=7, pinpoints=[[112, 112]])
+    for layout in (tiled, TokenLayout.single_tile(8, pruning)):
+        assert sum(layout.group_totals) == layout.num_tiles * 64 // 2

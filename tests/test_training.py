@@ -1,18 +1,17 @@
 """Training: losses, gradients and optimiser steps equal those of a stock model that reads the pruned sequence."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from tiny_models import LOW_RATIO, Twins, photo, pruned_config, twins
+from tiny_models import LOW_RATIO, TOWERS, image_inputs, photo, pruned_config, twins
 
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT: a cat on a table", "USER: <image> How many? ASSISTANT: two"]
 SIZES = [(60, 100), (112, 112)]
-TOWERS = ["clip_vision_model", "siglip_vision_model"]
 
 
 def training_inputs(processor, rows=(0, 1)):
@@ -25,12 +24,12 @@ def training_inputs(processor, rows=(0, 1)):
 
 
 def kept_indices(model, inputs):
-    return model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices
+    return model.get_image_features(**image_inputs(inputs)).kept_indices
 
 
 def oracle_inputs(stock, inputs, kept):
     """The pruned sequence as a stock model reads it: its own embeddings, with its own kept features in their places."""
-    features = stock.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    features = stock.get_image_features(**image_inputs(inputs)).pooler_output
     features = torch.cat([packed[indices] for packed, indices in zip(features, kept, strict=True)])
     embeddings = stock.get_input_embeddings()(inputs["input_ids"])
     placeholders = (inputs["input_ids"] == stock.config.image_token_id)[..., None]
@@ -42,6 +41,11 @@ def oracle_loss(pair, inputs):
     with torch.no_grad():
         kept = kept_indices(pair.pruned, inputs)
     return pair.stock(**oracle_inputs(pair.stock, inputs, kept)).loss
+
+
+def parts_that_learn(pair):
+    newline = ["image_newline"] if pair.family.name == "llava_next" else []
+    return ["vision_tower", "multi_modal_projector", *newline]
 
 
 def gradients(model):
@@ -58,7 +62,7 @@ def assert_same_tensors(got, expected, **tolerance):
 
 @pytest.fixture(scope="module")
 def all_twins():
-    return {tower: twins(LOW_RATIO, vision_type=tower) for tower in TOWERS}
+    return {tower: twins(LOW_RATIO, **geometry) for tower, geometry in TOWERS.items()}
 
 
 @pytest.fixture(params=TOWERS)
@@ -72,14 +76,23 @@ def pair(all_twins, request):
     pair.pruned.gradient_checkpointing_disable()
 
 
-@pytest.fixture
-def clip_pair(all_twins):
-    """Copies whose weights a test may change."""
-    pair = all_twins["clip_vision_model"]
+def copied(pair):
     stock, pruned = copy.deepcopy(pair.stock), copy.deepcopy(pair.pruned)
     for model in (stock, pruned):
         model.zero_grad()
-    return Twins(stock, pair.stock_processor, pruned, pair.processor)
+    return replace(pair, stock=stock, pruned=pruned)
+
+
+@pytest.fixture(params=["LLaVA-NeXT, CLIP", "LLaVA-1.5, CLIP"])
+def clip_pair(all_twins, request):
+    """Copies whose weights a test may change."""
+    return copied(all_twins[request.param])
+
+
+@pytest.fixture
+def next_pair(all_twins):
+    """Copies of LLaVA-NeXT, where it has what LLaVA-1.5 has not."""
+    return copied(all_twins["LLaVA-NeXT, CLIP"])
 
 
 def test_loss_and_gradients_are_the_oracles(pair):
@@ -90,7 +103,7 @@ def test_loss_and_gradients_are_the_oracles(pair):
     expected.backward()
     got = gradients(pair.pruned)
     assert_same_tensors(got, gradients(pair.stock), atol=1e-6, rtol=1e-4)
-    for part in ("vision_tower", "multi_modal_projector", "image_newline", "language_model.embed_tokens"):
+    for part in (*parts_that_learn(pair), "language_model.embed_tokens"):
         assert any(part in name and gradient is not None and gradient.any() for name, gradient in got.items()), part
 
 
@@ -110,29 +123,32 @@ def test_gradients_enter_the_projector_through_kept_cells_alone(pair):
     with torch.no_grad():
         kept = kept_indices(pair.pruned, inputs)
     (output,) = outputs
-    expected = torch.zeros(output.shape[0], 8, 8, dtype=torch.bool)
+    # By token of every tile: the projector sees a class token before the cells, or all cells but the first.
+    extra_tokens = output.shape[1] - 64
+    expected = torch.zeros(output.shape[:2], dtype=torch.bool)
+    expected[:, 0] = extra_tokens == 1
     first_tile = 0
     for size, indices in zip(SIZES, kept, strict=True):
         layout = pair.processor.token_layout(*size)
         tile, row, column = layout.cells(indices).unbind(1)
-        expected[first_tile + tile, row, column] = True
+        expected[first_tile + tile, 8 * row + column + extra_tokens] = True
         first_tile += layout.num_tiles
-    assert torch.equal(output.grad.any(-1).view_as(expected), expected)
+    assert torch.equal(output.grad.any(-1), expected)
 
 
-def test_dropped_newlines_get_no_gradient(clip_pair):
+def test_dropped_newlines_get_no_gradient(next_pair):
     pruning = {**LOW_RATIO, "keep_newlines": False}
-    clip_pair.pruned.config.pruning_config = pruning
-    clip_pair.processor.pruning_config = pruning
+    next_pair.pruned.config.pruning_config = pruning
+    next_pair.processor.pruning_config = pruning
     try:
-        inputs = training_inputs(clip_pair.processor)
+        inputs = training_inputs(next_pair.processor)
     finally:
-        clip_pair.processor.pruning_config = LOW_RATIO
-    clip_pair.pruned(**inputs).loss.backward()
-    oracle_loss(clip_pair, inputs).backward()
-    got = gradients(clip_pair.pruned)
+        next_pair.processor.pruning_config = LOW_RATIO
+    next_pair.pruned(**inputs).loss.backward()
+    oracle_loss(next_pair, inputs).backward()
+    got = gradients(next_pair.pruned)
     assert not got["model.image_newline"].any()
-    assert_same_tensors(got, gradients(clip_pair.stock), atol=1e-6, rtol=1e-4)
+    assert_same_tensors(got, gradients(next_pair.stock), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -195,12 +211,12 @@ def test_one_step_of_the_trainer(clip_pair, trainer, tmp_path):
 
     assert trainer.train().training_loss == pytest.approx(expected.item(), abs=1e-5)
     after = dict(clip_pair.pruned.named_parameters())
-    for part in ("vision_tower", "multi_modal_projector", "image_newline", "lm_head"):
+    for part in (*parts_that_learn(clip_pair), "lm_head"):
         assert any(part in name and not torch.equal(weight, before[name]) for name, weight in after.items()), part
     assert_same_tensors(after, dict(clip_pair.stock.named_parameters()), atol=1e-6, rtol=1e-5)
 
     trainer.save_model(tmp_path / "saved")
-    again = HIVTPLlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    again = clip_pair.family.model.from_pretrained(tmp_path / "saved")
     assert again.config.pruning_config == clip_pair.pruned.config.pruning_config
     assert_same_tensors(dict(again.named_parameters()), after, atol=0, rtol=0)
 
@@ -212,7 +228,7 @@ def answers(model, inputs):
 
 
 # Adapters on the language model alone, as most do it, and in the tower too, where they change the scores. The tower's last
-# layer, 9, is left out: LLaVA-NeXT reads the features before it.
+# layer, 9, is left out: LLaVA reads the features before it.
 @pytest.mark.parametrize("targets", [r".*language_model.*(q|v)_proj", r".*layers\.[0-8]\..*(q|k|v)_proj"])
 def test_a_lora_adapter_is_trained_saved_loaded_and_merged(clip_pair, tmp_path, targets):
     peft = pytest.importorskip("peft", reason="the adapter tests need peft")
@@ -246,7 +262,7 @@ def test_a_lora_adapter_is_trained_saved_loaded_and_merged(clip_pair, tmp_path, 
     assert torch.equal(loaded_logits, logits)
 
     merged = loaded.merge_and_unload()
-    assert type(merged) is HIVTPLlavaNextForConditionalGeneration
+    assert type(merged) is clip_pair.family.model
     merged_kept, merged_logits = answers(merged, inputs)
     assert merged_kept == kept
     torch.testing.assert_close(merged_logits, logits, atol=1e-6, rtol=0)
@@ -290,7 +306,7 @@ def test_more_token_embeddings(clip_pair, tmp_path):
     torch.testing.assert_close(resized_logits, oracle.logits, atol=1e-5, rtol=0)
 
     clip_pair.pruned.save_pretrained(tmp_path)
-    again = HIVTPLlavaNextForConditionalGeneration.from_pretrained(tmp_path)
+    again = clip_pair.family.model.from_pretrained(tmp_path)
     assert again.config.text_config.vocab_size == 408
     again_kept, again_logits = answers(again, inputs)
     assert again_kept == kept
@@ -300,7 +316,7 @@ def test_more_token_embeddings(clip_pair, tmp_path):
 def test_tied_weights_stay_tied(clip_pair, tmp_path):
     config = pruned_config(clip_pair.stock.config, LOW_RATIO)
     config.tie_word_embeddings = True
-    model = HIVTPLlavaNextForConditionalGeneration(config).eval()
+    model = clip_pair.family.model(config).eval()
     weights = {name: weight for name, weight in clip_pair.stock.state_dict().items() if name != "lm_head.weight"}
     model.load_state_dict(weights, strict=False)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -317,7 +333,7 @@ def test_tied_weights_stay_tied(clip_pair, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert len([name for name in file.keys() if "lm_head" in name or "embed_tokens" in name]) == 1  # noqa: SIM118
-    again = HIVTPLlavaNextForConditionalGeneration.from_pretrained(tmp_path)
+    again = clip_pair.family.model.from_pretrained(tmp_path)
     assert again.lm_head.weight is again.get_input_embeddings().weight
     kept, logits = answers(model, inputs)
     again_kept, again_logits = answers(again, inputs)

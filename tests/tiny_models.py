@@ -1,7 +1,6 @@
 """Tiny stock models and their pruned twins, with the same weights, in memory."""
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np

@@ -71,6 +71,11 @@ class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
     def _image_sizes(self, pixel_values: Tensor, image_sizes: Any) -> list[tuple[int, int]]:
         if image_sizes is not None:
             raise ValueError("`image_sizes` was given, which LLaVA-1.5 does not take: it sees every image as one square tile.")
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` has the shape {tuple(pixel_values.shape)}; LLaVA-1.5 takes (images, channels, height, width), "
+                "one square tile per image. Pass it as the processor returned it."
+            )
         return [(self.config.vision_config.image_size,) * 2] * len(pixel_values)
 
     def _token_layout(self, height: int, width: int, pruning: VisualTokenPruningConfig, strategy: str) -> TokenLayout:

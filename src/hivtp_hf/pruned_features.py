@@ -44,7 +44,7 @@ def check_pruning_fits_tower(pruning: VisualTokenPruningConfig, num_layers: int,
             for hyperparameter in method.hyperparameters
             if hyperparameter.is_layer
         )
-        read = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        read = f"layer {layers[0]}" if layers[0] == layers[-1] else f"layers {layers[0]} to {layers[-1]}"
         raise ValueError(
             f"the method {pruning.method!r} reads the encoder {read}, but the vision tower has {num_layers} layers, 0 to "
             f"{num_layers - 1}. Change {given}."
