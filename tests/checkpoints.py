@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from families import FAMILIES
 from tiny_checkpoint import build_stock_checkpoint
 
 # 8 x 8 cells a tile: every path of the code, a fraction of a second.
@@ -48,12 +48,15 @@ print(json.dumps(result))
 """
 
 
-def build_pruned_checkpoint(folder: Path, pruning: dict[str, Any]) -> Path:
-    """A checkpoint that our classes saved: weights, settings, processor and the .py files."""
-    stock = build_stock_checkpoint(folder / "stock_source", **GEOMETRY)
+def build_pruned_checkpoint(folder: Path, pruning: dict[str, Any], family: str = "llava_next", **geometry: Any) -> Path:
+    """A checkpoint that our classes saved: weights, settings, processor and the .py files.
+
+    `geometry` goes to `tiny_config`, in addition to `GEOMETRY`. The stock checkpoint lies beside it, as "stock_source".
+    """
+    stock = build_stock_checkpoint(folder / "stock_source", family=family, **{**GEOMETRY, **geometry})
     pruned = folder / "pruned"
-    HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock, pruning_config=pruning).save_pretrained(pruned)
-    HIVTPLlavaNextProcessor.from_pretrained(stock, pruning_config=pruning).save_pretrained(pruned)
+    FAMILIES[family].model.from_pretrained(stock, pruning_config=pruning).save_pretrained(pruned)
+    FAMILIES[family].processor.from_pretrained(stock, pruning_config=pruning).save_pretrained(pruned)
     return pruned
 
 

@@ -15,33 +15,33 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     LlamaTokenizer,
-    LlavaNextProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
-from hivtp_hf import (
-    HIVTPLlavaNextConfig,
-    HIVTPLlavaNextForConditionalGeneration,
-    HIVTPLlavaNextModel,
-    HIVTPLlavaNextProcessor,
-    VisualTokenPruningConfig,
-)
+from families import FAMILIES
+from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_processor
 
 PRUNING = VisualTokenPruningConfig(global_ratio=0.5, regions=4)
 TEXT = "USER: <image>\nWhat is shown in this image? ASSISTANT:"
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    return build_stock_checkpoint(tmp_path_factory.mktemp("checkpoint") / "stock", **GEOMETRY)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), PRUNING.to_dict())
+def stock(tmp_path_factory, family):
+    return build_stock_checkpoint(tmp_path_factory.mktemp("checkpoint") / "stock", family=family.name, **GEOMETRY)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, family):
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), PRUNING.to_dict(), family.name)
 
 
 def read_json(folder, name):
@@ -49,54 +49,73 @@ def read_json(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("auto_name", "expected"),
+    ("auto_name", "part"),
     [
-        ("AutoConfig", HIVTPLlavaNextConfig),
-        ("AutoModel", HIVTPLlavaNextModel),
-        ("AutoModelForImageTextToText", HIVTPLlavaNextForConditionalGeneration),
-        ("AutoModelForMultimodalLM", HIVTPLlavaNextForConditionalGeneration),
-        ("AutoProcessor", HIVTPLlavaNextProcessor),
+        ("AutoConfig", "config"),
+        ("AutoModel", "base"),
+        ("AutoModelForImageTextToText", "model"),
+        ("AutoModelForMultimodalLM", "model"),
+        ("AutoProcessor", "processor"),
     ],
 )
-def test_auto_class_gives_ours(pruned, auto_name, expected):
+def test_auto_class_gives_ours(family, pruned, auto_name, part):
     auto_class = getattr(transformers, auto_name, None)
     if auto_class is None:
         pytest.skip(f"this transformers has no {auto_name}")
-    assert type(auto_class.from_pretrained(pruned)) is expected
+    assert type(auto_class.from_pretrained(pruned)) is getattr(family, part)
 
 
-def test_saved_config(pruned):
+# As they are written on the Hub, where older checkpoints go on naming them.
+SAVED_NAMES = {"llava_next": ("llava_next", "LlavaNext"), "llava": ("llava", "Llava")}
+
+
+def test_saved_config(family, pruned):
     saved = read_json(pruned, "config")
-    assert saved["model_type"] == "hivtp_llava_next"
+    file, name = SAVED_NAMES[family.name]
+    assert saved["model_type"] == f"hivtp_{file}"
     assert saved["pruning_config"] == PRUNING.to_dict()
     assert saved["auto_map"] == {
-        "AutoConfig": "configuration_hivtp_llava_next.HIVTPLlavaNextConfig",
-        "AutoModel": "modeling_hivtp_llava_next.HIVTPLlavaNextModel",
-        "AutoModelForImageTextToText": "modeling_hivtp_llava_next.HIVTPLlavaNextForConditionalGeneration",
-        "AutoModelForMultimodalLM": "modeling_hivtp_llava_next.HIVTPLlavaNextForConditionalGeneration",
+        "AutoConfig": f"configuration_hivtp_{file}.HIVTP{name}Config",
+        "AutoModel": f"modeling_hivtp_{file}.HIVTP{name}Model",
+        "AutoModelForImageTextToText": f"modeling_hivtp_{file}.HIVTP{name}ForConditionalGeneration",
+        "AutoModelForMultimodalLM": f"modeling_hivtp_{file}.HIVTP{name}ForConditionalGeneration",
     }
 
 
-def test_saved_processor_config(pruned):
+def test_saved_processor_config(family, pruned):
     saved = read_json(pruned, "processor_config")
+    file, name = SAVED_NAMES[family.name]
     assert saved["pruning_config"] == PRUNING.to_dict()
-    assert saved["auto_map"] == {"AutoProcessor": "processing_hivtp_llava_next.HIVTPLlavaNextProcessor"}
+    assert saved["auto_map"] == {"AutoProcessor": f"processing_hivtp_{file}.HIVTP{name}Processor"}
 
 
-def test_tokenizer_stays_stock(stock, pruned):
+def test_tokenizer_stays_stock(family, stock, pruned):
     saved = (pruned / "tokenizer_config.json").read_text()
     assert not any(name in saved for name in ("pruning", *PRUNING.to_dict()))
-    ours, theirs = AutoProcessor.from_pretrained(pruned).tokenizer, LlavaNextProcessor.from_pretrained(stock).tokenizer
+    ours, theirs = AutoProcessor.from_pretrained(pruned).tokenizer, family.stock_processor.from_pretrained(stock).tokenizer
     assert type(ours) is type(theirs)
 
 
-def test_defaults_prune(stock):
-    config = HIVTPLlavaNextConfig.from_pretrained(stock)
-    processor = HIVTPLlavaNextProcessor.from_pretrained(stock)
-    for part in (config, processor, HIVTPLlavaNextConfig()):
+def test_defaults_prune(family, stock):
+    config = family.config.from_pretrained(stock)
+    processor = family.processor.from_pretrained(stock)
+    for part in (config, processor, family.config()):
         assert part.pruning_config == VisualTokenPruningConfig()
     layout = processor.token_layout(60, 90)
     assert layout.num_retained < layout.num_stock
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_stored_and_read_again(family, pruned, tmp_path, name):
+    """By the Auto classes, from the name of the method alone, and with settings of its own."""
+    chosen = {"retention_ratio": 0.25} if METHODS[name].default_retention_ratio else {}
+    for step, settings in enumerate([{"method": name}, {"method": name, **chosen, "keep_newlines": False}]):
+        expected, folder = VisualTokenPruningConfig(**settings), tmp_path / str(step)
+        AutoConfig.from_pretrained(pruned, pruning_config=settings).save_pretrained(folder)
+        AutoProcessor.from_pretrained(pruned, pruning_config=settings).save_pretrained(folder)
+        for auto_class, file in ((AutoConfig, "config"), (AutoProcessor, "processor_config")):
+            assert read_json(folder, file)["pruning_config"] == expected.to_dict()
+            assert auto_class.from_pretrained(folder).pruning_config == expected
 
 
 def edited_json(folder, target, name, settings):
@@ -113,67 +132,79 @@ def assigned(part, settings):
     return part
 
 
-def constructed_processor(folder, settings):
-    stock = LlavaNextProcessor.from_pretrained(folder)
-    return HIVTPLlavaNextProcessor(stock.image_processor, stock.tokenizer, patch_size=7, pruning_config=settings)
+def constructed_processor(family, folders, settings):
+    stock = family.stock_processor.from_pretrained(folders["stock"])
+    return family.processor(stock.image_processor, stock.tokenizer, patch_size=7, pruning_config=settings)
 
 
-def by_keyword(loading_class, source):
-    return lambda folders, new_folder, given: loading_class.from_pretrained(folders[source], pruning_config=given)
+def by_keyword(part, source):
+    """By a class of the family or an Auto class."""
+
+    def load(family, folders, new_folder, given):
+        loading_class = getattr(family, part) if isinstance(part, str) else part
+        return loading_class.from_pretrained(folders[source], pruning_config=given)
+
+    return load
 
 
-def by_file(loading_class, name):
-    return lambda folders, new_folder, given: loading_class.from_pretrained(
-        edited_json(folders["pruned"], new_folder, name, given)
-    )
+def by_file(part, name):
+    def load(family, folders, new_folder, given):
+        loading_class = getattr(family, part) if isinstance(part, str) else part
+        return loading_class.from_pretrained(edited_json(folders["pruned"], new_folder, name, given))
+
+    return load
 
 
-# From the folders to load, a folder to write to and the settings, to what then has the settings.
+# From the family, its folders to load, a folder to write to and the settings, to what then has the settings.
 ROUTES = {
-    "config constructor": lambda folders, new_folder, given: HIVTPLlavaNextConfig(pruning_config=given),
-    "config assignment": lambda folders, new_folder, given: assigned(HIVTPLlavaNextConfig(), given),
-    "config keyword": by_keyword(HIVTPLlavaNextConfig, "pruned"),
-    "config keyword, stock": by_keyword(HIVTPLlavaNextConfig, "stock"),
-    "config file": by_file(HIVTPLlavaNextConfig, "config"),
+    "config constructor": lambda family, folders, new_folder, given: family.config(pruning_config=given),
+    "config assignment": lambda family, folders, new_folder, given: assigned(family.config(), given),
+    "config keyword": by_keyword("config", "pruned"),
+    "config keyword, stock": by_keyword("config", "stock"),
+    "config file": by_file("config", "config"),
     "AutoConfig keyword": by_keyword(AutoConfig, "pruned"),
     "AutoConfig file": by_file(AutoConfig, "config"),
     "model keyword": by_keyword(AutoModelForImageTextToText, "pruned"),
-    "model keyword, stock": by_keyword(HIVTPLlavaNextForConditionalGeneration, "stock"),
+    "model keyword, stock": by_keyword("model", "stock"),
     "base model keyword": by_keyword(AutoModel, "pruned"),
-    "processor constructor": lambda folders, new_folder, given: constructed_processor(folders["stock"], given),
-    "processor assignment": lambda folders, new_folder, given: assigned(constructed_processor(folders["stock"], None), given),
-    "processor keyword": by_keyword(HIVTPLlavaNextProcessor, "pruned"),
-    "processor keyword, stock": by_keyword(HIVTPLlavaNextProcessor, "stock"),
-    "processor file": by_file(HIVTPLlavaNextProcessor, "processor_config"),
+    "processor constructor": lambda family, folders, new_folder, given: constructed_processor(family, folders, given),
+    "processor assignment": lambda family, folders, new_folder, given: assigned(
+        constructed_processor(family, folders, None), given
+    ),
+    "processor keyword": by_keyword("processor", "pruned"),
+    "processor keyword, stock": by_keyword("processor", "stock"),
+    "processor file": by_file("processor", "processor_config"),
     "AutoProcessor keyword": by_keyword(AutoProcessor, "pruned"),
     "AutoProcessor file": by_file(AutoProcessor, "processor_config"),
 }
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_route_reads_all_that_a_user_may_write(stock, pruned, tmp_path, route):
-    half = VisualTokenPruningConfig(retention_ratio=0.5)
+def test_every_route_reads_all_that_a_user_may_write(family, stock, pruned, tmp_path, route):
+    half, hiprune = VisualTokenPruningConfig(retention_ratio=0.5), VisualTokenPruningConfig(method="hiprune", alpha=0.2)
     default = VisualTokenPruningConfig()
-    for step, (given, expected) in enumerate([({"retention_ratio": 0.5}, half), (half, half), (None, default), ({}, default)]):
-        result = ROUTES[route]({"stock": stock, "pruned": pruned}, tmp_path / str(step), given)
+    written = [({"retention_ratio": 0.5}, half), (half, half), (None, default), ({}, default)]
+    for step, (given, expected) in enumerate([*written, ({"method": "hiprune", "alpha": 0.2}, hiprune)]):
+        result = ROUTES[route](family, {"stock": stock, "pruned": pruned}, tmp_path / str(step), given)
         read = (result.config if isinstance(result, PreTrainedModel) else result).pruning_config
         assert isinstance(read, VisualTokenPruningConfig)
         assert read == expected, f"given {given!r}"
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_route_refuses_bad_settings(stock, pruned, tmp_path, route):
+def test_every_route_refuses_bad_settings(family, stock, pruned, tmp_path, route):
     for step, (bad, named) in enumerate(
         [
             ({"retention_ratio": 0}, "`retention_ratio` is 0"),
             ({"retention_rato": 0.5}, "`retention_rato`: not a setting"),
             ({"method": "unheard of"}, "`method` is 'unheard of'"),
+            ({"method": "gprune", "alpha": 0.2}, "`alpha`: not a setting of the method 'gprune'"),
             (0.5, "`pruning_config` is 0.5"),
             ("half", "`pruning_config` is 'half'"),
         ]
     ):
         with pytest.raises(ValueError, match=named):
-            ROUTES[route]({"stock": stock, "pruned": pruned}, tmp_path / str(step), bad)
+            ROUTES[route](family, {"stock": stock, "pruned": pruned}, tmp_path / str(step), bad)
 
 
 def llama_style_tokenizer(corpus=TEXT):
@@ -195,10 +226,10 @@ def llama_style_tokenizer(corpus=TEXT):
 
 
 @pytest.fixture(scope="module")
-def stock_with_llama_tokenizer(stock):
+def stock_with_llama_tokenizer(family, stock):
     """A stock checkpoint that records a tokenizer class which would read its tokenizer.json differently."""
     folder = shutil.copytree(stock, stock.with_name("stock_with_llama_tokenizer"))
-    tiny_processor(tiny_config(**GEOMETRY), llama_style_tokenizer()).save_pretrained(folder)
+    tiny_processor(tiny_config(family=family.name, **GEOMETRY), llama_style_tokenizer()).save_pretrained(folder)
     recorded = read_json(folder, "tokenizer_config") | {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(recorded))
     return folder
@@ -215,19 +246,19 @@ def test_llama_class_and_tokenizer_json_differ(stock_with_llama_tokenizer):
 
 
 @pytest.mark.parametrize("checkpoint", ["stock", "stock_with_llama_tokenizer"])
-def test_unpruned_token_ids_equal_stock(checkpoint, request, tmp_path):
+def test_unpruned_token_ids_equal_stock(family, checkpoint, request, tmp_path):
     folder = request.getfixturevalue(checkpoint)
     image = Image.fromarray(np.zeros((60, 90, 3), dtype=np.uint8))
-    theirs = LlavaNextProcessor.from_pretrained(folder)
+    theirs = family.stock_processor.from_pretrained(folder)
     expected = theirs(images=image, text=TEXT)["input_ids"]
 
-    ours = HIVTPLlavaNextProcessor.from_pretrained(folder, pruning_config={"retention_ratio": 1})
+    ours = family.processor.from_pretrained(folder, pruning_config={"retention_ratio": 1})
     assert ours(images=image, text=TEXT)["input_ids"] == expected
 
-    HIVTPLlavaNextConfig.from_pretrained(folder).save_pretrained(tmp_path)
+    family.config.from_pretrained(folder).save_pretrained(tmp_path)
     ours.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    assert type(again) is HIVTPLlavaNextProcessor
+    assert type(again) is family.processor
     assert again(images=image, text=TEXT)["input_ids"] == expected
     # Serving engines read the tokenizer on its own.
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == theirs.tokenizer(TEXT)["input_ids"]
@@ -239,20 +270,22 @@ def test_unpruned_token_ids_equal_stock(checkpoint, request, tmp_path):
     assert converted(images=image, text=TEXT)["input_ids"] == expected
 
 
-def refusals(folder):
+def refusals(folders):
     """Runs in a process without the package: what the Auto classes say of code that nobody trusts."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     messages = []
-    for auto_class in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
-        try:
-            auto_class.from_pretrained(folder)
-        except ValueError as error:
-            messages.append(str(error))
+    for folder in folders:
+        for auto_class in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+            try:
+                auto_class.from_pretrained(folder)
+            except ValueError as error:
+                messages.append(str(error))
     return messages
 
 
-def test_untrusted_code_is_an_error(pruned, tmp_path):
-    messages = run_without_package(refusals, tmp_path / "work", folder=pruned)
-    assert len(messages) == 3
+def test_untrusted_code_is_an_error(tmp_path):
+    folders = [build_pruned_checkpoint(tmp_path / name, {}, name) for name in FAMILIES]
+    messages = run_without_package(refusals, tmp_path / "work", folders=folders)
+    assert len(messages) == 3 * len(folders)
     assert all("trust_remote_code=True" in message for message in messages)

@@ -9,18 +9,23 @@ import pytest
 import torch
 
 from checkpoints import build_pruned_checkpoint, run_without_package
-from tiny_models import LOW_RATIO, greedy, photo, twins
+from families import FAMILIES
+from tiny_models import LOW_RATIO, greedy, image_inputs, photo, twins
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 SIZES = [(60, 100), (112, 112), (200, 50)]
-TOWERS = ["clip_vision_model", "siglip_vision_model"]
+GEOMETRIES = {
+    "llava_next-clip": {},
+    "llava_next-siglip": {"vision_type": "siglip_vision_model"},
+    "llava-clip": {"family": "llava"},
+}
 OTHER = {"retention_ratio": 0.5, "regions": 4, "importance_start_layer": 0}
 
 
 def answer(pair, size):
     inputs = pair.processor(images=photo(*size), text=PROMPT, return_tensors="pt")
     with torch.no_grad():
-        (kept,) = pair.pruned.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices
+        (kept,) = pair.pruned.get_image_features(**image_inputs(inputs)).kept_indices
     return kept.tolist(), greedy(pair.pruned, inputs).tolist()
 
 
@@ -33,13 +38,17 @@ def frequent_switches():
 
 
 @pytest.mark.usefixtures("frequent_switches")
-@pytest.mark.parametrize("settings", [(LOW_RATIO, None), (LOW_RATIO, OTHER)], ids=["one model", "two models"])
-@pytest.mark.parametrize("tower", TOWERS)
-def test_two_threads(tower, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [(LOW_RATIO, None), (LOW_RATIO, OTHER), ({"method": "hiprune", **LOW_RATIO}, {"method": "gprune"})],
+    ids=["one model", "two models", "two methods"],
+)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_two_threads(geometry, settings):
     """One model, or two with different settings, that have never run before; in each thread another image."""
-    first = twins(settings[0], vision_type=tower)
-    pairs = [first, twins(settings[1], vision_type=tower) if settings[1] else first]
-    alone = [twins(given or settings[0], vision_type=tower) for given in settings]
+    first = twins(settings[0], **geometry)
+    pairs = [first, twins(settings[1], **geometry) if settings[1] else first]
+    alone = [twins(given or settings[0], **geometry) for given in settings]
     expected = [answer(pair, size) for pair, size in zip(alone, SIZES, strict=False)]
     got, errors = [[], []], []
     start = threading.Barrier(2, timeout=60)
@@ -62,12 +71,13 @@ def test_two_threads(tower, settings):
     assert got == [[expected[0]] * 4, [expected[1]] * 4]
 
 
-def test_models_with_different_settings_take_turns():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_different_settings_take_turns(family):
     def expected(settings):
-        pair = twins(settings)
+        pair = twins(settings, family=family)
         return [answer(pair, size) for size in SIZES]
 
-    low, other = twins(LOW_RATIO), twins(OTHER)
+    low, other = twins(LOW_RATIO, family=family), twins(OTHER, family=family)
     turns = [(answer(low, size), answer(other, size)) for size in SIZES]
     assert [turn[0] for turn in turns] == expected(LOW_RATIO)
     assert [turn[1] for turn in turns] == expected(OTHER)
@@ -77,10 +87,9 @@ def test_models_with_different_settings_take_turns():
         assert [answer(low, size) for size in SIZES] == wanted
 
 
-@pytest.fixture
-def folders(tmp_path):
+def revisions(folder, family):
     """Checkpoints that bring their code along. The second revision's prefers what receives the least attention."""
-    first = build_pruned_checkpoint(tmp_path, LOW_RATIO)
+    first = build_pruned_checkpoint(folder, LOW_RATIO, family)
     second = shutil.copytree(first, first.with_name("second_revision"))
     file = second / "attention_reduction.py"
     source, line = file.read_text(), "return summed / (num_heads * query.shape[2])"
@@ -89,7 +98,7 @@ def folders(tmp_path):
     return {"first": str(first), "second": str(second)}
 
 
-def kept_in_turn(folders, copies):
+def kept_in_turn(folders, copies, family):
     """Loads copies of the code into one process, in the order given, then lets them run in turn, twice.
 
     "package" is the installed one, with the first folder's weights; it cannot be imported before its turn comes.
@@ -102,16 +111,18 @@ def kept_in_turn(folders, copies):
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+    names = {"llava_next": "HIVTPLlavaNextForConditionalGeneration", "llava": "HIVTPLlavaForConditionalGeneration"}
     models = {}
     for copy in copies:
         if copy == "package":
             if sys.modules.get("hivtp_hf", sys) is None:
                 del sys.modules["hivtp_hf"]
-            from hivtp_hf import HIVTPLlavaNextForConditionalGeneration as Model
+            import hivtp_hf
+
+            Model = getattr(hivtp_hf, names[family])
         elif "package" in models:
             # With the package imported, the Auto classes prefer it to remote code of the same type.
-            name = "modeling_hivtp_llava_next.HIVTPLlavaNextForConditionalGeneration"
-            Model = get_class_from_dynamic_module(name, folders[copy])
+            Model = get_class_from_dynamic_module(f"modeling_hivtp_{family}.{names[family]}", folders[copy])
         else:
             Model = AutoModelForImageTextToText
         models[copy] = Model.from_pretrained(folders.get(copy, folders["first"]), trust_remote_code=True)
@@ -123,23 +134,32 @@ def kept_in_turn(folders, copies):
             inputs = processor(images=Image.fromarray(pixels), text="<image>", return_tensors="pt")
             for copy, model in models.items():
                 with torch.no_grad():
-                    output = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+                    output = model.get_image_features(inputs["pixel_values"], image_sizes=inputs.get("image_sizes"))
                     assert model(**inputs).logits.isfinite().all()
                 kept[copy].append(output.kept_indices[0].tolist())
     return {"kept": kept, "modules": [type(model).__module__ for model in models.values()]}
 
 
-def test_copies_of_the_code_take_turns(folders, tmp_path, monkeypatch):
+# The copies of each process, in the order in which they come; the first process tells what the second revision keeps alone.
+ORDERS = {
+    "llava_next": [("second",), ("first", "second", "package"), ("package", "second", "first")],
+    "llava": [("second",), ("first", "package", "second")],
+}
+
+
+@pytest.mark.parametrize("family", ORDERS)
+def test_copies_of_the_code_take_turns(tmp_path, monkeypatch, family):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    orders = [("second",), ("first", "second", "package"), ("package", "second", "first")]
+    folders, orders = revisions(tmp_path, family), ORDERS[family]
 
     def run(order):
-        return run_without_package(kept_in_turn, tmp_path / "-".join(order), folders=folders, copies=order)
+        work_folder = tmp_path / "-".join(order)
+        return run_without_package(kept_in_turn, work_folder, folders=folders, copies=order, family=family)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, orders))
     # The first folder's code is the package's, so what it keeps alone can be seen here.
-    first = kept_in_turn(folders, ["package"])["kept"]["package"]
+    first = kept_in_turn(folders, ["package"], family)["kept"]["package"]
     alone = {"first": first, "second": results[0]["kept"]["second"], "package": first}
     assert all(kept != other for kept, other in zip(alone["first"], alone["second"], strict=True))
     for order, result in zip(orders, results, strict=True):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from decimal import Decimal
 from fractions import Fraction
 
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from transformers import LlavaNextProcessor
 
 from fed import check_indices
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.methods import METHODS
 from hivtp_hf.token_layout import LARGEST_SIDE, MOST_CELLS
+from hivtp_hf.visual_evidence import VisualEvidence
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -64,54 +67,105 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-FIELDS = ["method", "retention_ratio", "exact_count", "keep_newlines", "global_ratio", "local_window", "regions"]
-FIELDS += ["importance_start_layer", "importance_num_layers"]
-GOOD_VALUES = {
-    "method": st.just("hivtp"),
-    "retention_ratio": st.none() | st.floats(0, 1, exclude_min=True) | st.fractions(Fraction(1, 1000), 1) | st.just(np.int8(1)),
-    "exact_count": st.booleans(),
-    "keep_newlines": st.booleans(),
-    "global_ratio": st.floats(0, 1) | st.sampled_from([0, 1, np.float16(0.5)]),
-    "local_window": st.integers(1, 10**100) | st.sampled_from([1, 2, 7, np.uint8(3)]),
-    "regions": st.integers(1, 10**100) | st.integers(1, 9),
-    "importance_start_layer": st.integers(0, 10**100) | st.integers(0, 30),
-    "importance_num_layers": st.integers(1, 10**100) | st.integers(1, 30),
-}
-GOOD_SETTINGS = st.fixed_dictionaries({}, optional=GOOD_VALUES)
+SHARED = ["method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"]
+FIELDS = SHARED + [hyperparameter.name for method in METHODS.values() for hyperparameter in method.hyperparameters]
+RATIOS = st.floats(0, 1, exclude_min=True) | st.fractions(Fraction(1, 1000), 1) | st.just(np.int8(1))
+BUDGETS = st.integers(1, 10**100) | st.integers(1, 900) | st.just(np.uint8(40))
+
+
+def values_of(hyperparameter):
+    """What its entry allows, as Python and NumPy write it."""
+    low, high = hyperparameter.minimum, hyperparameter.maximum
+    if hyperparameter.kind is bool:
+        values = st.booleans()
+    elif hyperparameter.kind is int:
+        values = st.integers(low, high or 10**100) | st.integers(low, low + 30) | st.just(np.uint8(low + 3))
+    else:
+        high = 1e300 if high is None else high
+        values = st.floats(low, high, exclude_min=hyperparameter.above_minimum) | st.sampled_from([1, np.float16(0.5)])
+    return values if hyperparameter.default is not None else st.none() | values
+
+
+@st.composite
+def good_settings(draw, methods=tuple(METHODS)):
+    """Settings of one of the methods, some or all of them, with a ratio or a budget or neither."""
+    method = METHODS[draw(st.sampled_from(methods))]
+    optional = {hyperparameter.name: values_of(hyperparameter) for hyperparameter in method.hyperparameters}
+    optional["exact_count"] = st.booleans() if method.content_dependent_count else st.just(True)
+    optional["keep_newlines"] = st.booleans()
+    settings = draw(st.fixed_dictionaries({}, optional=optional))
+    if method.name != "hivtp" or draw(st.booleans()):
+        settings["method"] = method.name
+    no_budgets = [{}, {"retention_ratio": None}, {"token_budget": None}]
+    budgets = [st.sampled_from(no_budgets)]
+    if method.keeps_everything:
+        budgets.append(st.just({"retention_ratio": 1}))
+    else:
+        budgets.append(st.builds(lambda ratio: {"retention_ratio": ratio}, RATIOS))
+        budgets.append(st.builds(lambda budget: {"token_budget": budget}, BUDGETS))
+    return settings | draw(st.one_of(budgets))
+
+
+GOOD_SETTINGS = good_settings()
 OTHER_KEYS = st.sampled_from(["self", "cls", "args", "pruning", "Method", "", "__class__", "__dict__"]) | st.text(max_size=8)
 NEARLY_GOOD = st.builds(
     lambda good, key, value: {**good, key: value}, GOOD_SETTINGS, st.sampled_from(FIELDS) | OTHER_KEYS, PYTHON
 )
 
 
+SAYINGS = [
+    "must be",
+    "not a setting",
+    "does not divide",
+    "are allowed",
+    "give one of them",
+    "keeps every token",
+    "stay whatever",
+]
+
+
 def check_message(error):
     """An error of ours: it names a field or a cause, and can be read."""
     message = str(error)
     assert 20 < len(message) < 3000
-    assert "must be" in message or "not a setting" in message or "does not divide" in message or "are allowed" in message
+    assert any(saying in message for saying in SAYINGS)
 
 
 def check_pruning(pruning, given_settings):
     """Everything that the rest of the package takes for granted."""
     stored = pruning.to_dict()
-    assert list(stored) == FIELDS
-    assert [type(stored[field]) for field in FIELDS[2:]] == [bool, bool, float, int, int, int, int]
-    assert stored["method"] == "hivtp"
-    assert stored["retention_ratio"] is None or (
-        type(stored["retention_ratio"]) is float and 0 < stored["retention_ratio"] <= 1
-    )
-    assert 0 <= stored["global_ratio"] <= 1
-    assert all(stored[field] >= 1 for field in ("local_window", "regions", "importance_num_layers"))
-    assert stored["importance_start_layer"] >= 0
+    method = METHODS[stored["method"]]
+    assert list(stored) == SHARED + [hyperparameter.name for hyperparameter in method.hyperparameters]
+    ratio, budget = stored["retention_ratio"], stored["token_budget"]
+    assert ratio is None or (type(ratio) is float and 0 < ratio <= 1)
+    assert budget is None or (type(budget) is int and budget >= 1 and ratio is None)
+    assert type(stored["exact_count"]) is type(stored["keep_newlines"]) is bool
+    assert stored["exact_count"] or method.name == "hivtp"
+    for hyperparameter in method.hyperparameters:
+        value = stored[hyperparameter.name]
+        if value is None:
+            assert hyperparameter.default is None
+            continue
+        assert type(value) is hyperparameter.kind
+        assert value >= hyperparameter.minimum
+        assert hyperparameter.maximum is None or value <= hyperparameter.maximum
+        assert math.isfinite(value)
     for field, value in given_settings.items():
-        assert stored[field] == value or math.isclose(stored[field], value)
-    layers = pruning.scored_layers
-    assert layers[0] == stored["importance_start_layer"]
-    assert layers[-1] - layers[0] == stored["importance_num_layers"] - 1
+        defaults = {"retention_ratio": None if budget else method.default_retention_ratio}
+        wanted = defaults.get(field) if value is None else value
+        assert stored[field] == wanted or math.isclose(stored[field], wanted)
+    layers = pruning.scored_layers(22)
+    if method.name == "hivtp":
+        assert layers[0] == stored["importance_start_layer"]
+        assert layers[-1] - layers[0] == stored["importance_num_layers"] - 1
+    else:
+        named = [stored[hyperparameter.name] for hyperparameter in method.hyperparameters if hyperparameter.is_layer]
+        assert list(layers) == sorted({22 if layer is None else layer for layer in named})
     for twin in (
         VisualTokenPruningConfig.from_dict(json.loads(json.dumps(stored))),
         VisualTokenPruningConfig.coerce(pruning),
         copy.deepcopy(pruning),
+        pickle.loads(pickle.dumps(pruning)),
         pruning.replace(),
     ):
         assert twin == pruning
@@ -123,6 +177,10 @@ def check_pruning(pruning, given_settings):
 @given(st.one_of(NEARLY_GOOD, st.dictionaries(st.sampled_from(FIELDS) | OTHER_KEYS, PYTHON, max_size=4), PYTHON))
 @example({"self": 1})
 @example({"local_window": 10**400})
+@example({"method": "gprune", "temperature": 0.0})
+@example({"method": "random", "seed": 2**32})
+@example({"method": "none", "token_budget": 10})
+@example({"retention_ratio": 0.5, "token_budget": 10})
 @example(VisualTokenPruningConfig)
 def test_any_settings(given_settings):
     for read in (VisualTokenPruningConfig.from_dict, VisualTokenPruningConfig.coerce):
@@ -140,39 +198,98 @@ def test_good_settings_are_taken(given_settings):
     check_pruning(VisualTokenPruningConfig.from_dict(given_settings), given_settings)
 
 
+@settings(FUZZ, max_examples=100)
+@given(GOOD_SETTINGS, st.sampled_from(list(METHODS)))
+def test_another_method_keeps_what_all_methods_share(given_settings, name):
+    pruning = VisualTokenPruningConfig.from_dict(given_settings)
+    try:
+        changed = pruning.replace(method=name)
+    except ValueError as error:
+        check_message(error)
+        assert not pruning.exact_count
+        return
+    own = {field: value for field, value in changed.to_dict().items() if field not in SHARED}
+    assert changed.keep_newlines == pruning.keep_newlines
+    if name == pruning.method:
+        assert changed == pruning
+    else:
+        assert own == {field: value for field, value in VisualTokenPruningConfig(name).to_dict().items() if field not in SHARED}
+        if METHODS[name].keeps_everything:
+            assert (changed.retention_ratio, changed.token_budget) == (None, None)
+        else:
+            assert changed.token_budget == pruning.token_budget
+            if pruning.retention_ratio is not None:
+                assert changed.retention_ratio == pruning.retention_ratio
+
+
 def stock_counts(layout):
-    """Tokens of an image by stock's own formula, as (all, newlines)."""
+    """Tokens of an image of LLaVA-NeXT by stock's own formula, as (all, newlines)."""
     unpadded, newlines = LlavaNextProcessor._get_unpadded_features(
         None, *layout.image_size, layout.grid, layout.grid, layout.tile_rows, layout.tile_columns
     )
     return layout.grid**2 + unpadded + newlines, newlines
 
 
-def check_layout(layout, height, width):
-    assert layout.image_size == (height, width)
-    assert 1 <= height <= LARGEST_SIDE
-    assert 1 <= width <= LARGEST_SIDE
+def selection(layout, pruning):
+    """The cells that the method keeps of an image of equal cells, bool (tiles, grid, grid); None where that takes long."""
+    if pruning.method == "gprune":
+        if layout.num_stock > 1000:  # a graph of all pairs
+            return None
+        pruning = pruning.replace(iterations=min(pruning.iterations, 3))
+    scores = torch.zeros(layout.valid.shape)
+    layers = [0] if pruning.method == "hivtp" else pruning.scored_layers(22)  # of hivtp there may be 10**100
+    evidence = VisualEvidence([layout], layout.valid, [torch.ones(layout.num_stock, 2)], dict.fromkeys(layers, scores), 22)
+    return METHODS[pruning.method].load_selector().select(evidence, pruning)
+
+
+def check_layout(layout, pruning):
+    """A layout of either family that was asked for under `pruning`."""
     assert layout.valid.shape == (layout.num_tiles, layout.grid, layout.grid)
     assert layout.valid.dtype == torch.bool
     assert layout.valid.numel() <= MOST_CELLS
+    valid = layout.valid.flatten(1).sum(1).tolist()
+    if layout.pruning.method == "gprune" and layout.num_tiles > 1:
+        valid = [valid[0], sum(valid[1:])]
+    assert all(0 <= total <= most for total, most in zip(layout.group_totals, valid, strict=True))
+    assert layout.num_retained == sum(layout.group_totals) + layout.num_newlines + layout.num_class_tokens <= layout.num_stock
+    if pruning.token_budget is None:
+        assert layout.pruning == pruning
+    else:
+        assert layout.pruning == pruning.replace(retention_ratio=layout.pruning.retention_ratio)
+        assert layout.num_retained <= pruning.token_budget
+    # Published counts may stay below the placeholders, except at a ratio of 1.
+    certain = layout.pruning.exact_count or layout.pruning.retention_ratio == 1
+    assert layout.keeps_everything == (certain and layout.num_retained == layout.num_stock)
+    cells = selection(layout, layout.pruning.replace(exact_count=True))
+    if cells is None:
+        return
+    kept = layout.kept_indices(cells)
+    assert len(kept) == layout.num_retained
+    if len(kept):
+        check_indices(kept, layout)
+    if layout.image_size is not None:
+        boxes = layout.pixel_boxes(kept)
+        assert bool(boxes.isfinite().all())
+        assert bool((boxes[:, :2] <= boxes[:, 2:]).all())
+
+
+def check_llava_next_layout(layout, height, width, pruning):
+    assert layout.image_size == (height, width)
+    assert 1 <= height <= LARGEST_SIDE
+    assert 1 <= width <= LARGEST_SIDE
     assert bool(layout.valid[0].all())
     num_stock, newlines = stock_counts(layout)
     assert layout.num_stock == num_stock == int(layout.valid.sum()) + newlines
     assert layout.num_newlines == (newlines if layout.pruning.keep_newlines else 0)
-    valid = layout.valid.flatten(1).sum(1).tolist()
-    assert all(0 <= total <= most for total, most in zip(layout.tile_totals, valid, strict=True))
-    assert layout.num_retained == sum(layout.tile_totals) + layout.num_newlines <= layout.num_stock
-    # Published counts may stay below the placeholders, except at a ratio of 1.
-    certain = layout.pruning.exact_count or layout.pruning.retention_ratio == 1
-    assert layout.keeps_everything == (certain and layout.num_retained == layout.num_stock)
-    exact = layout.pruning.replace(exact_count=True)
-    kept = layout.kept_indices(select_hivtp(torch.zeros(layout.valid.shape), layout.valid, exact))
-    assert len(kept) == layout.num_retained
-    if len(kept):
-        check_indices(kept, layout)
-    boxes = layout.pixel_boxes(kept)
-    assert bool(boxes.isfinite().all())
-    assert bool((boxes[:, :2] <= boxes[:, 2:]).all())
+    check_layout(layout, pruning)
+
+
+def check_single_tile(layout, grid, extra_tokens, pruning):
+    assert (layout.grid, layout.num_tiles, layout.num_newlines) == (grid, 1, 0)
+    assert layout.num_stock == grid * grid + extra_tokens
+    assert layout.num_class_tokens == max(extra_tokens, 0)
+    assert int(layout.valid.sum()) == grid * grid + min(extra_tokens, 0)
+    check_layout(layout, pruning)
 
 
 SIDES = st.one_of(st.integers(1, 7000), st.sampled_from([1, 2, 3, 335, 336, 337, 10**6, LARGEST_SIDE]))
@@ -196,7 +313,24 @@ def geometries(draw):
 @example(100, 100, {}, {"tile_size": 1, "patch_size": 1, "pinpoints": [[1, MOST_CELLS - 1]]})
 def test_any_size_on_any_geometry_that_fits(height, width, given_settings, geometry):
     pruning = VisualTokenPruningConfig(**given_settings)
-    check_layout(TokenLayout.from_image_size(height, width, pruning, **geometry), height, width)
+    try:
+        layout = TokenLayout.from_image_size(height, width, pruning, **geometry)
+    except ValueError as error:
+        check_message(error)
+        assert pruning.token_budget is not None  # and smaller than what stays whatever is pruned
+    else:
+        check_llava_next_layout(layout, height, width, pruning)
+
+
+@settings(FUZZ, max_examples=200)
+@given(st.integers(1, 40), GOOD_SETTINGS, st.sampled_from([-1, 0, 1]), st.none() | st.tuples(SIDES, SIDES))
+@example(362, {"retention_ratio": 0.3}, 0, None)
+@example(1, {}, -1, (1, 1))
+@example(1, {"token_budget": 1}, 1, (1, LARGEST_SIDE))
+def test_any_grid_of_a_single_tile(grid, given_settings, extra_tokens, image_size):
+    pruning = VisualTokenPruningConfig(**given_settings)
+    layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens, image_size=image_size)
+    check_single_tile(layout, grid, extra_tokens, pruning)
 
 
 ODD_GEOMETRIES = st.fixed_dictionaries(
@@ -228,7 +362,29 @@ def test_any_arguments_of_a_layout(height, width, pruning, geometry):
     except ValueError as error:
         check_message(error)
     else:
-        check_layout(layout, int(height), int(width))
+        check_llava_next_layout(layout, int(height), int(width), VisualTokenPruningConfig.coerce(pruning))
+
+
+@FUZZ
+@given(
+    st.integers(-2, 400) | PYTHON,
+    st.one_of(GOOD_SETTINGS, NEARLY_GOOD, PYTHON),
+    st.integers(-3, 3) | PYTHON,
+    st.none() | st.tuples(ODD_SIDES, ODD_SIDES) | PYTHON,
+    st.none() | st.tuples(FLOATS, FLOATS, FLOATS, FLOATS) | PYTHON,
+)
+@example(363, {}, 0, None, None)
+@example(10**400, {}, 0, None, None)
+@example(8, {}, 0, (10**400, 1), None)
+@example(8, {}, 0, (10, 10), (0, 0, float("nan"), 1))
+@example(8, {}, 0, (10, 10), (5, 0, 4, 1))
+def test_any_arguments_of_a_single_tile(grid, pruning, extra_tokens, image_size, view):
+    try:
+        layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens, image_size=image_size, view=view)
+    except ValueError as error:
+        check_message(error)
+    else:
+        check_single_tile(layout, int(grid), extra_tokens, VisualTokenPruningConfig.coerce(pruning))
 
 
 @pytest.mark.parametrize(

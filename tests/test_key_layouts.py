@@ -4,27 +4,43 @@ import logging
 
 import pytest
 import torch
-from transformers import LlavaNextConfig
+from safetensors import safe_open
 
 from checkpoints import GEOMETRY, KEY_LAYOUTS, build_pruned_checkpoint, run_without_package, write_key_layout
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel, VisualTokenPruningConfig
+from families import FAMILIES
+from hivtp_hf import VisualTokenPruningConfig
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
 
-MODEL_CLASSES = [HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel]
+PARTS = ["model", "base"]  # as a family names them
 LM_HEAD = "lm_head.weight"
+TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+# The rules read the tower's place alone, so that one family is enough for its other kind.
+@pytest.fixture(scope="module", params=[("llava_next", "clip"), ("llava", "clip"), ("llava", "siglip")], ids="-".join)
+def geometry(request):
+    """A family and a vision tower, as `tiny_config` takes them."""
+    family, tower = request.param
+    return {**GEOMETRY, "family": family, "vision_type": TOWERS[tower]}
 
 
 @pytest.fixture(scope="module")
-def weights():
+def family(geometry):
+    return FAMILIES[geometry["family"]]
+
+
+@pytest.fixture(scope="module")
+def weights(geometry):
     """The source weights, under the names that they have in a stock model; never loaded from a file."""
-    return tiny_model(tiny_config(**GEOMETRY)).state_dict()
+    return tiny_model(tiny_config(**geometry)).state_dict()
 
 
 @pytest.fixture(scope="module")
-def stock_folders(tmp_path_factory, weights):
+def stock_folders(tmp_path_factory, weights, geometry):
     folder = tmp_path_factory.mktemp("stock")
-    source = build_stock_checkpoint(folder / "source", seed=1, **GEOMETRY)
-    return {layout: write_key_layout(source, folder / layout, weights, layout) for layout in KEY_LAYOUTS}
+    source = build_stock_checkpoint(folder / "source", seed=1, **geometry)
+    layouts = {layout: write_key_layout(source, folder / layout, weights, layout) for layout in KEY_LAYOUTS}
+    return {"source": source, **layouts}
 
 
 @pytest.fixture
@@ -40,61 +56,90 @@ def load(model_class, folder, **kwargs):
     return model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
 
 
-def assert_same_weights(model, expected):
+def names_in(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def test_the_layouts_are_what_they_are_called(stock_folders):
+    # Or the tests below would read names that nobody writes. What stock saves is what it was once converted to, but for one
+    # level of the vision tower.
+    assert names_in(stock_folders["saved_by_stock"]) == names_in(stock_folders["source"])
+    assert all(
+        name.startswith(("vision_tower.vision_model.", "multi_modal_projector.", "language_model.", "image_newline"))
+        for name in names_in(stock_folders["hub"])
+    )
+    assert len({frozenset(names_in(stock_folders[layout])) for layout in KEY_LAYOUTS}) == 3
+
+
+def assert_same_weights(model, expected, part):
     """Same names, same tensors; a base model has the same ones without `model.`, and no head."""
-    if isinstance(model, HIVTPLlavaNextModel):
+    if part == "base":
         expected = {key.removeprefix("model."): weight for key, weight in expected.items() if key != LM_HEAD}
     actual = model.state_dict()
     assert actual.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
 
 
-def assert_complete(info, model_class):
+def assert_complete(info, part):
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert not info["error_msgs"]
-    if model_class is HIVTPLlavaNextModel:  # as in stock, a base model has no use for the head
+    if part == "base":  # as in stock, a base model has no use for the head
         assert all(key.endswith(LM_HEAD) for key in info["unexpected_keys"])
     else:
         assert not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("layout", KEY_LAYOUTS)
-def test_every_layout_loads_completely(stock_folders, weights, transformers_log, layout, model_class):
-    model, info = load(model_class, stock_folders[layout])
-    assert_complete(info, model_class)
-    assert_same_weights(model, weights)
+def test_every_layout_loads_completely(stock_folders, weights, family, transformers_log, layout, part):
+    model, info = load(getattr(family, part), stock_folders[layout])
+    assert_complete(info, part)
+    assert_same_weights(model, weights, part)
     assert "model of type" not in transformers_log.text
 
 
-def test_a_foreign_model_type_would_be_logged(tmp_path, transformers_log):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_foreign_model_type_would_be_logged(tmp_path, transformers_log, name):
     # So that the silence of the test above means something.
-    LlavaNextConfig.from_pretrained(build_pruned_checkpoint(tmp_path, {}))
+    FAMILIES[name].stock_config.from_pretrained(build_pruned_checkpoint(tmp_path, {}, name))
     assert "model of type" in transformers_log.text
 
 
-@pytest.mark.parametrize("loading", MODEL_CLASSES)
-@pytest.mark.parametrize("saving", MODEL_CLASSES)
+@pytest.mark.parametrize("loading", PARTS)
+@pytest.mark.parametrize("saving", PARTS)
 @pytest.mark.parametrize("layout", KEY_LAYOUTS)
-def test_saved_again_loads_again(stock_folders, weights, tmp_path, layout, saving, loading):
-    saving.from_pretrained(stock_folders[layout]).save_pretrained(tmp_path)
-    model, info = load(loading, tmp_path)
-    if saving is HIVTPLlavaNextModel and loading is HIVTPLlavaNextForConditionalGeneration:
+def test_saved_again_loads_again(stock_folders, weights, family, tmp_path, layout, saving, loading):
+    getattr(family, saving).from_pretrained(stock_folders[layout]).save_pretrained(tmp_path)
+    model, info = load(getattr(family, loading), tmp_path)
+    if (saving, loading) == ("base", "model"):
         assert info["missing_keys"] == {LM_HEAD}
         info["missing_keys"] = set()
         weights = weights | {LM_HEAD: model.lm_head.weight}
     assert_complete(info, loading)
-    assert_same_weights(model, weights)
+    assert_same_weights(model, weights, loading)
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_pruning_keyword_replaces_the_stored_settings(stock_folders, tmp_path, model_class):
-    stored = {"global_ratio": 0.5, "regions": 4}
+@pytest.mark.parametrize("layout", KEY_LAYOUTS)
+def test_stock_reads_what_ours_saved(stock_folders, weights, family, tmp_path, layout):
+    """The way back: a pruned checkpoint's weights are a stock checkpoint's, under the names that stock would save them by."""
+    family.model.from_pretrained(stock_folders[layout]).save_pretrained(tmp_path / "ours")
+    family.stock_model.from_pretrained(stock_folders[layout]).save_pretrained(tmp_path / "stock")
+    assert names_in(tmp_path / "ours") == names_in(tmp_path / "stock")
+    config = family.stock_config.from_pretrained(stock_folders[layout])
+    model, info = load(family.stock_model, tmp_path / "ours", config=config)
+    assert_complete(info, "model")
+    assert_same_weights(model, weights, "model")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_pruning_keyword_replaces_the_stored_settings(stock_folders, family, tmp_path, part):
+    model_class, stored = getattr(family, part), {"global_ratio": 0.5, "regions": 4}
     model_class.from_pretrained(stock_folders["hub"], pruning_config=stored).save_pretrained(tmp_path)
     assert model_class.from_pretrained(tmp_path).config.pruning_config == VisualTokenPruningConfig(**stored)
-    model = model_class.from_pretrained(tmp_path, pruning_config={"retention_ratio": 0.25})
-    assert model.config.pruning_config == VisualTokenPruningConfig(retention_ratio=0.25)
+    model = model_class.from_pretrained(tmp_path, pruning_config={"method": "gprune", "retention_ratio": 0.25})
+    assert model.config.pruning_config == VisualTokenPruningConfig(method="gprune", retention_ratio=0.25)
 
 
 def load_save_and_load(folders, weights_file, saved_folder):
@@ -123,14 +168,17 @@ def load_save_and_load(folders, weights_file, saved_folder):
     return found
 
 
-def test_remote_code_loads_every_layout_completely(weights, tmp_path):
-    source = build_pruned_checkpoint(tmp_path, {"retention_ratio": 0.5})
-    folders = {layout: write_key_layout(source, tmp_path / layout, weights, layout) for layout in KEY_LAYOUTS}
+@pytest.mark.parametrize("name", FAMILIES)
+def test_remote_code_loads_every_layout_completely(tmp_path, name):
+    source = build_pruned_checkpoint(tmp_path, {"retention_ratio": 0.5}, name)
+    weights = tiny_model(tiny_config(family=name, **GEOMETRY)).state_dict()
+    layouts = KEY_LAYOUTS if name == "llava_next" else ["hub", "in_memory"]  # one of ours and one of stock's rules
+    folders = {layout: write_key_layout(source, tmp_path / layout, weights, layout) for layout in layouts}
     weights_file = folders["in_memory"] / "model.safetensors"
     found = run_without_package(
         load_save_and_load, tmp_path / "work", folders=folders, weights_file=weights_file, saved_folder=tmp_path
     )
-    assert len(found) == 12
+    assert len(found) == 4 * len(folders)
     for case, result in found.items():
-        expected = "HIVTPLlavaNextModel" if " AutoModel " in case else "HIVTPLlavaNextForConditionalGeneration"
-        assert result == {"class": expected, "missing": [], "unexpected": [], "unequal": []}, case
+        expected = FAMILIES[name].base if " AutoModel " in case else FAMILIES[name].model
+        assert result == {"class": expected.__name__, "missing": [], "unexpected": [], "unequal": []}, case

@@ -12,33 +12,29 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    LlavaNextForConditionalGeneration,
     QuantoConfig,
     TorchAoConfig,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from checkpoints import build_pruned_checkpoint
-from hivtp_hf import (
-    HIVTPLlavaNextConfig,
-    HIVTPLlavaNextForConditionalGeneration,
-    HIVTPLlavaNextModel,
-    HIVTPLlavaNextProcessor,
-    TokenLayout,
-    VisualTokenPruningConfig,
-    select_hivtp,
-    token_layout,
-)
+from families import FAMILIES
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp, token_layout
 from oracle import oracle_inputs
 from tiny_checkpoint import tiny_config
-from tiny_models import LOW_RATIO, SMALL, Twins, greedy, photo, pruned_config
+from tiny_models import LOW_RATIO, SMALL, Twins, greedy, image_inputs, photo, pruned_config
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), LOW_RATIO)
+def folder(tmp_path_factory, family):
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), LOW_RATIO, family.name)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +43,8 @@ def stock_folder(folder):
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
-    return HIVTPLlavaNextProcessor.from_pretrained(folder)
+def processor(folder, family):
+    return family.processor.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +52,19 @@ def inputs(processor):
     return processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
 
 
-def load(folder, **settings):
-    return HIVTPLlavaNextForConditionalGeneration.from_pretrained(folder, **settings)
+@pytest.fixture(scope="module")
+def load(folder, family):
+    """Loads the checkpoint, or another folder of the family."""
+
+    def load(another_folder=None, **settings):
+        return family.model.from_pretrained(another_folder or folder, **settings)
+
+    return load
 
 
 def kept_indices(model, inputs):
     with torch.no_grad():
-        (kept,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices
+        (kept,) = model.get_image_features(**image_inputs(inputs)).kept_indices
     return kept
 
 
@@ -71,14 +73,20 @@ def answer(model, inputs):
 
 
 @pytest.fixture(scope="module")
-def expected(folder, inputs):
-    return answer(load(folder), inputs)
+def expected(load, inputs):
+    return answer(load(), inputs)
 
 
-def assert_oracle_agrees(model, stock, inputs, processor, **tolerance):
-    pair = Twins(stock, None, model, processor)
+def assert_oracle_agrees(model, stock, inputs, **tolerance):
+    pair = Twins(None, stock, None, model, None)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, stock(**oracle_inputs(pair, inputs)).logits, **tolerance)
+
+
+def forget_layouts():
+    """What was asked for before is made anew."""
+    token_layout._llava_next_layout.cache_clear()
+    token_layout._single_tile_layout.cache_clear()
 
 
 # What is not named for the disk stays in memory.
@@ -86,10 +94,16 @@ ON_DISK = {
     "vision tower": ["model.vision_tower"],
     "projector": ["model.multi_modal_projector"],
     "one layer of the language model": ["model.language_model.layers.1"],
-    "all but one parameter": ["model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"],
+    # All of LLaVA-1.5 would be too much for stock on 5.6.
+    "all but a norm": [
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "model.language_model.embed_tokens",
+        "model.language_model.layers",
+        "lm_head",
+    ],
 }
 PARTS = [
-    "model.image_newline",
     "model.vision_tower",
     "model.multi_modal_projector",
     "model.language_model.embed_tokens",
@@ -102,26 +116,27 @@ PARTS = [
 
 
 @pytest.mark.parametrize("on_disk", ON_DISK.values(), ids=ON_DISK)
-def test_parts_on_disk(folder, inputs, expected, tmp_path, on_disk):
-    device_map = {part: "disk" if part.startswith(tuple(on_disk)) else "cpu" for part in PARTS}
-    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+def test_parts_on_disk(load, family, inputs, expected, tmp_path, on_disk):
+    parts = PARTS + ["model.image_newline"] * (family.name == "llava_next")
+    device_map = {part: "disk" if part.startswith(tuple(on_disk)) else "cpu" for part in parts}
+    model = load(device_map=device_map, offload_folder=tmp_path)
     places = {name: weight.device.type for name, weight in model.named_parameters()}
     assert all((place == "meta") == name.startswith(tuple(on_disk)) for name, place in places.items())
     assert answer(model, inputs) == expected
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
-def test_device_map_auto_with_too_little_memory(folder, inputs, expected, tmp_path, share):
+def test_device_map_auto_with_too_little_memory(load, folder, inputs, expected, tmp_path, share):
     size = (folder / "model.safetensors").stat().st_size
-    model = load(folder, device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path)
+    model = load(device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path)
     on_disk = [part for part, place in model.hf_device_map.items() if place == "disk"]
     assert any("vision_tower" in part for part in on_disk) == (share < 0.5)
     assert any("language_model" in part for part in on_disk)
     assert answer(model, inputs) == expected
 
 
-def test_shards(folder, inputs, expected, tmp_path):
-    load(folder).save_pretrained(tmp_path, max_shard_size="100KB")
+def test_shards(load, inputs, expected, tmp_path):
+    load().save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
     assert answer(load(tmp_path), inputs) == expected
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -144,9 +159,9 @@ def bitsandbytes_config():
 
 
 @pytest.mark.parametrize("quantization", [torchao_config, quanto_config, bitsandbytes_config])
-def test_quantised_weights(folder, stock_folder, processor, inputs, quantization):
-    model = load(folder, quantization_config=quantization())
-    stock = LlavaNextForConditionalGeneration.from_pretrained(stock_folder, quantization_config=quantization())
+def test_quantised_weights(load, family, stock_folder, processor, inputs, quantization):
+    model = load(quantization_config=quantization())
+    stock = family.stock_model.from_pretrained(stock_folder, quantization_config=quantization())
     projection = next(
         module for name, module in model.model.vision_tower.named_modules() if name.endswith("6.self_attn.q_proj")
     )
@@ -154,7 +169,7 @@ def test_quantised_weights(folder, stock_folder, processor, inputs, quantization
     assert not plain, "the scored layers' weights are not quantised"
     kept = kept_indices(model, inputs)
     assert len(kept) == processor.token_layout(60, 100).num_retained
-    assert_oracle_agrees(model, stock, inputs, processor, atol=1e-3, rtol=0)
+    assert_oracle_agrees(model, stock, inputs, atol=1e-3, rtol=0)
     assert greedy(model, inputs).shape == (1, 6)
 
 
@@ -183,12 +198,12 @@ ASKED = {
 @pytest.mark.parametrize("when", ["at loading", "after loading", "after a call"])
 @pytest.mark.parametrize(("asked", "vision_calls", "text_calls"), ASKED.values(), ids=ASKED)
 def test_the_attention_implementation_that_is_asked_for_runs(
-    folder, inputs, expected, spy_attention, when, asked, vision_calls, text_calls
+    load, inputs, expected, spy_attention, when, asked, vision_calls, text_calls
 ):
     if when == "at loading":
-        model = load(folder, attn_implementation=asked)
+        model = load(attn_implementation=asked)
     else:
-        model = load(folder)
+        model = load()
         if when == "after a call":
             assert answer(model, inputs) == expected
         model.set_attn_implementation(asked)
@@ -202,46 +217,46 @@ def test_the_attention_implementation_that_is_asked_for_runs(
     assert answer(model, inputs) == expected
 
 
-def test_models_are_built_from_a_configuration(folder, inputs):
-    config = HIVTPLlavaNextConfig.from_pretrained(folder)
+def test_models_are_built_from_a_configuration(load, family, folder, inputs):
+    config = family.config.from_pretrained(folder)
     base = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float64)
-    assert type(base) is HIVTPLlavaNextModel
+    assert type(base) is family.base
     assert base.dtype == torch.float64
     assert base.config.vision_config._attn_implementation == "eager"
     model = AutoModelForImageTextToText.from_config(config)
-    assert type(model) is HIVTPLlavaNextForConditionalGeneration
-    base.load_state_dict(load(folder).model.state_dict())
+    assert type(model) is family.model
+    base.load_state_dict(load().model.state_dict())
     in_double = {**inputs, "pixel_values": inputs["pixel_values"].double()}
     with torch.no_grad():
         hidden = base(**in_double).last_hidden_state
     assert hidden.shape == (*inputs["input_ids"].shape, 64)
-    assert torch.equal(kept_indices(base, in_double), kept_indices(load(folder).double(), in_double))
+    assert torch.equal(kept_indices(base, in_double), kept_indices(load().double(), in_double))
 
 
-def on_meta_by_torch(config):
+def on_meta_by_torch(model_class, config):
     with torch.device("meta"):
-        return HIVTPLlavaNextForConditionalGeneration(config)
+        return model_class(config)
 
 
-def on_meta_by_default_device(config):
+def on_meta_by_default_device(model_class, config):
     torch.set_default_device("meta")
     try:
-        return HIVTPLlavaNextForConditionalGeneration(config)
+        return model_class(config)
     finally:
         torch.set_default_device(None)
 
 
-def on_meta_by_accelerate(config):
+def on_meta_by_accelerate(model_class, config):
     with accelerate.init_empty_weights():
-        return HIVTPLlavaNextForConditionalGeneration(config)
+        return model_class(config)
 
 
 @pytest.mark.parametrize("build", [on_meta_by_torch, on_meta_by_default_device, on_meta_by_accelerate])
-def test_weights_loaded_after_construction_without_memory(folder, inputs, expected, build):
-    token_layout._llava_next_layout.cache_clear()  # so that layouts are made there too
-    model = build(HIVTPLlavaNextConfig.from_pretrained(folder)).eval()
+def test_weights_loaded_after_construction_without_memory(load, family, folder, inputs, expected, build):
+    forget_layouts()  # so that layouts are made there too
+    model = build(family.model, family.config.from_pretrained(folder)).eval()
     assert all(weight.is_meta for weight in model.parameters())
-    loaded = load(folder)
+    loaded = load()
     model.load_state_dict(loaded.state_dict(), assign=True)
     # Buffers that no checkpoint holds (positions, rotary frequencies) stay behind, as in stock models.
     for name, buffer in loaded.named_buffers():
@@ -252,8 +267,8 @@ def test_weights_loaded_after_construction_without_memory(folder, inputs, expect
 
 @pytest.mark.parametrize("part", ["config", "processor"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["copy", "pickle"])
-def test_configs_and_processors_are_copied_and_pickled(folder, processor, part, duplicate):
-    original = {"config": HIVTPLlavaNextConfig.from_pretrained(folder), "processor": processor}[part]
+def test_configs_and_processors_are_copied_and_pickled(family, folder, processor, part, duplicate):
+    original = {"config": family.config.from_pretrained(folder), "processor": processor}[part]
     double = duplicate(original)
     assert type(double) is type(original)
     assert double.to_dict() == original.to_dict()
@@ -265,13 +280,13 @@ def test_configs_and_processors_are_copied_and_pickled(folder, processor, part, 
         assert len(double(images=photo(60, 100), text=PROMPT)["input_ids"][0]) > len(fewer[0])
 
 
-def test_a_model_that_has_not_run_is_pickled(folder, inputs, expected):
-    assert answer(pickle.loads(pickle.dumps(load(folder))), inputs) == expected
+def test_a_model_that_has_not_run_is_pickled(load, inputs, expected):
+    assert answer(pickle.loads(pickle.dumps(load())), inputs) == expected
 
 
 @pytest.mark.parametrize("has_run", [False, True])
-def test_a_copied_model_is_a_model_of_its_own(folder, inputs, expected, has_run):
-    model = load(folder)
+def test_a_copied_model_is_a_model_of_its_own(load, inputs, expected, has_run):
+    model = load()
     if has_run:
         answer(model, inputs)
     double = copy.deepcopy(model)
@@ -297,23 +312,23 @@ def test_a_copied_model_is_a_model_of_its_own(folder, inputs, expected, has_run)
     ],
     ids=["to bfloat16", "half", "double"],
 )
-def test_casts(folder, stock_folder, processor, inputs, cast, dtype):
-    stock = cast(LlavaNextForConditionalGeneration.from_pretrained(stock_folder))
-    model = cast(load(folder))
-    by_argument = load(folder, dtype=dtype)
+def test_casts(load, family, stock_folder, inputs, cast, dtype):
+    stock = cast(family.stock_model.from_pretrained(stock_folder))
+    model = cast(load())
+    by_argument = load(dtype=dtype)
     assert {weight.dtype for weight in model.parameters()} == {weight.dtype for weight in by_argument.parameters()} == {dtype}
     in_dtype = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
     assert torch.equal(kept_indices(by_argument, in_dtype), kept_indices(model, in_dtype))
-    assert_oracle_agrees(model, stock, in_dtype, processor, atol=0, rtol=0)
+    assert_oracle_agrees(model, stock, in_dtype, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_default_dtype(folder, inputs, expected, dtype):
-    token_layout._llava_next_layout.cache_clear()
-    model = load(folder)
+def test_another_default_dtype(load, family, inputs, expected, dtype):
+    forget_layouts()
+    model = load()
     torch.set_default_dtype(dtype)
     try:
-        built = HIVTPLlavaNextForConditionalGeneration(pruned_config(tiny_config(**SMALL), LOW_RATIO))
+        built = family.model(pruned_config(tiny_config(family=family.name, **SMALL), LOW_RATIO))
         got = answer(model, inputs)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -321,31 +336,36 @@ def test_another_default_dtype(folder, inputs, expected, dtype):
     assert got == expected
 
 
-def layout_and_selection(scores):
+def layout_of(family, pruning):
+    if family.name == "llava":
+        return TokenLayout.single_tile(8, pruning, image_size=(60, 100))
+    return TokenLayout.from_image_size(60, 100, pruning, tile_size=56, patch_size=7, pinpoints=[[112, 112], [56, 112]])
+
+
+def layout_and_selection(family, scores):
     """A new layout, the selection by `scores` (tiles, 8, 8), and all that the layout says about it."""
-    token_layout._llava_next_layout.cache_clear()
+    forget_layouts()
     pruning = VisualTokenPruningConfig(**LOW_RATIO)
-    pinpoints = [[112, 112], [56, 112]]
-    layout = TokenLayout.from_image_size(60, 100, pruning, tile_size=56, patch_size=7, pinpoints=pinpoints)
+    layout = layout_of(family, pruning)
     cells = select_hivtp(scores[: layout.num_tiles], layout.valid, pruning)
     kept = layout.kept_indices(cells)
     return layout.valid, cells, kept, layout.cells(kept), layout.pixel_boxes(kept)
 
 
-def test_selection_does_not_follow_the_default_device():
+def test_selection_does_not_follow_the_default_device(family):
     # A user who sets another default device may still select on the CPU, as the processor always does.
     scores = torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = layout_and_selection(scores)
+    expected = layout_and_selection(family, scores)
     with torch.device("meta"):
-        got = layout_and_selection(scores)
+        got = layout_and_selection(family, scores)
     for tensor, wanted in zip(got, expected, strict=True):
         assert torch.equal(tensor, wanted)
 
 
-def test_training_after_inference_mode(folder, processor):
+def test_training_after_inference_mode(load, processor):
     # What the first call remembers of an image size must not be a tensor that autograd refuses.
-    token_layout._llava_next_layout.cache_clear()
-    model = load(folder)
+    forget_layouts()
+    model = load()
     with torch.inference_mode():
         inputs = processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
         answer(model, inputs)

@@ -238,7 +238,7 @@ def test_tiles_and_sizes_that_do_not_fit_each_other_are_refused(next_pair, chang
     [
         ({"image_sizes": torch.tensor([[60, 100]])}, "`image_sizes` was given, which LLaVA-1.5 does not take"),
         ({"pixel_values": [[0.0]]}, "`pixel_values` is a list; it must be a tensor"),
-        ({"pixel_values": torch.zeros(1, 5, 3, 56, 56)}, "`pixel_values` has the shape"),
+        ({"pixel_values": torch.zeros(1, 5, 3, 56, 56)}, "`pixel_values` has 5 dimensions; it must have 4"),
         ({"retention_ratio": [0.5, 0.5]}, "`retention_ratio`"),
     ],
 )

@@ -111,7 +111,10 @@ def test_numbers_become_plain_python():
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        *[("retention_ratio", value, "above 0 to 1") for value in (0, -0.5, 1.0001, float("nan"), "0.5", True, [0.5], 10**400)],
+        *[
+            ("retention_ratio", value, "above 0 and at most 1")
+            for value in (0, -0.5, 1.0001, float("nan"), "0.5", True, [0.5], 10**400)
+        ],
         *[("global_ratio", value, "from 0 to 1") for value in (-0.1, 1.1, float("inf"), None, "0.25", False)],
         *[("local_window", value, "whole number from 1") for value in (0, -1, 2.0, "2", None, True)],
         *[("regions", value, "whole number from 1") for value in (0, 1.5, None)],
@@ -208,7 +211,7 @@ def test_a_misspelt_setting_gets_advice(settings, advice):
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_percentages_get_advice(method, value, advice):
-    with pytest.raises(ValueError, match=r"`retention_ratio` is .* above 0 to 1\.") as error:
+    with pytest.raises(ValueError, match=r"`retention_ratio` is .* above 0 and at most 1\.") as error:
         VisualTokenPruningConfig(method=method, retention_ratio=value)
     assert advice in str(error.value)
     assert f"for {value} tokens use `token_budget`" in str(error.value)

@@ -4,12 +4,17 @@ import inspect
 
 import hivtp_hf
 import hivtp_hf.visualization
+from hivtp_hf.methods import METHODS
 
 PUBLIC = [
+    "HIVTPLlavaConfig",
+    "HIVTPLlavaForConditionalGeneration",
+    "HIVTPLlavaModel",
     "HIVTPLlavaNextConfig",
     "HIVTPLlavaNextForConditionalGeneration",
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
+    "HIVTPLlavaProcessor",
     "TokenLayout",
     "VisualTokenPruningConfig",
     "select_hivtp",
@@ -32,3 +37,14 @@ def test_everything_public_is_documented():
     members += [member for _, cls in members if inspect.isclass(cls) for member in own_members(cls)]
     members += [(name, getattr(hivtp_hf.visualization, name)) for name in hivtp_hf.visualization.__all__]
     assert [name for name, member in members if not inspect.getdoc(member)] == []
+
+
+def test_every_setting_and_method_is_documented():
+    documentation = inspect.getdoc(hivtp_hf.VisualTokenPruningConfig)
+    for name in ("method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"):
+        assert f"    {name} (`" in documentation
+    for method in METHODS.values():
+        assert f'"{method.name}": ' in documentation
+        for hyperparameter in method.hyperparameters:
+            kind, default = hyperparameter.kind.__name__, hyperparameter.default
+            assert f"    {hyperparameter.name} ({kind}, {default}" in documentation

@@ -16,6 +16,7 @@ from hivtp_hf import attention_reduction
 from hivtp_hf import received_attention as scoring
 from hivtp_hf.attention_reduction import received_attention
 from hivtp_hf.received_attention import ReceivedAttention, attach
+from hivtp_hf.visual_evidence import mean_of_layers
 from tiny_checkpoint import tiny_config
 
 LAYERS = (1, 2, 4)
@@ -41,7 +42,7 @@ def attention_modules(tower):
     return [module for module in tower.modules() if type(module).__name__ in ("CLIPAttention", "SiglipAttention")]
 
 
-def full_maps(tower, images):
+def full_maps(tower, images, from_class_token=False):
     """Received attention per layer, from the outputs of q_proj and k_proj and whole float32 maps."""
     modules = attention_modules(tower)
     outputs = {}
@@ -61,15 +62,16 @@ def full_maps(tower, images):
             for projection in (module.q_proj, module.k_proj)
         )
         maps = torch.softmax(query @ key.transpose(-1, -2) * module.scale, dim=-1)
-        received.append(maps.mean(dim=(1, 2)))
+        rows = maps[:, :, :1] if from_class_token else maps
+        received.append(rows.mean(dim=(1, 2)))
     return received
 
 
-def scores(tower, tap, images, layers=LAYERS):
-    collector = ReceivedAttention(layers)
+def scores(tower, tap, images, layers=LAYERS, from_class_token=False):
+    collector = ReceivedAttention(layers, from_class_token)
     with torch.no_grad():
         tap.call(tower, collector, images)
-    return collector.mean()
+    return mean_of_layers(collector.by_layer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,6 +86,26 @@ def test_scores_equal_full_attention_maps(vision_type, implementation, dtype):
     got = scores(tower, tap, images)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, sum(expected[layer] for layer in LAYERS) / 3, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_scores_from_the_class_token_equal_its_row(implementation, dtype):
+    tower = tower_of("clip_vision_model", implementation, dtype)
+    images = pixels(dtype=dtype)
+    expected = full_maps(tower, images, from_class_token=True)
+    tap = attach(tower, 5)
+    for layer in LAYERS:
+        got = scores(tower, tap, images, (layer,), from_class_token=True)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected[layer], atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.sum(1), torch.ones(3))
+        # Far from what all tokens attend to, so that the one is not taken for the other.
+        assert float((got - scores(tower, tap, images, (layer,))).abs().max()) > 1e-3
+    with torch.no_grad():
+        collector = ReceivedAttention(LAYERS, from_class_token=True)
+        assert torch.equal(tap.call(tower, collector, images).last_hidden_state, tower(images).last_hidden_state)
+    assert list(collector.by_layer()) == list(LAYERS)
 
 
 @pytest.mark.parametrize(("vision_type", "forwards"), [("clip_vision_model", True), ("siglip_vision_model", False)])
@@ -207,7 +229,7 @@ def test_two_copies_of_the_code_do_not_meet(vision_type):
     collector = other.ReceivedAttention(LAYERS)
     with torch.no_grad():
         their_tap.call(theirs, collector, pixels())
-    assert torch.equal(collector.mean(), expected)
+    assert torch.equal(mean_of_layers(collector.by_layer()), expected)
     assert torch.equal(scores(ours, our_tap, pixels()), expected)
 
 
@@ -218,7 +240,7 @@ def test_gradients_flow_past_the_scores(vision_type):
     stock(pixels()).last_hidden_state.sum().backward()
     collector = ReceivedAttention(LAYERS)
     tap.call(tower, collector, pixels()).last_hidden_state.sum().backward()
-    assert not collector.mean().requires_grad
+    assert not mean_of_layers(collector.by_layer()).requires_grad
     for expected, got in zip(stock.parameters(), tower.parameters(), strict=True):
         assert (expected.grad is None and got.grad is None) or torch.equal(expected.grad, got.grad)
 
@@ -252,8 +274,10 @@ def test_scoring_sixteen_large_images_takes_little_memory():
 
 
 @pytest.mark.parametrize("chunk_bytes", [64, 4 * 65, 4 * 65 * 65, 4 * 65 * 65 * 5, 2**30])
-def test_every_way_to_chunk_gives_the_same(chunk_bytes, monkeypatch):
+@pytest.mark.parametrize("rows", [65, 1], ids=["all tokens", "class token"])
+def test_every_way_to_chunk_gives_the_same(chunk_bytes, rows, monkeypatch):
     query, key = (torch.randn(3, 4, 65, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    query = query[:, :, :rows]
     expected = torch.softmax(query @ key.transpose(-1, -2) * 0.4, dim=-1).mean(dim=(1, 2))
     monkeypatch.setattr(attention_reduction, "_CPU_CHUNK_BYTES", chunk_bytes)
     torch.testing.assert_close(received_attention(query, key, 0.4, 4), expected, atol=1e-6, rtol=0)

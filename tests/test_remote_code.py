@@ -9,16 +9,26 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
-from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from families import FAMILIES
 from tiny_checkpoint import build_stock_checkpoint
 
 SOURCE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
+# The part of a family that brings each file with it, by (family, part).
 ENTRY_FILES = {
-    HIVTPLlavaNextConfig: "configuration_hivtp_llava_next",
-    HIVTPLlavaNextProcessor: "processing_hivtp_llava_next",
-    HIVTPLlavaNextForConditionalGeneration: "modeling_hivtp_llava_next",
+    (family, part): f"{kind}_hivtp_{family}"
+    for family in FAMILIES
+    for part, kind in (("config", "configuration"), ("processor", "processing"), ("model", "modeling"))
 }
-PRUNING = {"retention_ratio": 0.4, "regions": 1}
+# A checkpoint of each family, with a method of its own each.
+CHECKPOINTS = {
+    "llava_next": {"retention_ratio": 0.4, "regions": 1},
+    "llava": {"method": "hiprune", "retention_ratio": 0.4, "alpha": 0.2},
+}
+# Methods whose answers are compared too, from one process for all of them.
+OTHER_METHODS = {
+    "llava_next": [{"method": "hiprune"}, {"method": "gprune"}],
+    "llava": [{"method": "gprune", "token_budget": 20}, {"method": "cls_attention"}, {"method": "random", "seed": 3}],
+}
 
 
 def imports(name):
@@ -61,13 +71,15 @@ def test_travelling_file_imports_only_what_every_user_has(name):
     assert imports(name)[1] <= sys.stdlib_module_names | {"numpy", "torch", "transformers"}
 
 
-@pytest.mark.parametrize("part", ENTRY_FILES)
-def test_each_part_saved_alone_brings_its_files(tmp_path, part):
-    part.from_pretrained(build_stock_checkpoint(tmp_path / "stock", **GEOMETRY)).save_pretrained(tmp_path / "saved")
-    assert python_files(tmp_path / "saved") == {ENTRY_FILES[part]} | needed(ENTRY_FILES[part])
+@pytest.mark.parametrize(("family", "part"), ENTRY_FILES, ids="-".join)
+def test_each_part_saved_alone_brings_its_files(tmp_path, family, part):
+    stock = build_stock_checkpoint(tmp_path / "stock", family=family, **GEOMETRY)
+    getattr(FAMILIES[family], part).from_pretrained(stock).save_pretrained(tmp_path / "saved")
+    entry = ENTRY_FILES[family, part]
+    assert python_files(tmp_path / "saved") == {entry} | needed(entry)
 
 
-def answers(folder, trust_remote_code, saved_folder=None, **settings):
+def answers(folder, trust_remote_code, saved_folder=None, other_settings=(), **settings):
     """Runs with and without the package: the tokens that a checkpoint generates, and who generates them."""
     import numpy as np
     from PIL import Image
@@ -83,7 +95,7 @@ def answers(folder, trust_remote_code, saved_folder=None, **settings):
     ]
     prompts = ["USER: <image>\nWhat is shown? ASSISTANT:", "USER: <image>\nHow many people are on the left? ASSISTANT:"]
 
-    def generate(count):
+    def generate(count, model=model, processor=processor):
         inputs = processor(images=images[:count], text=prompts[:count], padding=True, return_tensors="pt")
         generated = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :]
         return {"padding": (inputs["attention_mask"] == 0).sum(1).tolist(), "tokens": generated.tolist()}
@@ -93,26 +105,40 @@ def answers(folder, trust_remote_code, saved_folder=None, **settings):
     from_pipeline = pipeline("image-text-to-text", model=folder, **trust)(
         text=chat, return_full_text=False, generate_kwargs=greedy
     )
+    of_other_methods = []
+    for pruning in other_settings:
+        parts = [
+            auto.from_pretrained(folder, **trust, pruning_config=pruning)
+            for auto in (AutoModelForImageTextToText, AutoProcessor)
+        ]
+        kept = [part.pruning_config.to_dict() for part in (parts[0].config, parts[1])]
+        of_other_methods.append([*kept, generate(2, *parts)])
     if saved_folder:
         model.save_pretrained(saved_folder)
         processor.save_pretrained(saved_folder)
     base_model = AutoModel.from_pretrained(folder, **trust)
     return {
         "generated": {"one": generate(1), "two": generate(2), "pipeline": from_pipeline[0]["generated_text"]},
+        "other methods": of_other_methods,
         "classes": [type(part).__name__ for part in (model, processor, model.config, base_model)],
         "packages": sorted({type(part).__module__.split(".")[0] for part in (model, processor, model.config, base_model)}),
     }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), PRUNING)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def family(request):
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def installed(folder):
+def folder(tmp_path_factory, family):
+    return build_pruned_checkpoint(tmp_path_factory.mktemp("checkpoint"), CHECKPOINTS[family.name], family.name)
+
+
+@pytest.fixture(scope="module")
+def installed(folder, family):
     """What the installed package answers, in this process."""
-    return answers(str(folder), trust_remote_code=False)
+    return answers(str(folder), trust_remote_code=False, other_settings=OTHER_METHODS[family.name])
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +147,16 @@ def saved_by_remote_code(folder):
 
 
 @pytest.fixture(scope="module")
-def remote(folder, saved_by_remote_code):
+def remote(folder, family, saved_by_remote_code):
     """What remote code answers; it also saves the checkpoint again."""
-    work_folder = folder.with_name("first_process")
-    return run_without_package(answers, work_folder, folder=folder, trust_remote_code=True, saved_folder=saved_by_remote_code)
+    return run_without_package(
+        answers,
+        folder.with_name("first_process"),
+        folder=folder,
+        trust_remote_code=True,
+        saved_folder=saved_by_remote_code,
+        other_settings=OTHER_METHODS[family.name],
+    )
 
 
 def test_installed_package_serves_the_saved_folder(installed):
@@ -137,13 +169,16 @@ def test_the_settings_show_in_the_answers(folder, installed):
     for call in ("one", "two"):
         assert everything["generated"][call] != installed["generated"][call]
     assert any(installed["generated"]["two"]["padding"])
+    of_methods = [installed["generated"]["two"]["tokens"], *(answer[-1]["tokens"] for answer in installed["other methods"])]
+    assert len({str(tokens) for tokens in of_methods}) == len(of_methods) > 2
 
 
-def test_remote_code_answers_as_the_installed_package(installed, remote):
+def test_remote_code_answers_as_the_installed_package(family, installed, remote):
     assert remote["packages"] == ["transformers_modules"]
     assert remote["classes"] == installed["classes"]
-    assert remote["classes"][-1] == "HIVTPLlavaNextModel"
+    assert remote["classes"][-1] == family.base.__name__
     assert remote["generated"] == installed["generated"]
+    assert remote["other methods"] == installed["other methods"]
 
 
 @pytest.mark.usefixtures("remote")
@@ -151,6 +186,9 @@ def test_remote_code_saves_all_its_files(folder, saved_by_remote_code):
     assert python_files(saved_by_remote_code) == python_files(folder)
 
 
+# One family is enough: the test above says that the files are the same.
+@pytest.mark.parametrize("family", ["llava_next"], indirect=True)
 def test_what_remote_code_saved_answers_the_same(folder, remote, saved_by_remote_code):
     work_folder = folder.with_name("second_process")
-    assert run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True) == remote
+    again = run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True)
+    assert {**again, "other methods": remote["other methods"]} == remote

@@ -535,26 +535,32 @@ NOT_FOR_A_MODEL = {
     "int32": (torch.tensor([1, 1], dtype=torch.int32), r"torch.int32; it must be int64, as the processor.* or float64"),
     "no bits": (torch.tensor([1, 1]), r"holds \[1, 1\].*bits of float64 values.*as the processor returned it, or as a plain"),
     "negative": (torch.tensor([-1, 5]), r"holds \[-1, 5\].*bits of float64 values.*as the processor returned it"),
-    "bits of 1.5": (torch.tensor([bits_of_ratio(1.5)] * 2), r"read as \[1\.5, 1\.5\].*above 0 to 1"),
-    "bits of NaN": (torch.tensor([bits_of_ratio(float("nan"))] * 2), r"read as \[nan, nan\].*above 0 to 1"),
-    "NaN tensor": (torch.full((2,), float("nan"), dtype=torch.float64), r"is nan \(float\); it must be a number above 0 to 1"),
+    "bits of 1.5": (torch.tensor([bits_of_ratio(1.5)] * 2), r"read as \[1\.5, 1\.5\].*above 0 and at most 1"),
+    "bits of NaN": (torch.tensor([bits_of_ratio(float("nan"))] * 2), r"read as \[nan, nan\].*above 0 and at most 1"),
+    "NaN tensor": (
+        torch.full((2,), float("nan"), dtype=torch.float64),
+        r"is nan \(float\); it must be a number above 0 and at most 1",
+    ),
     "one too few": ([0.6], r"holds \[0.6\].* 1 values, and there are 2 images; give one for each image, or a single number"),
     "one too many": ([0.6] * 3, r"3 values, and there are 2 images; give one for each image"),
     "bits too many": (torch.tensor([bits_of_ratio(0.6)] * 3), r"3 values, and there are 2 images; give one for each image"),
     "tensor without dimensions": (torch.tensor(0.6, dtype=torch.float64), r"1 values, and there are 2 images"),
-    "zero": (0, r"is 0 \(int\); it must be a number above 0 to 1"),
-    "below zero": (-0.1, r"is -0\.1 \(float\); it must be a number above 0 to 1"),
-    "above one": (1.5, r"is 1\.5 \(float\); it must be a number above 0 to 1"),
-    "percent": (35, r"is 35 \(int\); it must be a number above 0 to 1.* write 0\.35; for 35 tokens use `token_budget`"),
-    "NaN": (float("nan"), r"is nan \(float\); it must be a number above 0 to 1"),
-    "infinite": (float("inf"), r"is inf \(float\); it must be a number above 0 to 1"),
-    "string": ("0.5", r"is '0\.5' \(str\); it must be a number above 0 to 1"),
-    "True": (True, r"is True \(bool\); it must be a number above 0 to 1"),
-    "string in a list": ([0.5, "0.5"], r"is '0\.5' \(str\); it must be a number above 0 to 1"),
-    "None in a list": ([0.5, None], r"is None \(NoneType\); it must be a number above 0 to 1"),
-    "zero in a list": ([0.5, 0], r"is 0 \(int\); it must be a number above 0 to 1"),
-    "lists in a list": ([[0.6], [0.35]], r"is \[0\.6\] \(list\); it must be a number above 0 to 1"),
-    "mapping": ({"image": 0.5}, r"is \{'image': 0\.5\} \(dict\); it must be a number above 0 to 1"),
+    "zero": (0, r"is 0 \(int\); it must be a number above 0 and at most 1"),
+    "below zero": (-0.1, r"is -0\.1 \(float\); it must be a number above 0 and at most 1"),
+    "above one": (1.5, r"is 1\.5 \(float\); it must be a number above 0 and at most 1"),
+    "percent": (
+        35,
+        r"is 35 \(int\); it must be a number above 0 and at most 1.* write 0\.35; for 35 tokens use `token_budget`",
+    ),
+    "NaN": (float("nan"), r"is nan \(float\); it must be a number above 0 and at most 1"),
+    "infinite": (float("inf"), r"is inf \(float\); it must be a number above 0 and at most 1"),
+    "string": ("0.5", r"is '0\.5' \(str\); it must be a number above 0 and at most 1"),
+    "True": (True, r"is True \(bool\); it must be a number above 0 and at most 1"),
+    "string in a list": ([0.5, "0.5"], r"is '0\.5' \(str\); it must be a number above 0 and at most 1"),
+    "None in a list": ([0.5, None], r"is None \(NoneType\); it must be a number above 0 and at most 1"),
+    "zero in a list": ([0.5, 0], r"is 0 \(int\); it must be a number above 0 and at most 1"),
+    "lists in a list": ([[0.6], [0.35]], r"is \[0\.6\] \(list\); it must be a number above 0 and at most 1"),
+    "mapping": ({"image": 0.5}, r"is \{'image': 0\.5\} \(dict\); it must be a number above 0 and at most 1"),
 }
 
 
@@ -614,7 +620,7 @@ def test_bad_values_are_refused_before_anything_runs(pair, monkeypatch, name, va
         monkeypatch.setattr(type(part), "__call__", never)
     with pytest.raises(AssertionError, match="a part ran"):
         batch(pair, retention_ratio=RATIO)
-    allowed = "a number above 0 to 1" if name == "retention_ratio" else "a whole number from 1"
+    allowed = "a number above 0 and at most 1" if name == "retention_ratio" else "a whole number from 1"
     with pytest.raises(ValueError, match=rf"`{name}` is {re.escape(repr(wrong))} .*it must be {allowed}"):
         batch(pair, **{name: value})
 

@@ -1,14 +1,20 @@
 """`draw_kept_cells`: every cell lies where arithmetic puts it, in full colour if it is kept and grey if not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+# The top-level name is a placeholder on transformers 5.6 without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.visualization import draw_kept_cells
 from hivtp_hf.visualization.kept_cells import CAPTION_HEIGHT, MARGIN, PANEL_SIDE
-from tiny_models import photo
+from tiny_checkpoint import tiny_config, tiny_processor
+from tiny_models import SMALL, photo, pruned_processor
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 INNER = 3  # pixels between a cell's edge and what the tests look at, room for its border
@@ -121,3 +127,92 @@ def test_first_and_last_position_are_allowed():
     draw_kept_cells(Image.new("RGB", (80, 60)), layout, torch.tensor([0, layout.num_stock - 1]))
     with pytest.raises(ValueError, match=f"0 to {layout.num_stock - 1}"):
         draw_kept_cells(Image.new("RGB", (80, 60)), layout, torch.tensor([layout.num_stock]))
+
+
+TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def llava_processor(tower="clip", image_processor=None):
+    """Of LLaVA-1.5, 8 x 8 cells; with the settings of an image processor of another kind if given."""
+    stock = tiny_processor(tiny_config(family="llava", vision_type=TOWERS[tower], **SMALL))
+    processor = pruned_processor(stock)
+    for name, value in (image_processor or {}).items():
+        setattr(processor.image_processor, name, value)
+    return processor
+
+
+def padding_processor(folder):
+    """As some LLaVA checkpoints have it: images are padded to a square first."""
+    square = {"height": 56, "width": 56}
+    settings = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "size": {"shortest_edge": 56}}))
+    processor = llava_processor()
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder)
+    return processor
+
+
+SQUARE = {"height": 56, "width": 56}
+# How an image becomes a tile: name: from a folder to write to, to the processor.
+TILES = {
+    "centre crop": lambda folder: llava_processor("clip"),
+    "whole image": lambda folder: llava_processor("siglip"),
+    "whole image by clip's": lambda folder: llava_processor("clip", {"do_center_crop": False, "size": SQUARE}),
+    "crop of a larger resized image": lambda folder: llava_processor("clip", {"size": {"shortest_edge": 70}}),
+    "padded to a square": padding_processor,
+}
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (500, 500), (300, 1000), (1000, 300)])
+@pytest.mark.parametrize("name", TILES)
+def test_boxes_lie_where_the_image_processor_takes_its_pixels(name, height, width, tmp_path):
+    """A white square where a cell is said to lie makes that cell the bright one of what the model is shown."""
+    processor = TILES[name](tmp_path)
+    layout = processor.token_layout(height, width)
+    boxes = layout.pixel_boxes(torch.arange(layout.num_stock))
+    assert boxes.shape == (64, 4)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    cells = [cell for cell in (0, 7, 27, 36, 56, 63) if areas[cell] > 0.99 * areas.max()]  # not in the padding
+    found, shares = [], []
+    for cell in cells:
+        left, top, right, bottom = boxes[cell].round().int().tolist()
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[top:bottom, left:right] = 255
+        black, shown = (
+            processor.image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+            for picture in (np.zeros_like(pixels), pixels)
+        )
+        of_cells = torch.nn.functional.avg_pool2d((shown - black).abs().sum(0)[None], 7)[0].flatten()
+        found.append(int(of_cells.argmax()))
+        shares.append(float(of_cells.max() / of_cells.sum()))
+    assert found == cells
+    assert len(cells) == (2 if name == "padded to a square" and height != width else 6)
+    assert min(shares) > 0.7  # a shift by more than a seventh of a cell would not pass
+
+
+@pytest.mark.parametrize(("height", "width", "left", "top"), [(480, 720, 120, 0), (720, 480, 0, 120)], ids=["wide", "tall"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_one_tile_is_drawn_where_it_lies(tower, height, width, left, top):
+    """CLIP's is the central square, SigLIP's the whole image; what no cell shows is grey, as nothing of it is seen."""
+    image, layout = photo(height, width), llava_processor(tower).token_layout(height, width)
+    kept = np.random.default_rng(1).random((8, 8)) < 0.5
+    picture = draw_kept_cells(image, layout, torch.from_numpy(np.flatnonzero(kept.ravel())))
+
+    assert picture.size == (2 * MARGIN + width, CAPTION_HEIGHT + height + MARGIN)
+    panel, original = panels(picture, height, width)[0], np.asarray(image)
+    if tower == "siglip":
+        cell_height, cell_width, left, top = height // 8, width // 8, 0, 0
+    else:
+        cell_height = cell_width = 60
+        outside = panel.copy()
+        outside[top : top + 480, left : left + 480] = 0
+        assert (outside == outside[..., :1]).all()
+    for row, column in np.ndindex(8, 8):
+        box_left, box_top = left + column * cell_width, top + row * cell_height
+        box = (box_left, box_top, box_left + cell_width, box_top + cell_height)
+        assert_drawn(panel, original, box, kept[row, column])
+
+
+def test_a_layout_without_the_image_is_no_place_to_draw():
+    layout = TokenLayout.single_tile(8, VisualTokenPruningConfig())
+    with pytest.raises(ValueError, match="token_layout"):
+        draw_kept_cells(photo(60, 80), layout, torch.tensor([0]))

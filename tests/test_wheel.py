@@ -1,11 +1,14 @@
 """The wheel holds all that it must, also the files that travel as remote code, and works without the source tree."""
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hivtp_hf"
@@ -15,13 +18,15 @@ import sys
 import hivtp_hf
 
 assert hivtp_hf.__file__.startswith(sys.argv[1]), hivtp_hf.__file__
+from families import FAMILIES
 from tiny_models import LOW_RATIO, photo, twins
 
-pair = twins(LOW_RATIO)
-pair.pruned.save_pretrained(sys.argv[2])
-pair.processor.save_pretrained(sys.argv[2])
-inputs = pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt")
-print(pair.pruned.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] - inputs.input_ids.shape[1])
+for family in FAMILIES:
+    pair = twins(LOW_RATIO, family=family)
+    pair.pruned.save_pretrained(sys.argv[2] + "/" + family)
+    pair.processor.save_pretrained(sys.argv[2] + "/" + family)
+    inputs = pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt")
+    print(pair.pruned.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] - inputs.input_ids.shape[1])
 """
 
 
@@ -48,6 +53,9 @@ def test_the_wheel_works_alone(wheel, tmp_path):
     program = f"import sys; sys.path[:0] = {[str(path) for path in search_path]!r}\n" + PROGRAM
     run = [sys.executable, "-c", program, str(unpacked), str(checkpoint)]
     output = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert output.split()[-1] == "2"
-    travelling = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "_version.py"}
-    assert travelling <= {path.name for path in checkpoint.iterdir()}
+    assert output.split() == ["2"] * len(FAMILIES)
+    entry = re.compile(f"(configuration|modeling|processing)_hivtp_({'|'.join(FAMILIES)})")
+    shared = {path.stem for path in SOURCE.glob("*.py") if not entry.fullmatch(path.stem)} - {"__init__", "_version"}
+    for family in FAMILIES:
+        of_family = {f"{kind}_hivtp_{family}" for kind in ("configuration", "modeling", "processing")}
+        assert {path.stem for path in (checkpoint / family).glob("*.py")} == shared | of_family

@@ -4,11 +4,12 @@ Importing this package registers its classes with transformers' Auto classes.
 """
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 
 from ._version import __version__
+from .checked_values import shown
 from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
 from .methods import METHODS
@@ -48,11 +49,39 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Of each family: configuration, base model, model with a language modelling head, processor.
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(f"select_{name}" for name, method in METHODS.items() if not method.keeps_everything)})
+
+
+class Family(NamedTuple):
+    """One family's classes: configuration, base model, model with a language modelling head, processor."""
+
+    config: Any
+    base_model: Any
+    model: Any
+    processor: Any
+
+
 FAMILIES = (
-    (HIVTPLlavaNextConfig, HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor),
-    (HIVTPLlavaConfig, HIVTPLlavaModel, HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
+    Family(HIVTPLlavaNextConfig, HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor),
+    Family(HIVTPLlavaConfig, HIVTPLlavaModel, HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
 )
+
+
+def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
+    """The family of a checkpoint's model type, stock's or ours; a ValueError that names the known ones otherwise.
+
+    Args:
+        model_type: as config.json says it.
+        checkpoint: how to call the checkpoint in the message.
+    """
+    for family in FAMILIES:
+        if model_type in (family.config.model_type, family.config.stock_model_type):
+            return family
+    known = ", ".join(repr(kind) for family in FAMILIES for kind in (family.config.stock_model_type, family.config.model_type))
+    raise ValueError(
+        f"{checkpoint} has the model type {shown(model_type)}; known are {known}. Give a checkpoint of one of these."
+    )
 
 
 def _register_auto_classes() -> None:

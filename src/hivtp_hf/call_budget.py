@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .pruning_config import VisualTokenPruningConfig, check_one_budget
+from .checked_values import shown
+from .pruning_config import VisualTokenPruningConfig, check_one_budget, setting_meant_by
 from .retention_bits import SMALLEST_RATIO, bits_of_ratio
 
 # Where transformers keeps arguments for a processor's parts: no place for ours, which belong to all of them.
@@ -34,6 +35,8 @@ class CallBudget:
         self.is_given = given is not None
         self._one_per_image = isinstance(given, Sequence) and not isinstance(given, str)
         values = given if self._one_per_image else [given]
+        if self._one_per_image and any(value is None for value in values):
+            raise ValueError(f"`{self._name}` is {shown(given)}; give a value for each image, or a single one for all.")
         self._prunings = [settings.for_call(**{self._name: value}) for value in values]
         self._settings, self._asked = settings, 0
 
@@ -51,10 +54,20 @@ class CallBudget:
                     f"`{name}` was given inside `{nested}`; give it at the top level: processor(..., {name}=...), or "
                     f"processor_kwargs={{{name!r}: ...}}."
                 )
+        for name in keywords:
+            meant = setting_meant_by(name)
+            if meant is not None and meant != name:
+                raise ValueError(f"`{name}` is no argument. Did you mean `{meant}`?")
+            if meant is not None and name not in (*names, "pruning_config"):
+                raise ValueError(
+                    f"`{name}` is a setting of model and processor, and cannot be given to a call. Assign "
+                    "`processor.pruning_config` and `model.config.pruning_config`."
+                )
         if "pruning_config" in keywords:
             raise ValueError(
                 "`pruning_config` was given to a call, which takes `retention_ratio` or `token_budget`. To change the "
-                "settings, assign `processor.pruning_config` and `model.config.pruning_config`."
+                "settings, assign `processor.pruning_config` and `model.config.pruning_config`; for a pipeline that "
+                "loads the model itself, pass `model_kwargs={'pruning_config': ...}` when it is built."
             )
         return cls(settings, **{name: keywords.pop(name) for name in names if name in keywords})
 
@@ -73,9 +86,10 @@ class CallBudget:
     def check_number(self, num_images: int) -> None:
         """A ValueError if there is one value per image, and another number of images."""
         if self._one_per_image and num_images != len(self._prunings):
+            images = "1 image" if num_images == 1 else f"{num_images} images"
             raise ValueError(
-                f"`{self._name}` has {len(self._prunings)} values, and the call has {num_images} images. Give one value for "
-                "each image, in their order, or a single one for all."
+                f"`{self._name}` has {len(self._prunings)} values, and the call has {images}. Give one value for "
+                "each image, in their order, or a single one for all. In a pipeline every chat is a call of its own."
             )
 
 

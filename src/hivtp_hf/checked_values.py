@@ -55,7 +55,7 @@ def checked_number(
     if kind is int and maximum is None and number is not None and number > LARGEST_WHOLE_NUMBER:
         maximum = LARGEST_WHOLE_NUMBER
     if maximum is not None:
-        allowed += f" to {maximum}"
+        allowed += f" and at most {maximum}" if above_minimum else f" to {maximum}"
     inside = (
         number is not None
         and (number > minimum if above_minimum else number >= minimum)

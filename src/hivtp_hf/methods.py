@@ -211,7 +211,7 @@ METHODS: dict[str, PruningMethod] = {
                 Hyperparameter(
                     "temperature", float, 0.03, 0, above_minimum=True, meaning="divides similarities before the softmax"
                 ),
-                Hyperparameter("iterations", int, 5, meaning="how often tokens hand their mass to their neighbours"),
+                Hyperparameter("iterations", int, 5, 0, 1000, meaning="how often tokens hand their mass to their neighbours"),
             ),
             load_selector=_gprune_selector,
         ),

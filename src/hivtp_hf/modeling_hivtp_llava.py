@@ -11,7 +11,7 @@ from .call_arguments import as_stock_with_ratio
 from .checkpoint_keys import take_stock_keys
 from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .pruned_generation import PrunedGenerationMixin
-from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin
+from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, refuse_budget_among
 from .pruning_config import VisualTokenPruningConfig
 from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
@@ -73,9 +73,11 @@ class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
             raise ValueError("`image_sizes` was given, which LLaVA-1.5 does not take: it sees every image as one square tile.")
         if pixel_values.ndim != 4:
             raise ValueError(
-                f"`pixel_values` has the shape {tuple(pixel_values.shape)}; LLaVA-1.5 takes (images, channels, height, width), "
-                "one square tile per image. Pass it as the processor returned it."
+                f"`pixel_values` has {pixel_values.ndim} dimensions; it must have 4, (images, channels, height, width): one "
+                "square tile per image. Pass it as the processor of this model's family returned it."
             )
+        if not len(pixel_values):
+            raise ValueError("`pixel_values` holds no image; leave it out for a prompt without images.")
         return [(self.config.vision_config.image_size,) * 2] * len(pixel_values)
 
     def _token_layout(self, height: int, width: int, pruning: VisualTokenPruningConfig, strategy: str) -> TokenLayout:
@@ -116,6 +118,7 @@ class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
         Raises:
             ValueError: for inputs that do not fit each other or the pruning settings.
         """
+        refuse_budget_among(kwargs)
         layouts = self._layouts(pixel_values, image_sizes, vision_feature_select_strategy, retention_ratio)
         stock = functools.partial(
             super().get_image_features,

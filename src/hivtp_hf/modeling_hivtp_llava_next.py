@@ -12,7 +12,7 @@ from .checkpoint_keys import take_stock_keys
 from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
 from .pruned_features import check_feature_selection
 from .pruned_generation import PrunedGenerationMixin
-from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, size_pairs
+from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, refuse_budget_among, size_pairs
 from .pruning_config import VisualTokenPruningConfig
 from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
@@ -108,6 +108,7 @@ class HIVTPLlavaNextModel(PrunedModelMixin, LlavaNextModel):
         Raises:
             ValueError: for inputs that do not fit each other or the pruning settings.
         """
+        refuse_budget_among(kwargs)
         layouts = self._layouts(pixel_values, image_sizes, vision_feature_select_strategy, retention_ratio)
         stock = functools.partial(
             super().get_image_features,

@@ -11,7 +11,7 @@ from transformers.processing_utils import MultiModalData
 from .pruned_processing import PrunedProcessorMixin, side_of
 from .pruning_config import VisualTokenPruningConfig
 from .supported_transformers import check_transformers_version  # noqa: F401
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, positive_integer
 
 if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
     from .call_budget import CallBudget  # noqa: F401
@@ -55,14 +55,16 @@ class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
         return super().__call__(images, text, *args, **kwargs)
 
     def _stock_call(self, images: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        if images is not None:  # stock divides by it
+            positive_integer("patch_size", self.patch_size)
         if images is not None and text is not None and not hasattr(LlavaProcessor, "replace_image_token"):
             prompts = [text] if isinstance(text, str) else text
             if isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts):
                 text = [_Prompt(prompt, self.image_token, self._expansion) for prompt in prompts]
         return super()._stock_call(images, text, *args, **kwargs)
 
-    # What newer releases ask for each image in turn.
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        """The placeholders of one image; newer releases ask for each in turn."""
         return self._expansion(super().replace_image_token(image_inputs, image_idx, **kwargs))
 
     def _expansion(self, stock_expansion: str) -> str:
@@ -92,7 +94,7 @@ class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
         self, height: int, width: int, pruning: VisualTokenPruningConfig, tile_size: int | None = None
     ) -> TokenLayout:
         tile_size = self._tile_size() if tile_size is None else tile_size
-        grid = tile_size // self.patch_size
+        grid = tile_size // positive_integer("patch_size", self.patch_size)
         return TokenLayout.single_tile(
             grid,
             pruning,

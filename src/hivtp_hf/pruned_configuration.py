@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .pruning_config import VisualTokenPruningConfig
+from .pruning_config import SHARED_SETTINGS, VisualTokenPruningConfig, check_no_setting_among
 
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class PrunedConfigMixin(_Stock):
         # on the finished object.
         if key == "pruning_config":
             value = VisualTokenPruningConfig.coerce(value)
+        elif key in SHARED_SETTINGS:
+            raise ValueError(f"`{key}` is a pruning setting; give it as `pruning_config={{{key!r}: ...}}`.")
         super().__setattr__(key, value)
 
     @classmethod
@@ -53,9 +55,19 @@ class PrunedConfigMixin(_Stock):
                 f"{pretrained_model_name_or_path} has no config.json that names its `model_type`. Load a checkpoint of the "
                 f"type {cls.stock_model_type!r} with all of its files."
             )
-        if config_dict.get("model_type") == cls.stock_model_type:
-            config_dict["model_type"] = cls.model_type
+        if config_dict["model_type"] not in (cls.stock_model_type, cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of the type {config_dict['model_type']!r}; {cls.__name__} "
+                f"takes {cls.stock_model_type!r} and {cls.model_type!r}. Use the classes of its own family."
+            )
+        config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As stock; a pruning setting among the keywords, beside `pruning_config`, is a ValueError."""
+        check_no_setting_among(kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As for any config, with `pruning_config` as a plain dict and the whole `auto_map`."""

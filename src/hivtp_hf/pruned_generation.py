@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from .call_arguments import named_arguments, parameters_of, takes_encoded_images
 from .generation_limits import check_generation
-from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts
+from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts, pruning_config_of_model
 from .pruning_config import check_no_setting_among, checked_ratio
 from .surplus_placeholders import (
     cached_length,
@@ -53,6 +53,8 @@ class PrunedGenerationMixin(_Stock):
         initialize_stock_parts(self)
         super().initialize_weights()
 
+    pruning_config = pruning_config_of_model()
+
     # Takes stock's signature and documentation. With `exact_count=False` images are encoded first, since their content
     # decides which placeholders are left over; those are masked out all through the call.
     @functools.wraps(GenerationMixin.generate)
@@ -71,6 +73,9 @@ class PrunedGenerationMixin(_Stock):
             prompt["input_ids"] = prompt["inputs"]
         is_placeholder = self.model._is_placeholder(prompt)
         check_generation(self, {**arguments, "kwargs": inputs}, is_placeholder)
+        cache = inputs.get("past_key_values")
+        if cache is None or cached_length(cache) == 0:  # else the ids name images of former calls as well
+            self.model._check_placeholders(prompt)
         if self.config.pruning_config.exact_count or is_placeholder is None:
             return generate(*args, **kwargs)
         surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)

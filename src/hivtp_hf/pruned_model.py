@@ -67,6 +67,25 @@ def _has_pixels(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
+def pruning_config_of_model() -> Any:
+    """A property that is `config.pruning_config`: assigned to the model, settings would else lie there without effect."""
+
+    def assign(model: Any, pruning: Any) -> None:
+        model.config.pruning_config = pruning
+
+    return property(lambda model: model.config.pruning_config, assign, doc="The settings, `config.pruning_config`.")
+
+
+def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
+    """A ValueError for what a model's call would swallow: a token budget, and a misspelt ratio."""
+    for name in keywords:
+        if name == "token_budget" or (name.startswith("retention") and name != "retention_ratio"):
+            raise ValueError(
+                f"`{name}` is no argument of a model. Give `retention_ratio` or `token_budget` to the processor, and its "
+                "`retention_ratio` to the model."
+            )
+
+
 def initialize_stock_parts(model: Any) -> None:
     """Initialises missing weights of a model's parts as stock does; called before the model initialises itself."""
     # Of classes that travel as remote code, transformers assumes that they would overwrite loaded weights, and skips every
@@ -105,6 +124,8 @@ class PrunedModelMixin(_Stock):
         """As stock, for missing weights of its parts as well."""
         initialize_stock_parts(self)
         super().initialize_weights()
+
+    pruning_config = pruning_config_of_model()
 
     def _prune_image_features(
         self,
@@ -182,6 +203,7 @@ class PrunedModelMixin(_Stock):
         if exact and torch.compiler.is_compiling() and kwargs.get("retention_ratio") is None:
             kwargs.pop("retention_ratio", None)
             return super().forward(*args, **kwargs, return_dict=True)
+        refuse_budget_among(kwargs)
         arguments = named_arguments(type(self).forward, self, args, kwargs)
         self._check_placeholders(arguments)
         encoded, surplus = None, None

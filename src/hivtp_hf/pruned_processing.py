@@ -38,6 +38,7 @@ class PrunedProcessorMixin(_Stock):
         pruning_config=None,
         **kwargs,
     ):
+        check_no_setting_among(kwargs)
         self.pruning_config = pruning_config
         super().__init__(
             image_processor,

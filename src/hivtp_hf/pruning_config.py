@@ -1,7 +1,8 @@
 """`VisualTokenPruningConfig`: which visual tokens to keep, as validated settings."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .checked_values import checked_flag, checked_number, shown
@@ -22,11 +23,11 @@ def checked_ratio(value: Any) -> float:
     try:
         return checked_number("retention_ratio", value, float, 0, 1, above_minimum=True)
     except ValueError as error:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 < value <= 100:
-            raise ValueError(
-                f"{error} For {value:g} % write {value / 100:g}; for {value:g} tokens use `token_budget`."
-            ) from None
-        raise
+        number = float(value) if isinstance(value, (int, float)) and abs(value) < 2**53 else 0.0
+        if number < 2:
+            raise
+        advice = f"For {number:g} % write {number / 100:g}; for" if number <= 100 else "For"
+        raise ValueError(f"{error} {advice} {number:g} tokens use `token_budget`.") from None
 
 
 def checked_budget(value: Any) -> int:
@@ -34,15 +35,30 @@ def checked_budget(value: Any) -> int:
     return checked_number("token_budget", value, int, 1)
 
 
-def check_no_setting_among(keywords: Mapping[str, Any]) -> None:
-    """A ValueError for pruning settings among the keywords of a `from_pretrained`, which may drop them in silence."""
-    settings = {"method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"}
+# Names that mean nothing else in a configuration; a method's own may (`temperature`, for one).
+SHARED_SETTINGS = ("retention_ratio", "token_budget", "exact_count", "keep_newlines")
+
+
+@functools.cache
+def setting_meant_by(name: str) -> str | None:
+    """The pruning setting, or `pruning_config`, that a keyword is or was meant to be; None for any other keyword."""
+    settings = {"method", *SHARED_SETTINGS, "pruning_config"}
     settings |= {hyperparameter.name for method in METHODS.values() for hyperparameter in method.hyperparameters}
+    if name == "pruning":
+        return "pruning_config"
+    close = difflib.get_close_matches(name, settings, n=1, cutoff=0.88)
+    return close[0] if close else None
+
+
+def check_no_setting_among(keywords: Iterable[str]) -> None:
+    """A ValueError for pruning settings among keywords that transformers may drop in silence, misspelt ones included."""
     for name in keywords:
-        if name in settings:
+        meant = None if name == "pruning_config" else setting_meant_by(name)
+        if meant == name:
             raise ValueError(f"`{name}` is a pruning setting; give it as `pruning_config={{{name!r}: ...}}`.")
-        if name != "pruning_config" and difflib.get_close_matches(name, ["pruning_config"], cutoff=0.8):
-            raise ValueError(f"`{name}` is no argument. Did you mean `pruning_config`?")
+        if meant is not None:
+            advice = "`pruning_config`" if meant == "pruning_config" else f"`pruning_config={{{meant!r}: ...}}`"
+            raise ValueError(f"`{name}` is no argument. Did you mean {advice}?")
 
 
 class VisualTokenPruningConfig:

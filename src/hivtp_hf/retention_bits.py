@@ -63,7 +63,7 @@ def ratios_of_images(given: Any, num_images: int) -> list[float] | None:
             if not all(SMALLEST_RATIO <= ratio <= 1 for ratio in ratios):
                 raise ValueError(
                     f"`retention_ratio` holds {shown(numbers)}, read as {shown(ratios)}; as int64 it must hold the bits of "
-                    "float64 values above 0 to 1. Pass it as the processor returned it, or as a plain number."
+                    "float64 values above 0 and at most 1. Pass it as the processor returned it, or as a plain number."
                 )
     else:
         ratios = list(given)

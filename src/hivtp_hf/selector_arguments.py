@@ -19,6 +19,9 @@ def check_tiles(valid: Tensor, **scores: Tensor) -> None:
     Raises:
         ValueError: names the argument, what was given and what it must be.
     """
+    for name, given in (("valid", valid), *scores.items()):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"`{name}` is a {type(given).__name__}; it must be a torch.Tensor.")
     if valid.ndim != 3 or valid.shape[1] != valid.shape[2] or valid.shape[1] == 0:
         raise ValueError(
             f"`valid` has shape {tuple(valid.shape)}; it must be (tiles, grid, grid), with square tiles of at least one cell."

@@ -121,11 +121,11 @@ class TokenLayout:
                 that do not divide into tiles, and more than 2**17 cells an image.
         """
         return _llava_next_layout(
-            _positive_integer("height", height),
-            _positive_integer("width", width),
+            positive_integer("height", height),
+            positive_integer("width", width),
             VisualTokenPruningConfig.coerce(pruning),
-            _positive_integer("tile_size", tile_size),
-            _positive_integer("patch_size", patch_size),
+            positive_integer("tile_size", tile_size),
+            positive_integer("patch_size", patch_size),
             _checked_pinpoints(pinpoints),
         )
 
@@ -153,7 +153,7 @@ class TokenLayout:
             ValueError: for a grid that is no positive integer, or of more than 2**17 cells, and for other extra tokens,
                 sizes and views than described.
         """
-        grid = _positive_integer("grid", grid, "cells")
+        grid = positive_integer("grid", grid, "cells")
         if grid * grid > MOST_CELLS:
             raise ValueError(f"`grid` is {grid}; {grid * grid} cells are too many, {MOST_CELLS} are allowed.")
         if isinstance(extra_tokens, bool) or not isinstance(extra_tokens, int) or extra_tokens not in (-1, 0, 1):
@@ -366,7 +366,8 @@ def _unpadded_ranges(height: int, width: int, rows: int, columns: int) -> tuple[
     return (0, rows), (padding, columns - padding)
 
 
-def _positive_integer(field: str, value: Any, unit: str = "pixels") -> int:
+def positive_integer(field: str, value: Any, unit: str = "pixels") -> int:
+    """`value` as an int if it is a whole number from 1 to `LARGEST_SIDE`; a ValueError that names the field otherwise."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except (TypeError, RuntimeError):  # the latter from tensors that hold no data
@@ -381,7 +382,7 @@ def _checked_image_size(image_size: Any) -> tuple[int, int]:
         height, width = image_size
     except (TypeError, ValueError):
         raise ValueError(f"`image_size` is {shown(image_size)}; it must be (height, width) in pixels.") from None
-    return _positive_integer("height", height), _positive_integer("width", width)
+    return positive_integer("height", height), positive_integer("width", width)
 
 
 def _checked_view(view: Any) -> tuple[float, float, float, float]:
@@ -402,4 +403,4 @@ def _checked_pinpoints(pinpoints: Any) -> tuple[tuple[int, int], ...]:
         pairs = ()
     if not pairs:
         raise ValueError(f"`pinpoints` is {shown(pinpoints)}; it must be a list of (height, width) in pixels.")
-    return tuple((_positive_integer("pinpoints", height), _positive_integer("pinpoints", width)) for height, width in pairs)
+    return tuple((positive_integer("pinpoints", height), positive_integer("pinpoints", width)) for height, width in pairs)

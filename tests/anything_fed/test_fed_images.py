@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fed import PROMPT, check_indices
-from tiny_models import photo
+from tiny_models import image_inputs, photo
 
 PHOTO = photo(60, 100)
 PIXELS = np.asarray(PHOTO)
@@ -87,25 +87,25 @@ WORKING = {
 def test_pictures_that_work_as_stock_does(bench, name):
     picture, size = WORKING[name]
     inputs = bench.check_as_stock(picture(), PROMPT)
-    assert inputs.image_sizes.tolist() == [list(size)]
+    bench.check_sizes(inputs, [size])
 
 
 def test_a_file_is_read_and_its_exif_rotation_followed(bench, tmp_path):
     file = tmp_path / "turned.jpg"
     file.write_bytes(turned())
-    assert bench.check_as_stock(str(file), PROMPT).image_sizes.tolist() == [[100, 60]]
+    bench.check_sizes(bench.check_as_stock(str(file), PROMPT), [(100, 60)])
 
 
 @pytest.mark.parametrize("images", [FIRST[None].repeat(3, 1, 1, 1), PIXELS[None].repeat(3, 0)], ids=["tensors", "arrays"])
 def test_a_batch_in_one_array(bench, images):
     inputs = bench.check_as_stock(images, [PROMPT, "<image> and <image>?"])
-    assert inputs.image_sizes.tolist() == [[60, 100]] * 3
+    bench.check_sizes(inputs, [(60, 100)] * 3)
 
 
 def test_pictures_of_all_kinds_in_one_batch(bench):
     pictures = [picture() for name, (picture, _) in WORKING.items() if isinstance(picture(), Image.Image)]
     inputs = bench.check_as_stock(pictures, ["<image>"] * len(pictures))
-    assert len(inputs.image_sizes) == len(pictures) > 10
+    assert len(inputs.pixel_values) == len(pictures) > 10
 
 
 FILES = {
@@ -170,25 +170,40 @@ def test_pictures_that_are_refused(bench, name):
 
 
 NOT_FINITE = {
-    "one nan": lambda pixels: pixels[0, 1, 0, 3].fill_(torch.nan),
-    "a tile of nan": lambda pixels: pixels[0, 2].fill_(torch.nan),
-    "all nan": lambda pixels: pixels.fill_(torch.nan),
-    "infinite": lambda pixels: pixels[0, 0, :, 10:20].fill_(torch.inf),
-    "minus infinity": lambda pixels: pixels[0, 3].fill_(-torch.inf),
-    "largest number": lambda pixels: pixels[0, 1].fill_(torch.finfo(torch.float32).max),
+    "one nan": lambda tiles: tiles[1, 0, 3].fill_(torch.nan),
+    "a tile of nan": lambda tiles: tiles[2].fill_(torch.nan),
+    "all nan": lambda tiles: tiles.fill_(torch.nan),
+    "infinite": lambda tiles: tiles[0, :, 10:20].fill_(torch.inf),
+    "minus infinity": lambda tiles: tiles[3].fill_(-torch.inf),
+    "largest number": lambda tiles: tiles[1].fill_(torch.finfo(torch.float32).max),
 }
+
+
+def five_tiles(bench):
+    """The inputs of one image of five tiles, or of five images of one."""
+    number = 1 if bench.is_told_sizes else 5
+    pictures = [photo(60, 100, seed) for seed in range(number)]
+    return bench.processor(images=pictures, text="<image>" * number, return_tensors="pt")
+
+
+def kept_cells(bench, inputs):
+    """Of each of the five tiles the cells that are kept."""
+    with torch.no_grad():
+        kept_indices = bench.model.model.get_image_features(**image_inputs(inputs)).kept_indices
+    layout = bench.processor.token_layout(60, 100)
+    for kept in kept_indices:
+        check_indices(kept, layout)
+    of_images = [layout.cells(kept) for kept in kept_indices]
+    return [cells[cells[:, 0] == tile, 1:] for cells in of_images for tile in range(layout.num_tiles)]
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_pixels_that_are_no_numbers_keep_as_many_valid_cells(bench, name):
-    clean, inputs = bench.one_image(), bench.one_image()
-    NOT_FINITE[name](inputs["pixel_values"])
+    clean, inputs = five_tiles(bench), five_tiles(bench)
+    NOT_FINITE[name](inputs["pixel_values"].view(5, 3, 56, 56))
     bench.check_model(inputs)
-    with torch.no_grad():
-        kept = bench.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).kept_indices[0]
-        kept_clean = bench.model.model.get_image_features(clean["pixel_values"], clean["image_sizes"]).kept_indices[0]
-    layout = bench.processor.token_layout(60, 100)
-    check_indices(kept, layout)
+    kept, kept_clean = kept_cells(bench, inputs), kept_cells(bench, clean)
+    assert len(kept) == len(kept_clean) == 5
     if name == "a tile of nan":  # what one tile shows does not change what is kept of the others
-        tiles, tiles_clean = layout.cells(kept), layout.cells(kept_clean)
-        assert torch.equal(tiles[tiles[:, 0] != 2], tiles_clean[tiles_clean[:, 0] != 2])
+        assert not torch.equal(kept.pop(2), kept_clean.pop(2))
+        assert all(map(torch.equal, kept, kept_clean))

@@ -1,0 +1,131 @@
+"""Settings given where they would be ignored, and other slips that transformers lets pass in silence: errors, all of them."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from families import FAMILIES
+from hivtp_hf import select_gprune, select_hivtp, select_uniform
+from tiny_checkpoint import build_stock_checkpoint
+from tiny_models import LOW_RATIO, image_inputs, photo, twins
+
+GEOMETRY = {"tile_size": 56, "patch_size": 7, "vision_layers": 9}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    return twins(LOW_RATIO, family=request.param)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: build_stock_checkpoint(folder / family, family=family, **GEOMETRY) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"retention_ratio": 0.1}, "`retention_ratio` is a pruning setting; give it as `pruning_config="),
+        ({"token_budget": 64}, "`token_budget` is a pruning setting"),
+        ({"method": "gprune"}, "`method` is a pruning setting"),
+        ({"prunning_config": {}}, "Did you mean `pruning_config`?"),
+        ({"pruning": {}}, "Did you mean `pruning_config`?"),
+        ({"metod": "gprune"}, "Did you mean `pruning_config={'method': ...}`?"),
+        ({"retention_ration": 0.1}, "Did you mean `pruning_config={'retention_ratio': ...}`?"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["base", "model", "processor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_pretrained(family, part, keyword, message, folders):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(FAMILIES[family], part).from_pretrained(folders[family], **keyword)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configuration(family, folders):
+    config_class = FAMILIES[family].config
+    message = "`retention_ratio` is a pruning setting"
+    with pytest.raises(ValueError, match=message):
+        config_class(retention_ratio=0.1)
+    with pytest.raises(ValueError, match=message):
+        config_class.from_pretrained(folders[family], retention_ratio=0.1)
+    config = config_class.from_pretrained(folders[family])
+    with pytest.raises(ValueError, match=message):
+        config.retention_ratio = 0.1
+    assert "retention_ratio" not in config.to_dict()
+
+
+def test_processor_constructor(pair):
+    with pytest.raises(ValueError, match="`retention_ratio` is a pruning setting"):
+        pair.family.processor(pair.processor.image_processor, pair.processor.tokenizer, retention_ratio=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"method": "random"}, "`method` is a setting of model and processor, and cannot be given to a call"),
+        ({"exact_count": False}, "`exact_count` is a setting"),
+        ({"retention_ration": 0.5}, "Did you mean `retention_ratio`?"),
+        ({"tokens_budget": 5}, "Did you mean `token_budget`?"),
+        ({"retention_ratio": [None]}, "`retention_ratio` is [None] (list); give a value for each image"),
+        ({"token_budget": [None]}, "`token_budget` is [None] (list); give a value for each image"),
+    ],
+    ids=str,
+)
+def test_processor_call(pair, keyword, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt", **keyword)
+
+
+def test_model_call(pair):
+    inputs = pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt")
+    for keyword in ({"token_budget": 20}, {"retention_ration": 0.2}):
+        message = (
+            f"`{next(iter(keyword))}` is no argument of a model. Give `retention_ratio` or `token_budget` to the processor"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pair.pruned.get_image_features(**image_inputs(inputs), **keyword)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pair.pruned(**inputs, **keyword)
+
+
+def test_settings_assigned_to_a_model_take_effect(pair):
+    before = pair.pruned.config.pruning_config
+    try:
+        for model in (pair.pruned, pair.pruned.model):
+            model.pruning_config = {"method": "uniform", "retention_ratio": 0.5}
+            assert pair.pruned.config.pruning_config.method == pair.pruned.pruning_config.method == "uniform"
+            model.pruning_config = before
+    finally:
+        pair.pruned.config.pruning_config = before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_another_family(family, folders):
+    other = next(name for name in FAMILIES if name != family)
+    for part in ("config", "base", "model"):
+        with pytest.raises(ValueError, match=f"a checkpoint of the type '{other}'.*Use the classes of its own family"):
+            getattr(FAMILIES[family], part).from_pretrained(folders[other])
+
+
+def test_inputs_of_a_stock_processor_are_told_apart_everywhere(pair):
+    inputs = pair.stock_processor(images=photo(60, 100), text="<image>", return_tensors="pt")
+    for call in (pair.pruned, pair.pruned.generate):
+        with pytest.raises(ValueError, match="the inputs come from a stock processor"):
+            call(**inputs)
+
+
+def test_selections_take_tensors():
+    scores = np.zeros((1, 4, 4), dtype=np.float32)
+    for call in (
+        lambda: select_hivtp(scores, torch.ones(1, 4, 4, dtype=torch.bool), {}),
+        lambda: select_uniform(np.ones((1, 4, 4), dtype=bool), {"method": "uniform"}),
+        lambda: select_uniform([[[True]]], {"method": "uniform"}),
+    ):
+        with pytest.raises(ValueError, match=r"is a (ndarray|list); it must be a torch\.Tensor"):
+            call()
+    assert callable(select_gprune)
