@@ -22,6 +22,7 @@ from transformers import (
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.hub import convert_checkpoint
 from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_processor
 
@@ -262,6 +263,10 @@ def test_unpruned_token_ids_equal_stock(family, checkpoint, request, tmp_path):
     assert again(images=image, text=TEXT)["input_ids"] == expected
     # Serving engines read the tokenizer on its own.
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == theirs.tokenizer(TEXT)["input_ids"]
+
+    made = convert_checkpoint(str(folder), tmp_path / "made", {"retention_ratio": 1}, show_progress=False)
+    assert AutoProcessor.from_pretrained(made)(images=image, text=TEXT)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(made)(TEXT)["input_ids"] == theirs.tokenizer(TEXT)["input_ids"]
 
     # A checkpoint may also be converted by its settings alone, with the tokenizer's files as they came.
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -3,7 +3,7 @@
 import functools
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.utils import can_return_tuple
 
@@ -157,9 +157,7 @@ class HIVTPLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditio
     def __init__(self, config: HIVTPLlavaConfig):
         # Past the stock class's own constructor, which would build the stock model inside.
         super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = HIVTPLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        self._build_on(HIVTPLlavaModel(config))
 
     @functools.wraps(HIVTPLlavaModel.get_image_features)
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 import functools
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.utils import can_return_tuple
 
@@ -148,9 +148,7 @@ class HIVTPLlavaNextForConditionalGeneration(PrunedGenerationMixin, LlavaNextFor
     def __init__(self, config: HIVTPLlavaNextConfig):
         # Past the stock class's own constructor, which would build the stock model inside.
         super(LlavaNextForConditionalGeneration, self).__init__(config)
-        self.model = HIVTPLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        self._build_on(HIVTPLlavaNextModel(config))
 
     @functools.wraps(HIVTPLlavaNextModel.get_image_features)
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,6 +31,13 @@ else:
 class PrunedGenerationMixin(_Stock):
     """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
 
+    def _build_on(self, base_model: Any) -> None:
+        """Called by a family's constructor: what stock's does, on a base model of ours."""
+        self.model = base_model
+        text = self.config.text_config
+        self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""
         arguments = kwargs

@@ -1,0 +1,28 @@
+"""The command line `hivtp`. Never travels with checkpoints."""
+
+import sys
+
+import typer
+from huggingface_hub.errors import HfHubHTTPError
+
+from .convert import convert
+from .inspect import inspect
+
+app = typer.Typer(
+    name="hivtp",
+    help="Visual token pruning for LLaVA checkpoints.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert)
+app.command()(inspect)
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one message and the exit status 1, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, HfHubHTTPError) as error:
+        print(f"hivtp: {error}", file=sys.stderr)
+        sys.exit(1)

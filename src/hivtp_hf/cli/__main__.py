@@ -1,0 +1,5 @@
+"""`python -m hivtp_hf.cli`, as `hivtp`."""
+
+from . import main
+
+main()

@@ -1,0 +1,30 @@
+"""`hivtp convert`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..hub import convert_checkpoint
+from .pruning_options import with_pruning_options
+
+
+@with_pruning_options
+def convert(
+    source: Annotated[str, typer.Argument(help="A stock or pruned checkpoint: a folder, or owner/name on the Hub.")],
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it exists.")] = False,
+    *,
+    pruning: dict[str, Any],
+) -> None:
+    """Make a complete pruned checkpoint of SOURCE: configuration, processor, code, and its weights untouched.
+
+    Settings that are not given are those of SOURCE, or the defaults where it is a stock checkpoint.
+    """
+    folder = convert_checkpoint(source, target, pruning, revision=revision, cache_dir=cache_dir, force=force)
+    console = Console()
+    console.print(f"[green]{folder}[/] is complete. It loads with [bold]from_pretrained[/]: with hivtp_hf imported, or with")
+    console.print("[bold]trust_remote_code=True[/] alone.")

@@ -1,0 +1,50 @@
+"""Options for every pruning setting, made of the registry: a new method brings its own."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from ..methods import METHODS, PruningMethod
+
+_BUDGET = "How much to keep"
+_SHARED = {
+    "retention_ratio": (float, "The share of patch tokens to keep, above 0 and at most 1."),
+    "token_budget": (int, "At most so many language-model tokens per image, newlines included."),
+    "exact_count": (bool, "Keep a number that the image's size determines (needed for serving)."),
+    "keep_newlines": (bool, "Keep the newline token after each row of the crops."),
+}
+
+
+def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a command that takes `pruning`, a dict of the settings that were given: each becomes an option of its own."""
+    options = {"method": _option("method", str, f"How tokens are chosen: {', '.join(METHODS)}.", _BUDGET)}
+    for name, (kind, meaning) in _SHARED.items():
+        options[name] = _option(name, kind, meaning, _BUDGET)
+    for method in METHODS.values():
+        for setting in method.hyperparameters:
+            meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}. Default: {setting.default}."
+            options[setting.name] = _option(setting.name, setting.kind, meaning, _panel(method))
+
+    def run(**arguments: Any) -> Any:
+        pruning = {name: value for name in options if (value := arguments.pop(name)) is not None}
+        return command(**arguments, pruning=pruning)
+
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "pruning"]
+    parameters = [*own, *options.values()]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _panel(method: PruningMethod) -> str:
+    return f"Settings of {method.name}"
+
+
+def _option(name: str, kind: type, meaning: str, panel: str) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    declaration = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
+    default = typer.Option(None, declaration, help=meaning, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind | None)

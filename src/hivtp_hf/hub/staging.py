@@ -1,0 +1,56 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, apart_from: Path | None = None, force: bool = False) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `target` if the block ends well, and vanishes if it does not.
+
+    Args:
+        target: what the folder is to be called; made beside it, so that the last step is a renaming.
+        apart_from: a folder that must stay as it is: `target` may neither be it nor lie in it, nor it in `target`.
+        force: whether an existing `target` is replaced. It stays until the new one stands.
+
+    Raises:
+        ValueError: for a `target` that exists, unless `force`; that is a file; or that touches `apart_from`.
+    """
+    target = target.absolute()
+    if apart_from is not None:
+        ours, theirs = target.resolve(), apart_from.resolve()
+        if ours == theirs or theirs in ours.parents or ours in theirs.parents:
+            raise ValueError(f"{target} and {apart_from} lie in each other; give a target outside the source.")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} exists and is no folder; give another target.")
+    if target.exists() and not force:
+        raise ValueError(f"{target} exists already; give another target, or `--force` (force=True) to replace it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_current_umask())  # temporary folders are private
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+            target.rename(replaced / target.name)
+            try:
+                stage.rename(target)
+            except BaseException:
+                (replaced / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(replaced)
+        else:
+            stage.rename(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

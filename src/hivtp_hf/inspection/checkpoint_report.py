@@ -1,0 +1,90 @@
+"""`inspect_checkpoint`: tokens, prefill FLOPs and KV bytes of a checkpoint, stock against pruned, without its weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hub.checkpoint_source import open_source
+from ..pruning_config import VisualTokenPruningConfig
+from .language_model_cost import kv_cache_bytes, prefill_flops
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Images of one size.
+
+    Attributes:
+        height, width: of the image in pixels.
+        stock_tokens, retained_tokens: language-model tokens of one image, newlines included.
+        newlines: of them newline tokens, retained.
+        stock_prefill_flops, prefill_flops: of the language model on the image's tokens alone, without the vision tower, which
+            does the same work either way.
+        stock_kv_bytes, kv_bytes: of the cache, for the image's tokens alone.
+    """
+
+    height: int
+    width: int
+    stock_tokens: int
+    retained_tokens: int
+    newlines: int
+    stock_prefill_flops: int
+    prefill_flops: int
+    stock_kv_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint: its name, model type, pruning settings, the dtype that the cache is counted in, and sizes."""
+
+    checkpoint: str
+    model_type: str
+    pruning_config: dict[str, Any]
+    cache_dtype: str
+    sizes: list[SizeReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON types."""
+        return asdict(self)
+
+
+def inspect_checkpoint(
+    checkpoint: str,
+    sizes: Sequence[tuple[int, int]],
+    pruning: Mapping[str, Any] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> CheckpointReport:
+    """What a checkpoint keeps of images of some sizes, and what that saves. Reads its configuration alone.
+
+    Args:
+        checkpoint: a folder or `owner/name` on the Hub, stock or pruned.
+        sizes: (height, width) in pixels.
+        pruning: settings to change, as for `convert_checkpoint`.
+        revision, token, cache_dir: for a checkpoint on the Hub, as for `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ValueError: for settings that are out of range or do not fit, and for what is no checkpoint of a supported family.
+    """
+    source = open_source(checkpoint, with_weights=False, revision=revision, token=token, cache_dir=cache_dir)
+    settings = source.settings().replace(**(pruning or {}))
+    config = source.family.config.from_pretrained(source.folder, pruning_config=settings, local_files_only=True)
+    text_config = config.get_text_config()
+    dtype = next((given for given in (config.dtype, text_config.dtype) if isinstance(given, torch.dtype)), torch.bfloat16)
+    with torch.device("meta"):
+        model = source.family.base_model(config)
+
+    reports = []
+    for height, width in sizes:
+        layout = model._token_layout(height, width, settings, config.vision_feature_select_strategy)
+        counts = (layout.num_stock, layout.num_retained)
+        flops = [prefill_flops(text_config, tokens) for tokens in counts]
+        cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in counts]
+        reports.append(SizeReport(height, width, *counts, layout.num_newlines, *flops, *cache))
+    shown = VisualTokenPruningConfig.coerce(settings).to_dict()
+    return CheckpointReport(source.name, source.config["model_type"], shown, str(dtype).removeprefix("torch."), reports)

@@ -1,0 +1,141 @@
+"""The command line `hivtp`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from checkpoints import GEOMETRY
+from hivtp_hf import TokenLayout, cli
+from hivtp_hf.inspection import inspect_checkpoint, kv_cache_bytes, prefill_flops
+from hivtp_hf.methods import METHODS
+from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
+from tiny_models import photo
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return build_stock_checkpoint(tmp_path_factory.mktemp("stock") / "checkpoint", **GEOMETRY)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return build_stock_checkpoint(tmp_path_factory.mktemp("llava") / "checkpoint", family="llava", **GEOMETRY)
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def hivtp(monkeypatch, capsys):
+    """Runs the command line in this process, which spares every case the imports."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_it_runs_as_a_module(stock):
+    command = [sys.executable, "-m", "hivtp_hf.cli", "inspect", str(stock), "--size", "60x100", "--retention-ratio", "50"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("hivtp: `retention_ratio` is 50.0")
+
+
+def test_help_lists_every_setting(hivtp):
+    shown = hivtp("convert", "--help").stdout
+    for method in METHODS.values():
+        for setting in method.hyperparameters:
+            assert f"--{setting.name.replace('_', '-')}"[:20] in shown
+    assert "--token-budget" in shown
+
+
+def test_convert_then_inspect(hivtp, stock, tmp_path):
+    target = tmp_path / "pruned"
+    done = hivtp(
+        "convert",
+        stock,
+        target,
+        "--method",
+        "hiprune",
+        "--object-layer",
+        "5",
+        "--published-borders",
+        "--retention-ratio",
+        "0.25",
+    )
+    assert done.returncode == 0, done.stderr
+    photo(90, 130).save(tmp_path / "photo.png")
+    done = hivtp("inspect", target, tmp_path / "photo.png", "--size", "60x100", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["model_type"] == "hivtp_llava_next"
+    assert report["pruning_config"]["published_borders"] is True
+    assert [(row["height"], row["width"]) for row in report["sizes"]] == [(60, 100), (90, 130)]
+    for row in report["sizes"]:
+        layout = TokenLayout.from_image_size(
+            row["height"], row["width"], report["pruning_config"], pinpoints=PINPOINTS, **GEOMETRY
+        )
+        assert (row["stock_tokens"], row["retained_tokens"]) == (layout.num_stock, layout.num_retained)
+    table = hivtp("inspect", target, "--size", "60x100")
+    assert table.returncode == 0, table.stderr
+    assert "60 x 100" in table.stdout
+    assert "hiprune" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["convert", "{stock}", "{stock}/inside"], "lie in each other"),
+        (["convert", "{stock}", "{new}", "--retention-ratio", "50"], "For 50 % write 0.5"),
+        (["convert", "{stock}", "{new}", "--method", "gprune", "--alpha", "0.1"], "not a setting of the method 'gprune'"),
+        (["convert", "{new}", "{new}2"], "is no folder"),
+        (["inspect", "{stock}", "--size", "12"], "HEIGHTxWIDTH"),
+        (["inspect", "{stock}", "{new}.png"], "No such file"),
+    ],
+)
+def test_errors_are_one_message(hivtp, arguments, named, stock, tmp_path):
+    done = hivtp(*(argument.format(stock=stock, new=tmp_path / "new") for argument in arguments))
+    assert done.returncode == 1
+    assert done.stderr.startswith("hivtp: ")
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_tried_without_being_stored(llava):
+    sizes = [(480, 640)]
+    assert inspect_checkpoint(str(llava), sizes).sizes[0].retained_tokens == 32
+    report = inspect_checkpoint(str(llava), sizes, {"method": "uniform", "retention_ratio": 0.25})
+    assert report.sizes[0].retained_tokens == 16
+    assert inspect_checkpoint(str(llava), sizes).sizes[0].retained_tokens == 32
+
+
+def test_costs_are_those_of_the_model():
+    """Held against what torch counts in a real pass, and against the tensors of a real cache."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_model(tiny_config(**GEOMETRY, text_layers=3))
+    model.set_attn_implementation("eager")  # all pairs of tokens, as matrix products
+    tokens, text_config = 37, model.config.get_text_config()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(input_ids=torch.full((1, tokens), 7), use_cache=True, logits_to_keep=1)
+    angles_of_positions = 2 * tokens * text_config.head_dim // 2  # a matrix product in older releases
+    assert counter.get_total_flops() - prefill_flops(text_config, tokens) in (0, angles_of_positions)
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    assert cached == kv_cache_bytes(text_config, tokens, torch.float32)

@@ -1,0 +1,258 @@
+"""`convert_checkpoint`: complete, with untouched weights, and whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from checkpoints import GEOMETRY, run_without_package
+from families import FAMILIES
+from hivtp_hf.hub import convert, convert_checkpoint, file_copies
+from tiny_checkpoint import build_stock_checkpoint
+from tiny_models import greedy, photo
+
+PRUNING = {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 5}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def stock(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return build_stock_checkpoint(folder / "stock", family=request.param, **GEOMETRY)
+
+
+@pytest.fixture(scope="module")
+def next_stock(tmp_path_factory):
+    return build_stock_checkpoint(tmp_path_factory.mktemp("next") / "stock", **GEOMETRY)
+
+
+def made(source, target, pruning=PRUNING, **arguments):
+    return convert_checkpoint(str(source), target, pruning, show_progress=False, **arguments)
+
+
+def family_of_folder(folder):
+    return FAMILIES[json.loads((folder / "config.json").read_text())["model_type"].removeprefix("hivtp_")]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def answer_of(folder, height, width):
+    """Runs in a process without the package: new token ids, and what the configuration says."""
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = Image.fromarray((np.arange(height * width * 3) % 251).astype(np.uint8).reshape(height, width, 3))
+    inputs = processor(images=image, text="<image> what", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return [type(model).__name__, model.config.pruning_config.to_dict(), output[0, inputs.input_ids.shape[1] :].tolist()]
+
+
+def test_a_whole_checkpoint(stock, tmp_path):
+    before = contents(stock)
+    target = made(stock, tmp_path / "pruned")
+    assert target == tmp_path / "pruned"
+    assert contents(stock) == before
+    family = family_of_folder(stock)
+    needed = {"config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"}
+    assert needed | {"chat_template.jinja", "model.safetensors"} <= {path.name for path in target.iterdir()}
+    # The same code as our own classes save, and nothing executable of anybody else's.
+    own = tmp_path / "own"
+    family.model.from_pretrained(stock).save_pretrained(own)
+    family.processor.from_pretrained(stock).save_pretrained(own)
+    assert {path.name for path in target.glob("*.py")} == {path.name for path in own.glob("*.py")}
+    assert (target / "generation_config.json").read_bytes() == before[Path("generation_config.json")]
+
+    # Weights: the same bytes in a file of its own, so that what is saved there later leaves the source alone.
+    copied, source = target / "model.safetensors", stock / "model.safetensors"
+    assert copied.read_bytes() == source.read_bytes()
+    assert copied.stat().st_ino != source.stat().st_ino
+    model = AutoModelForImageTextToText.from_pretrained(target)
+    processor = AutoProcessor.from_pretrained(target)
+    assert type(model) is family.model
+    assert model.pruning_config == processor.pruning_config
+    assert {name: model.pruning_config.to_dict()[name] for name in PRUNING} == PRUNING
+    direct = family.model.from_pretrained(stock, pruning_config=PRUNING)
+    inputs = processor(images=photo(60, 100), text="<image> what", return_tensors="pt")
+    assert torch.equal(greedy(model, inputs), greedy(direct, inputs))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(target)
+    assert contents(stock) == before
+
+
+def test_it_loads_without_the_package(stock, tmp_path):
+    target = made(stock, tmp_path / "pruned", {"method": "gprune"})
+    name, pruning, tokens = run_without_package(answer_of, tmp_path / "work", folder=target, height=60, width=100)
+    assert name == family_of_folder(stock).model.__name__
+    assert pruning["method"] == "gprune"
+    assert len(tokens) == 4
+
+
+def test_settings_of_a_pruned_source_stay_unless_they_are_given(next_stock, tmp_path):
+    first = made(next_stock, tmp_path / "first")
+    second = made(first, tmp_path / "second", {"retention_ratio": 0.125})
+    third = made(second, tmp_path / "third", {"method": "gprune"})
+    settings = [json.loads((folder / "config.json").read_text())["pruning_config"] for folder in (first, second, third)]
+    assert [setting["method"] for setting in settings] == ["hiprune", "hiprune", "gprune"]
+    assert [setting["retention_ratio"] for setting in settings] == [0.25, 0.125, 0.125]
+    assert settings[1]["object_layer"] == 5
+    assert "object_layer" not in settings[2]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards(next_stock, tmp_path, kind):
+    source = shutil.copytree(next_stock, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    names, index = sorted(weights), {}
+    for number, keys in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"{stem}-0000{number}-of-00002.{kind}"
+        part = {key: weights[key] for key in keys}
+        if kind == "safetensors":
+            save_file(part, source / shard, {"format": "pt"})
+        else:
+            torch.save(part, source / shard)
+        index |= dict.fromkeys(keys, shard)
+    (source / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    target = made(source, tmp_path / "pruned")
+    for name in {*index.values(), f"{stem}.{kind}.index.json"}:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    loaded = AutoModelForImageTextToText.from_pretrained(target).state_dict()
+    whole = FAMILIES["llava_next"].model.from_pretrained(next_stock).state_dict()
+    assert all(torch.equal(loaded[key], whole[key]) for key in whole)
+
+    (source / next(iter(index.values()))).unlink()
+    with pytest.raises(ValueError, match=r"names the shard .* which is no file beside it"):
+        made(source, tmp_path / "other")
+    (source / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": {"a": f"../{stem}.{kind}"}}))
+    with pytest.raises(ValueError, match=r"names the shard '\.\./"):
+        made(source, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "source"]
+
+
+def test_an_existing_target_stays_unless_forced(next_stock, tmp_path):
+    target = made(next_stock, tmp_path / "pruned")
+    (target / "notes.txt").write_text("mine")
+    before = contents(target)
+    with pytest.raises(ValueError, match="exists already; give another target, or `--force`"):
+        made(next_stock, target, {"method": "uniform"})
+    assert contents(target) == before
+    made(next_stock, target, {"method": "uniform"}, force=True)
+    assert not (target / "notes.txt").exists()
+    assert json.loads((target / "config.json").read_text())["pruning_config"]["method"] == "uniform"
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
+def test_an_interrupted_run_leaves_nothing(next_stock, tmp_path, monkeypatch, force, error):
+    target = tmp_path / "pruned"
+    if force:
+        made(next_stock, target)
+    before = contents(tmp_path)
+
+    def interrupted(files, **_):
+        files[0][1].write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(convert, "copy_files", interrupted)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        made(next_stock, target, {"method": "uniform"}, force=force)
+    assert contents(tmp_path) == before
+    assert target.exists() == force
+
+
+def test_targets_that_touch_the_source(next_stock, tmp_path):
+    source = shutil.copytree(next_stock, tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    before = contents(source)
+    for target in (source, source / "inside", tmp_path / "link", tmp_path / "link" / "inside", tmp_path):
+        with pytest.raises(ValueError, match=r"lie in each other|exists and is no folder"):
+            made(source, target, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="exists and is no folder"):
+        made(source, tmp_path / "file", force=True)
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        ({"retention_ratio": 50}, "For 50 % write 0.5"),
+        ({"importance_start_layer": 40}, "reads the encoder layers 40 to 42, but the vision tower has 10 layers"),
+        ({"method": "hivpt"}, "`method` is 'hivpt'"),
+        ({"method": "gprune", "alpha": 1}, "`alpha`: not a setting of the method 'gprune'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(next_stock, tmp_path, pruning, message):
+    with pytest.raises(ValueError, match=message):
+        made(next_stock, tmp_path / "pruned", pruning)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources_that_are_none(next_stock, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = shutil.copytree(next_stock, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    broken = shutil.copytree(next_stock, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    bare = shutil.copytree(next_stock, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    for source, message in (
+        (tmp_path / "missing", "is no folder, and no repository on the Hub"),
+        (tmp_path / "empty", "has no config.json"),
+        (other, "has the model type 'bert' .* known are 'llava_next', 'hivtp_llava_next', 'llava', 'hivtp_llava'"),
+        (broken, "cannot be read as JSON"),
+        (bare, "has no weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(source, tmp_path / "target")
+    with pytest.raises(ValueError, match=r"`revision` is 'main', but .* is a folder"):
+        made(next_stock, tmp_path / "target", revision="main")
+    assert not (tmp_path / "target").exists()
+
+
+def test_code_of_the_source_is_neither_run_nor_copied(next_stock, tmp_path):
+    source = shutil.copytree(next_stock, tmp_path / "source")
+    code = f"open({str(tmp_path / 'run')!r}, 'w').close()\n"
+    for name in ("configuration_evil.py", "tokenization_evil.py", "processing_evil.py"):
+        (source / name).write_text(code)
+    for name, auto_map in (
+        ("config.json", {"AutoConfig": "configuration_evil.Evil", "AutoModel": "configuration_evil.Evil"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_evil.Evil", None]}),
+        ("processor_config.json", {"AutoProcessor": "processing_evil.Evil"}),
+    ):
+        stored = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**stored, "auto_map": auto_map}))
+    target = made(source, tmp_path / "pruned")
+    assert not (tmp_path / "run").exists()
+    assert not list(target.glob("*evil*"))
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        assert "evil" not in (target / name).read_text()
+
+
+def test_copies_where_blocks_are_shared_and_where_not(tmp_path, monkeypatch):
+    """Both ways give the same bytes; which of them this file system takes does not matter."""
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(3 * 2**20 + 5))
+    (tmp_path / "link").symlink_to(source)
+    file_copies.copy_files([(tmp_path / "link", tmp_path / "one")], show_progress=False)
+    monkeypatch.setattr(file_copies, "_share_blocks", lambda source, target: False)
+    file_copies.copy_files([(tmp_path / "link", tmp_path / "two")], show_progress=False)
+    for name in ("one", "two"):
+        assert (tmp_path / name).read_bytes() == source.read_bytes()
+        assert not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).stat().st_nlink == 1
+    with pytest.raises(FileExistsError):
+        file_copies.copy_files([(source, tmp_path / "two")], show_progress=False)
