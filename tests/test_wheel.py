@@ -1,6 +1,7 @@
 """The wheel holds all that it must, also the files that travel as remote code, and works without the source tree."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -33,7 +34,12 @@ for family in FAMILIES:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    # From a copy: builds write into the source tree, and tests of several processes may build at once.
+    tree = folder / "tree"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(tree)]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (path,) = folder.glob("*.whl")
     return path
