@@ -241,11 +241,6 @@ class HubServer:
         """
         self._faults.append(_Fault(method, re.compile(path_pattern), times, after_bytes, _Answer(0)))
 
-    def mend(self) -> None:
-        """Take back every fault that is still to come."""
-        with self._lock:
-            self._faults.clear()
-
     def environment(self, home: Path | str, *, token: str | bool | None = True, offline: bool = False) -> dict[str, str]:
         """The environment of a process whose Hub is this server and whose cache and settings are in `home`.
 

@@ -1,5 +1,6 @@
 """The command line `hivtp`. Never travels with checkpoints."""
 
+import signal
 import sys
 
 import typer
@@ -21,8 +22,12 @@ app.command()(inspect)
 
 def main() -> None:
     """Runs the command line; what a user can mend is one message and the exit status 1, without a traceback."""
+    # Ended from outside, it takes unfinished folders away as well.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"hivtp: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,17 +1,19 @@
 """A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from .. import Family, family_of_model_type
 from ..pruning_config import VisualTokenPruningConfig
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-_WEIGHT_FILES = ["*.safetensors", "*.bin"]
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -23,12 +25,14 @@ class CheckpointSource(NamedTuple):
         folder: where its files lie.
         family: the classes that it belongs to.
         config: its config.json.
+        download: brings files of it by their names, where it lies on the Hub. Weights come when they are asked for.
     """
 
     name: str
     folder: Path
     family: Family
     config: dict[str, Any]
+    download: Callable[[list[str]], Path] | None
 
     @property
     def is_pruned(self) -> bool:
@@ -40,45 +44,46 @@ class CheckpointSource(NamedTuple):
         return VisualTokenPruningConfig.coerce(self.config.get("pruning_config") if self.is_pruned else None)
 
     def weight_files(self) -> list[str]:
-        """The names of the files that hold its weights, index first where there is one.
+        """The names of the files that hold its weights, index first where there is one; downloaded by then.
 
         Raises:
             ValueError: where there are none, where a shard that the index names is missing, and for names that lead
                 out of the folder.
+            OSError, huggingface_hub.errors.HfHubHTTPError: where they cannot be downloaded.
         """
         for name in _WEIGHTS:
             index = self.folder / f"{name}.index.json"
-            if index.exists():
-                shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-                for shard in shards:
-                    if Path(shard).name != shard or not (self.folder / shard).is_file():
-                        raise ValueError(f"{index} names the shard {shard!r}, which is no file beside it. Get all files.")
-                return [index.name, *shards]
-            if (self.folder / name).is_file():
-                return [name]
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
+            outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
+            if not outside and self.download is not None:
+                self.download(shards)
+            missing = outside or [shard for shard in shards if not (self.folder / shard).is_file()]
+            if index.exists() and missing:
+                raise ValueError(f"{index} names the shard {missing[0]!r}, which is no file beside it. Get all files.")
+            if not missing:
+                return [index.name, *shards] if index.exists() else shards
         raise ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
 
 
 def open_source(
     name: str,
     *,
-    with_weights: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> CheckpointSource:
-    """The checkpoint called `name`, downloaded where it is no folder. Nothing of it is executed.
+    """The checkpoint called `name`, downloaded without its weights where it is no folder. Nothing of it is executed.
 
     Args:
         name: a folder, or `owner/name` on the Hub.
-        with_weights: whether weights are downloaded as well.
         revision: a branch, tag or commit on the Hub.
         token, cache_dir: as for `huggingface_hub.snapshot_download`.
 
     Raises:
         ValueError: for what is neither, for a folder without config.json, and for a family that cannot be pruned.
-        huggingface_hub.errors.HfHubHTTPError: where the Hub refuses.
+        OSError, huggingface_hub.errors.HfHubHTTPError: where it cannot be downloaded.
     """
+    download: Callable[..., Path] | None = None
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -86,12 +91,24 @@ def open_source(
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"{name} is no folder, and no repository on the Hub (owner/name). Check the path.")
     else:
-        folder = Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=_FILES))
+        download = functools.partial(_download, name, token=token, cache_dir=cache_dir)
+        folder = download(_FILES, revision=revision)
+        # What follows is taken of the same commit, after which the folder is called.
+        download = functools.partial(download, revision=folder.name)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
     config = _read_json(path)
-    return CheckpointSource(name, folder, family_of_model_type(config.get("model_type"), name), config)
+    return CheckpointSource(name, folder, family_of_model_type(config.get("model_type"), name), config, download)
+
+
+def _download(name: str, patterns: list[str], **arguments: Any) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **arguments))
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:  # the connection broke and the client gave up; its errors are no OSErrors
+        raise OSError(f"{name} could not be downloaded: {error}. Try again; what has arrived is kept.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .file_copies import copy_files
 from .staging import staged_folder
 
 # Beside weights, configuration and processor, as they are.
-_COPIED = ("generation_config.json",)
+_COPIED = ("generation_config.json", "LICENSE*")
 
 
 def convert_checkpoint(
@@ -48,10 +48,10 @@ def convert_checkpoint(
     Raises:
         ValueError: for settings out of range or that do not fit the source's vision tower, a source that is no checkpoint of
             a supported family, and a target that exists or touches the source.
+        OSError, huggingface_hub.errors.HfHubHTTPError: where the source cannot be downloaded, or the target not be written.
     """
     opened = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
     settings = opened.settings().replace(**(pruning or {}))
-    weights = opened.weight_files()
     with staged_folder(Path(target), apart_from=opened.folder, force=force) as stage:
         _write_configuration(opened, settings, stage)
         processor = opened.family.processor.from_pretrained(
@@ -59,9 +59,10 @@ def convert_checkpoint(
         )
         processor.save_pretrained(stage)
         _forget_foreign_code(stage, opened.family.processor)
-        for name in _COPIED:
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, stage / name)
+        for pattern in _COPIED:
+            for path in opened.folder.glob(pattern):
+                shutil.copyfile(path, stage / path.name)
+        weights = opened.weight_files()  # last, as they may have to be downloaded
         copy_files([(opened.folder / name, stage / name) for name in weights], show_progress=show_progress)
     return Path(target).absolute()
 

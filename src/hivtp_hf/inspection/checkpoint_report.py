@@ -71,7 +71,7 @@ def inspect_checkpoint(
     Raises:
         ValueError: for settings that are out of range or do not fit, and for what is no checkpoint of a supported family.
     """
-    source = open_source(checkpoint, with_weights=False, revision=revision, token=token, cache_dir=cache_dir)
+    source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
     settings = source.settings().replace(**(pruning or {}))
     config = source.family.config.from_pretrained(source.folder, pruning_config=settings, local_files_only=True)
     text_config = config.get_text_config()
