@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .convert import convert
 from .inspect import inspect
+from .visualize import visualize
 
 app = typer.Typer(
     name="hivtp",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(inspect)
+app.command()(visualize)
 
 
 def main() -> None:

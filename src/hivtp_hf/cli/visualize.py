@@ -1,0 +1,117 @@
+"""`hivtp visualize`."""
+
+import enum
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ..hub.checkpoint_source import open_source
+from .pruning_options import with_pruning_options
+
+
+class Format(str, enum.Enum):
+    """File formats of figures."""
+
+    png = "png"
+    pdf = "pdf"
+    svg = "svg"
+
+
+# Without the day they were made, files of equal figures are equal.
+_METADATA: dict[Format, dict[str, Any]] = {Format.png: {}, Format.pdf: {"CreationDate": None}, Format.svg: {"Date": None}}
+# Fonts that publishers accept: TrueType, not Type 3; and names in an SVG that do not change from run to run.
+_SAVING: Any = {"pdf.fonttype": 42, "svg.hashsalt": "hivtp"}
+
+
+@with_pruning_options
+def visualize(
+    checkpoint: Annotated[str, typer.Argument(help="A stock or pruned checkpoint: a folder, or owner/name on the Hub.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, one figure each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for figures, IMAGE_METHOD.FORMAT each.")],
+    file_format: Annotated[Format, typer.Option("--format", help="PNG with 300 dots per inch, or PDF or SVG.")] = Format.png,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace figures that exist.")] = False,
+    *,
+    pruning: dict[str, Any],
+) -> None:
+    """Draw what CHECKPOINT keeps of images, and the scores that chose it, as figures for a paper.
+
+    Settings that are given are tried in place of the checkpoint's own.
+    """
+    # Imported here, as Pillow is needed for nothing else.
+    from ..visualization.figures import check_matplotlib, choice_of_image, plot_kept_cells
+
+    check_matplotlib()
+    # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.
+    for path in images:
+        _read_image(path)
+    source = open_source(checkpoint, revision=revision, cache_dir=cache_dir)
+    settings = source.settings().replace(**pruning)
+    targets = _targets(images, output, f"_{settings.method}.{file_format.value}", force)
+    processor = source.family.processor.from_pretrained(
+        source.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
+    )
+    source.weight_files()  # downloads them
+    # An accelerator that is too small for the whole language model shares it with the CPU.
+    placing = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    model = source.family.model.from_pretrained(
+        source.folder, pruning_config=settings, dtype="auto", local_files_only=True, **placing
+    )
+
+    console = Console()
+    for path, target in zip(images, targets, strict=True):
+        image = _read_image(path)
+        layout = processor.token_layout(image.height, image.width)
+        inputs = processor(images=image, text=processor.image_token, return_tensors="pt").to(model.device)
+        figure = plot_kept_cells(image, layout, *choice_of_image(model, inputs, layout))
+        _save(figure, target, file_format)
+        # Not as markup: brackets in a file's name are no tags.
+        console.print(str(target), style="green", markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_image(path: Path) -> Any:
+    """The image as transformers sees it, whole and in memory; a ValueError that names the file otherwise."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders raise whatever they meet in a broken file
+        raise ValueError(f"{path} cannot be read as an image: {error}. Nothing was drawn.") from None
+
+
+def _targets(images: Sequence[Path], folder: Path, ending: str, force: bool) -> list[Path]:
+    """The file of every figure; a ValueError where one would take another's place."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output` is {folder}, which is no folder; give another one.")
+    targets = [folder / f"{path.stem}{ending}" for path in images]
+    owners: dict[Path, Path] = {}
+    for path, target in zip(images, targets, strict=True):
+        if target in owners:
+            raise ValueError(f"the figures of {owners[target]} and {path} would both be {target}; draw them in two calls.")
+        owners[target] = path
+        if any(target.exists() and target.samefile(other) for other in images):
+            raise ValueError(f"the figure of {path} would replace the image {target}; give another `--output`.")
+        if target.exists() and (target.is_dir() or not force):
+            advice = "give another `--output`" + ("" if target.is_dir() else ", or `--force` to replace it")
+            raise ValueError(f"{target} exists already; {advice}.")
+    return targets
+
+
+def _save(figure: Any, target: Path, file_format: Format) -> None:
+    """Writes a file that appears whole or not at all."""
+    import matplotlib
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.unfinished-", dir=target.parent) as stage:
+        unfinished = Path(stage, target.name)
+        with matplotlib.rc_context(_SAVING):
+            figure.savefig(unfinished, format=file_format.value, metadata=_METADATA[file_format])
+        os.replace(unfinished, target)

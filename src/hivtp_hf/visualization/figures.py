@@ -1,0 +1,431 @@
+"""`plot_kept_cells`: the kept cells of one image and the scores that chose them, as a matplotlib figure for a paper.
+
+Needs matplotlib (`pip install "hivtp-hf[plots]"`), which is imported when a figure is asked for. No pyplot, so neither a
+display nor state that outlives a call.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..methods import pruning_method
+from ..pruned_features import _cell_scores, check_packed_length, check_pruning_fits_tower, feature_layer, prune_features
+from ..pruned_model import PrunedModelMixin
+from ..pruning_config import VisualTokenPruningConfig
+from ..received_attention import ReceivedAttention
+from ..selectors_gprune import gprune_scores
+from ..token_layout import TokenLayout
+from ..visual_evidence import VisualEvidence
+from .kept_cells import checked_arguments, draw_tiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Figures are laid out in pixels at this resolution, so that a PNG shows every pixel of a panel as it was drawn. Two panels
+# and their margins are then as wide as a page's text.
+DPI = 300
+PANEL_SIDE = 960
+_MARGIN, _COLUMN_GAP, _ROW_GAP = 30, 50, 24
+_BAR_HEIGHT, _BAR_GAP, _BAR_TEXT_HEIGHT = 32, 20, 100
+_NARROWEST_BAR = 420
+
+# In points.
+_TITLE_SIZE, _CAPTION_SIZE, _LABEL_SIZE = 9, 8, 7
+_LINE_HEIGHT = 1.35
+
+# Received attention is heavy-tailed: a few cells (registers) gather many times the others' share, and a scale that reached up
+# to them would show all others in one colour. Its ends are these quantiles; arrows on the bar say where scores lie beyond.
+_SCALE_QUANTILES = (0.01, 0.99)
+# From this ratio of its ends on, a scale is logarithmic: on a linear one the border between kept and dropped, which ranks
+# alone decide, would lie among its lowest colours.
+_WIDE_RANGE = 8
+_COLOUR_MAP = "viridis"
+# How much of a colour comes from the score; the rest is the photograph in grey, squeezed into the middle so that its light
+# and shade never pass for a score.
+_SCORE_SHARE = 0.72
+_DARKEST, _BRIGHTEST = 0.1, 0.9
+_TILE_BORDER = (255, 255, 255)
+
+
+class ImageChoice(NamedTuple):
+    """What a method keeps of one image, and why.
+
+    Attributes:
+        kept_indices: int64 (n,), ascending positions in the packed sequence, newlines included.
+        scores: float32 (tiles, grid, grid), the scores by which the method ranks cells, base tile first, on the CPU; NaN
+            where a method scores no cell. None for a method that looks at nothing.
+    """
+
+    kept_indices: Tensor
+    scores: Tensor | None
+
+
+class _Scores(NamedTuple):
+    """How a method's scores come about and read: `note` is a line about the settings under which they arose."""
+
+    of: Callable[[VisualEvidence, VisualTokenPruningConfig], Tensor]
+    caption: str
+    note: Callable[[Any], str]
+
+
+def _note_of_hivtp(pruning: Any) -> str:
+    first, number = pruning.importance_start_layer, pruning.importance_num_layers
+    return f"layer {first}" if number == 1 else f"mean of layers {first} to {first + number - 1}"
+
+
+def _note_of_layer(layer: int | None) -> str:
+    return "layer of the visual feature" if layer is None else f"layer {layer}"
+
+
+def _gprune_scores(evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    """Of a single image. Its two graphs, base tile and crops, are scored apart from each other, as in the selection."""
+    (layout,), (features,) = evidence.layouts, evidence.features
+    positions = (layout._cell_of_token >= 0).nonzero()[:, 0]
+    tile, row, column = layout.cells(positions).unbind(1)
+    scores = torch.full(layout.valid.shape, math.nan)
+    for of_graph in (tile == 0, tile > 0):
+        if of_graph.any():
+            found = gprune_scores(features[positions[of_graph].to(features.device)][None], pruning)[0]
+            scores[tile[of_graph], row[of_graph], column[of_graph]] = found.cpu()
+    return scores
+
+
+# A method without an entry gets no score map.
+_SCORES = {
+    "hivtp": _Scores(lambda seen, pruning: seen.mean_scores(), "Attention received", _note_of_hivtp),
+    # Its object layer chooses a tenth of what is kept; the deep layer ranks the rest.
+    "hiprune": _Scores(
+        lambda seen, pruning: seen.scores[seen.layer(pruning.deep_layer)],
+        "Attention received, deep layer",
+        lambda pruning: _note_of_layer(pruning.deep_layer),
+    ),
+    "cls_attention": _Scores(
+        lambda seen, pruning: seen.scores[seen.layer(pruning.layer)],
+        "Attention of the class token",
+        lambda pruning: _note_of_layer(pruning.layer),
+    ),
+    "gprune": _Scores(_gprune_scores, "Mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
+}
+
+
+def check_matplotlib() -> None:
+    """A ValueError where matplotlib is missing."""
+    try:
+        # The package itself first: with a part of it imported before, the part alone would be found without it.
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError('figures need matplotlib, which is not installed: pip install "hivtp-hf[plots]".') from None
+
+
+@torch.no_grad()
+def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) -> ImageChoice:
+    """What a model keeps of one image, and the scores by which it chooses, from one pass of its vision tower.
+
+    Args:
+        model: a pruned model with a language modelling head, such as `HIVTPLlavaNextForConditionalGeneration`.
+        inputs: what the processor returned for the image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+        layout: of the image, `processor.token_layout(image.height, image.width)`. Its settings rule, not the model's.
+
+    Raises:
+        ValueError: for inputs of several images, and for settings or a layout that do not fit the model.
+    """
+    base, pruning = model.model, layout.pruning
+    if len(inputs["pixel_values"]) != 1:
+        raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
+    tap = base._received_attention_tap
+    layer = feature_layer(base.config.vision_feature_layer, tap.num_layers)
+    check_pruning_fits_tower(pruning, tap.num_layers, layer, base._has_cls_token)
+
+    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
+    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
+    stock = functools.partial(super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes)
+    collector = ReceivedAttention(pruning.scored_layers(layer), pruning_method(pruning.method).reads_class_attention)
+    run = functools.partial(tap.call, stock, collector) if collector.layers else stock
+    features = run(return_dict=True).pooler_output
+    check_packed_length(features[0], layout)
+    _, (kept_indices,) = prune_features(features, [layout], collector.by_layer(), layer)
+
+    entry, scores = _SCORES.get(pruning.method), None
+    if entry is not None:
+        evidence = VisualEvidence(
+            layouts=[layout],
+            valid=layout.valid,
+            features=features,
+            scores={number: _cell_scores(of_layer, [layout]) for number, of_layer in collector.by_layer().items()},
+            feature_layer=layer,
+        )
+        scores = entry.of(evidence, pruning).float().cpu()
+    return ImageChoice(kept_indices, scores)
+
+
+def plot_kept_cells(
+    image: Image.Image,
+    layout: TokenLayout,
+    kept_indices: Tensor,
+    scores: Tensor | None = None,
+    title: str | None = None,
+) -> "Figure":
+    """Draws which cells of an image are kept, and the scores that chose them, as a figure for a paper.
+
+    Panels of the base tile and, where there are any, of the crops: kept cells show the photograph and everything else fades
+    to grey, as `draw_kept_cells` does; below (right of it for an image without crops) every cell has the colour of its score
+    over the photograph in grey. Each map of scores has a scale of its own, since scores of base tile and crops are never
+    compared with each other. It spans all but the lowest and the highest hundredth of the scores, where an arrow says that
+    some lie beyond, and is logarithmic where its ends lie far apart. Cells that un-padding removes have no colour.
+
+    Args:
+        image: the image that the processor was given, in any mode.
+        layout: the layout of its size, `processor.token_layout(image.height, image.width)`.
+        kept_indices: int64 (n,) on any device, positions in the packed sequence: `choice_of_image(...).kept_indices` or
+            `model.model.get_image_features(...).kept_indices[i]`.
+        scores: floating point (tiles, grid, grid) on any device, base tile first, as `choice_of_image(...).scores`; what it
+            holds for cells that the stock model does not use is ignored. None leaves the map out.
+        title: in place of the method, its ratio and the number of tokens; "" for none.
+
+    Returns:
+        A `matplotlib.figure.Figure`, to be saved by `savefig` or drawn by a notebook. The longer side of a panel measures
+        `PANEL_SIDE` pixels at `DPI`, which is 3.2 inches.
+
+    Raises:
+        ValueError: as `draw_kept_cells`, for scores of another shape or dtype or that are not finite, and where matplotlib
+            is missing.
+    """
+    check_matplotlib()
+    kept_indices = checked_arguments(image, layout, kept_indices)
+    values = None if scores is None else _checked_scores(scores, layout)
+    lines = (_title_of(layout, kept_indices) if title is None else title).splitlines()
+
+    columns, panels = [], _panels_of(layout)
+    scales = [] if values is None else [_scale(values[tiles.start : tiles.stop]) for _, tiles in panels]
+    # All or none, so that maps side by side read alike.
+    logarithmic = all(scale.lowest > 0 for scale in scales) and any(scale.is_wide for scale in scales)
+    for number, (name, tiles) in enumerate(panels):
+        panel, kept, cells = draw_tiles(image, layout, kept_indices, tiles, PANEL_SIDE)
+        columns.append([_Panel(f"{name}: {kept} of {cells} cells kept", panel)])
+        if values is not None:
+            columns[-1].append(_score_panel(image, layout, values, name, tiles, scales[number], logarithmic))
+    if len(columns) == 1:  # side by side
+        columns = [[panel] for panel in columns[0]]
+    return _figure(lines, columns)
+
+
+class _Scale(NamedTuple):
+    """The ends of a scale, and whether scores lie beyond them."""
+
+    lowest: float
+    highest: float
+    below: bool
+    above: bool
+
+    @property
+    def is_wide(self) -> bool:
+        return self.highest > _WIDE_RANGE * self.lowest
+
+
+def _scale(values: np.ndarray) -> _Scale:
+    """The scale for scores (tiles, grid, grid), NaN where there are none."""
+    found = values[~np.isnan(values)]
+    if not len(found):  # un-padding leaves nothing of the crops of a very narrow image
+        return _Scale(1.0, 1.0, False, False)
+    lowest, highest = map(float, np.quantile(found, _SCALE_QUANTILES))
+    return _Scale(lowest, highest, bool(found.min() < lowest), bool(found.max() > highest))
+
+
+class _Panel(NamedTuple):
+    """A picture under its caption. `bar` makes the colour bar in an `Axes` of the figure, if there is one."""
+
+    caption: str
+    picture: Image.Image
+    bar: Callable[["Figure", Any], None] | None = None
+
+
+def _panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
+    panels = [("Base tile", range(1))]
+    if layout.num_tiles > 1:
+        crops = layout.num_tiles - 1
+        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
+    return panels
+
+
+def _title_of(layout: TokenLayout, kept_indices: Tensor) -> str:
+    pruning, kept = layout.pruning, len(kept_indices)
+    words = [pruning.method]
+    if pruning.retention_ratio is not None and not pruning_method(pruning.method).keeps_everything:
+        words.append(f"retention ratio {pruning.retention_ratio:.3g}")
+    newlines = kept - len(layout.cells(kept_indices)) - layout.num_class_tokens
+    others = [f"{newlines} newlines"] * (newlines > 0) + ["the class token"] * layout.num_class_tokens
+    count = f"{kept} of {layout.num_stock} tokens ({kept / layout.num_stock:.1%}"
+    return f"{', '.join(words)}: {count}{', with ' if others else ''}{' and '.join(others)})"
+
+
+def _checked_scores(scores: Any, layout: TokenLayout) -> np.ndarray:
+    """The scores as float64 (tiles, grid, grid), NaN where the stock model uses no cell."""
+    shape = tuple(layout.valid.shape)
+    if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point or tuple(scores.shape) != shape:
+        given = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"`scores` is {given}; it must be a floating-point tensor of shape {shape}, (tiles, grid, grid) of this layout. "
+            "Pass `choice_of_image(...).scores` of the same image."
+        )
+    scores = scores.detach().cpu().double()
+    wrong = int((layout.valid & ~scores.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"`scores` has {wrong} values that are not finite. Where they come from a model in float16, load it in bfloat16 "
+            "or float32."
+        )
+    return scores.masked_fill(~layout.valid, math.nan).numpy()
+
+
+def _score_panel(
+    image: Image.Image,
+    layout: TokenLayout,
+    values: np.ndarray,
+    name: str,
+    tiles: range,
+    scale: _Scale,
+    logarithmic: bool,
+) -> _Panel:
+    """The map of scores over some tiles of an image; `values` as `_checked_scores` returns them."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    zoom = PANEL_SIDE / max(image.size)
+    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)[..., None] / 255
+    grey = _DARKEST + (_BRIGHTEST - _DARKEST) * grey
+
+    # Of every pixel its tile, -1 for none, and the score of its cell.
+    tile_of_pixel, score_of_pixel = np.full(grey.shape[:2], -1), np.full(grey.shape[:2], scale.lowest)
+    positions = torch.arange(layout.num_stock)
+    to_pixels = torch.tensor([size[0] / image.width, size[1] / image.height] * 2, dtype=torch.float64)
+    boxes = (layout.pixel_boxes(positions) * to_pixels).round().long().tolist()
+    for (tile, row, column), (left, top, right, bottom) in zip(layout.cells(positions).tolist(), boxes, strict=True):
+        if tile in tiles:
+            tile_of_pixel[top:bottom, left:right] = tile
+            score_of_pixel[top:bottom, left:right] = values[tile, row, column]
+
+    lowest, highest = scale.lowest, scale.highest
+    norm = functools.partial(LogNorm if logarithmic else Normalize, lowest, highest)
+    colours = matplotlib.colormaps[_COLOUR_MAP]
+    painted = _SCORE_SHARE * colours(norm(clip=True)(score_of_pixel))[..., :3] + (1 - _SCORE_SHARE) * grey
+    outside = tile_of_pixel < 0
+    painted[outside] = 0.75 + 0.25 * np.broadcast_to(grey, painted.shape)[outside]
+    pixels = (painted * 255).round().astype(np.uint8)
+    # Both neighbours of a border, as wide as the borders of the panel of kept cells.
+    for before, after in (np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]):
+        first, second = tile_of_pixel[before], tile_of_pixel[after]
+        border = (first != second) & (first >= 0) & (second >= 0)
+        pixels[before][border] = pixels[after][border] = _TILE_BORDER
+
+    # The bar shows colours as they come out over middle grey.
+    middle = (_DARKEST + _BRIGHTEST) / 2
+    as_painted = ListedColormap(_SCORE_SHARE * colours(np.linspace(0, 1, 256))[:, :3] + (1 - _SCORE_SHARE) * middle)
+    entry = _SCORES.get(layout.pruning.method)
+    ticks = _log_ticks(lowest, highest) if logarithmic else []
+    exponent = _exponent(ticks[0] if ticks else max(abs(lowest), abs(highest)))
+    note = "" if entry is None else entry.note(layout.pruning)
+    label = " ".join(filter(None, [note, f"($\\times 10^{{{exponent}}}$)" if exponent else ""]))
+
+    def bar(figure: "Figure", axes: Any) -> None:
+        drawn = figure.colorbar(
+            ScalarMappable(norm(), as_painted),
+            cax=axes,
+            orientation="horizontal",
+            extend={(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[scale.below, scale.above],
+            extendfrac=0.03,
+            ticks=ticks or MaxNLocator(4),
+            format=FuncFormatter(lambda value, position: f"{value / 10.0**exponent:.4g}"),
+        )
+        drawn.outline.set_linewidth(0.4)
+        drawn.ax.minorticks_off()  # a logarithmic bar brings its own
+        axes.tick_params(labelsize=_LABEL_SIZE, width=0.4, length=2, pad=1.5)
+        axes.set_xlabel(label, fontsize=_LABEL_SIZE, labelpad=1.5)
+
+    caption = "Scores" if entry is None else entry.caption
+    return _Panel(f"{name}: {caption[0].lower()}{caption[1:]}", Image.fromarray(pixels), bar)
+
+
+def _log_ticks(lowest: float, highest: float) -> list[float]:
+    """A handful of round numbers within the ends of a logarithmic scale."""
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if lowest <= step * 10.0**decade <= highest]
+        if len(ticks) <= 5:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / 5)]
+
+
+def _exponent(number: float) -> int:
+    """The power of ten that ticks like `number` are divided by; 0 where they read well as they are."""
+    # Just above a power of ten, so that rounding cannot take a tick below it.
+    exponent = math.floor(math.log10(number) + 1e-9) if number > 0 else 0
+    return 0 if -2 < exponent < 4 else exponent
+
+
+def _figure(title: list[str], columns: list[list[_Panel]]) -> "Figure":
+    """Panels in columns from the top, all of one size, their captions above and their bars below them."""
+    from matplotlib.figure import Figure
+
+    panel_width, panel_height = columns[0][0].picture.size
+    captions = [_text_width(panel.caption, _CAPTION_SIZE) for column in columns for panel in column]
+    has_bars = any(panel.bar for column in columns for panel in column)
+    column_width = max(panel_width, *captions, _NARROWEST_BAR if has_bars else 0)
+    content = column_width * len(columns) + _COLUMN_GAP * (len(columns) - 1)
+    width = 2 * _MARGIN + max(content, *(_text_width(line, _TITLE_SIZE) for line in title), 0)
+    caption_height = _line_height(_CAPTION_SIZE)
+    # Panels side by side lie in one row, with room for a bar if any has one.
+    rows = [any(column[row].bar for column in columns) for row in range(len(columns[0]))]
+    heights = [caption_height + panel_height + (_BAR_GAP + _BAR_HEIGHT + _BAR_TEXT_HEIGHT) * bars for bars in rows]
+    title_height = _line_height(_TITLE_SIZE) * len(title)
+    height = 2 * _MARGIN + title_height + sum(heights) + _ROW_GAP * (len(rows) - 1) + (_MARGIN // 2) * bool(title)
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+
+    def axes(left: int, top: int, across: int, down: int) -> Any:
+        return figure.add_axes((left / width, 1 - (top + down) / height, across / width, down / height))
+
+    # Texts are data, not formulas: a dollar in a title is a dollar.
+    top = _MARGIN
+    for line in title:
+        middle = 1 - (top + _line_height(_TITLE_SIZE) / 2) / height
+        figure.text(0.5, middle, line, size=_TITLE_SIZE, ha="center", va="center", parse_math=False)
+        top += _line_height(_TITLE_SIZE)
+    top += (_MARGIN // 2) * bool(title)
+    for row, row_height in enumerate(heights):
+        for number, column in enumerate(columns):
+            panel = column[row]
+            left = (width - content) // 2 + (column_width + _COLUMN_GAP) * number
+            x, y = (left + column_width / 2) / width, 1 - (top + caption_height / 2) / height
+            figure.text(x, y, panel.caption, size=_CAPTION_SIZE, ha="center", va="center", parse_math=False)
+            panel_left, panel_top = left + (column_width - panel_width) // 2, top + caption_height
+            picture = axes(panel_left, panel_top, panel_width, panel_height)
+            picture.imshow(np.asarray(panel.picture), interpolation="none", aspect="auto")
+            picture.set_axis_off()
+            if panel.bar is not None:
+                bar_width = max(panel_width, _NARROWEST_BAR)
+                bar_left, bar_top = left + (column_width - bar_width) // 2, panel_top + panel_height + _BAR_GAP
+                panel.bar(figure, axes(bar_left, bar_top, bar_width, _BAR_HEIGHT))
+        top += row_height + _ROW_GAP
+    return figure
+
+
+def _line_height(size: float) -> int:
+    return math.ceil(size * _LINE_HEIGHT * DPI / 72)
+
+
+def _text_width(text: str, size: float) -> int:
+    """In pixels, without a renderer."""
+    from matplotlib.textpath import TextPath
+
+    # An empty path has no extents.
+    return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
