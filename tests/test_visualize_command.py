@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from checkpoints import GEOMETRY
 from families import FAMILIES
 from hivtp_hf import TokenLayout
-from hivtp_hf.cli.visualize import visualize
+from hivtp_hf.cli.command_visualize import visualize
 from hivtp_hf.methods import METHODS
 from hivtp_hf.visualization import figures
 from hivtp_hf.visualization.figures import DPI, PANEL_SIDE, choice_of_image, plot_kept_cells
@@ -303,7 +303,7 @@ def test_an_unfinished_figure_does_not_stay(llava, images, tmp_path, monkeypatch
     def fail(*arguments, **keywords):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hivtp_hf.cli.visualize.os.replace", fail)
+    monkeypatch.setattr("hivtp_hf.cli.command_visualize.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         run(llava, images[1], "-o", tmp_path / "figures")
     assert not list((tmp_path / "figures").iterdir())
@@ -329,7 +329,7 @@ def test_matplotlib_is_imported_late_and_pyplot_never(llava, images, tmp_path):
     program = """
 import sys
 import typer
-from hivtp_hf.cli.visualize import visualize
+from hivtp_hf.cli.command_visualize import visualize
 import hivtp_hf.visualization.figures
 assert "matplotlib" not in sys.modules
 app = typer.Typer(pretty_exceptions_enable=False)

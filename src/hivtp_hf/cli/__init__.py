@@ -6,9 +6,9 @@ import sys
 import typer
 from huggingface_hub.errors import HfHubHTTPError
 
-from .convert import convert
-from .inspect import inspect
-from .visualize import visualize
+from .command_convert import convert
+from .command_inspect import inspect
+from .command_visualize import visualize
 
 app = typer.Typer(
     name="hivtp",
