@@ -48,10 +48,13 @@ class Selector:
     `select(evidence, pruning)` takes a `VisualEvidence` and returns the mask of kept cells, bool (tiles, grid, grid), for the
     tiles of all of its images. `count(layout, pruning)` takes a `TokenLayout` and returns how many cells are kept of each
     group of cells among which the method chooses: a number per tile, base tile first, unless the method says otherwise.
+    `scores(evidence, pruning)` returns the scores by which cells are ranked, float (tiles, grid, grid) and NaN for cells that
+    have none, to be shown to people; None where a method scores nothing.
     """
 
     select: Callable[..., Any]
     count: Callable[..., Sequence[int]]
+    scores: Callable[..., Any] | None = None
 
 
 def _no_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
@@ -97,7 +100,11 @@ def _hivtp_selector() -> Selector:
             return share_of_tiles(layout, pruning)
         return count_hivtp(layout.valid, pruning).tolist()
 
-    return Selector(select=lambda seen, pruning: select_hivtp(seen.mean_scores(), seen.valid, pruning), count=count)
+    return Selector(
+        select=lambda seen, pruning: select_hivtp(seen.mean_scores(), seen.valid, pruning),
+        count=count,
+        scores=lambda seen, pruning: seen.mean_scores(),
+    )
 
 
 def _hivtp_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
@@ -109,11 +116,14 @@ def _hiprune_selector() -> Selector:
     from .retained_share import share_of_tiles
     from .selectors_hiprune import select_hiprune
 
-    def select(seen: Any, pruning: Any) -> Any:
-        deep_layer = seen.layer(pruning.deep_layer)
-        return select_hiprune(seen.scores[pruning.object_layer], seen.scores[deep_layer], seen.valid, pruning)
+    def deep_scores(seen: Any, pruning: Any) -> Any:
+        return seen.scores[seen.layer(pruning.deep_layer)]
 
-    return Selector(select, share_of_tiles)
+    def select(seen: Any, pruning: Any) -> Any:
+        return select_hiprune(seen.scores[pruning.object_layer], deep_scores(seen, pruning), seen.valid, pruning)
+
+    # The object layer chooses a tenth of what is kept; the deep layer ranks the rest.
+    return Selector(select, share_of_tiles, scores=deep_scores)
 
 
 def _hiprune_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
@@ -122,11 +132,12 @@ def _hiprune_layers(pruning: Any, feature_layer: int) -> Sequence[int]:
 
 
 def _gprune_selector() -> Selector:
-    from .selectors_gprune import count_gprune, select_gprune
+    from .selectors_gprune import count_gprune, score_map_gprune, select_gprune
 
     return Selector(
         select=lambda seen, pruning: select_gprune(seen.features, seen.layouts, pruning),
         count=count_gprune,
+        scores=lambda seen, pruning: score_map_gprune(seen.features, seen.layouts, pruning),
     )
 
 
@@ -134,9 +145,13 @@ def _cls_attention_selector() -> Selector:
     from .retained_share import share_of_tiles
     from .selectors_cls_attention import select_cls_attention
 
+    def scores(seen: Any, pruning: Any) -> Any:
+        return seen.scores[seen.layer(pruning.layer)]
+
     return Selector(
-        select=lambda seen, pruning: select_cls_attention(seen.scores[seen.layer(pruning.layer)], seen.valid, pruning),
+        select=lambda seen, pruning: select_cls_attention(scores(seen, pruning), seen.valid, pruning),
         count=share_of_tiles,
+        scores=scores,
     )
 
 

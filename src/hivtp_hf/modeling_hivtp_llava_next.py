@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .pruned_configuration import auto_map  # noqa: F401
+    from .pruned_pretrained import PrunedPreTrainedMixin  # noqa: F401
     from .ranking import descending_rank  # noqa: F401
     from .received_attention import ReceivedAttention  # noqa: F401
     from .retained_share import rounded_share  # noqa: F401

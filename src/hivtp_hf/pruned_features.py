@@ -77,13 +77,10 @@ def check_feature_selection(strategy: str, has_cls: bool) -> None:
         )
 
 
-def prune_features(
+def gather_evidence(
     features: Sequence[Tensor], layouts: Sequence[TokenLayout], scores: Mapping[int, Tensor], feature_layer: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Keeps of every image's packed features those that the method selects.
-
-    Features are never recomputed, reordered or merged: the result is `features[i].index_select(0, kept_indices[i])`. With
-    `exact_count=False` fewer may be kept than there are placeholders; zeros then fill up the front.
+) -> VisualEvidence:
+    """What a method may look at, brought together from one pass of the vision tower.
 
     Args:
         features: of every image the stock features, (num_stock, hidden).
@@ -91,31 +88,42 @@ def prune_features(
         scores: of every scored layer (tiles of all images, tokens), a class token, if any, first.
         feature_layer: the layer whose output is the visual feature.
 
-    Returns:
-        The features (num_retained, hidden) and the ascending indices of those kept, int64, a list each. There are
-        `num_retained` indices, or fewer with `exact_count=False`.
-
     Raises:
         ValueError: where scores or features do not fit the layouts.
     """
     for feature, layout in zip(features, layouts, strict=True):
         check_packed_length(feature, layout)
     device = next(iter(scores.values()), features[0]).device
-    evidence = VisualEvidence(
+    return VisualEvidence(
         layouts=layouts,
         valid=torch.cat([layout.valid for layout in layouts]).to(device),
         features=features,
         scores={layer: _cell_scores(of_layer.to(device), layouts) for layer, of_layer in scores.items()},
         feature_layer=feature_layer,
     )
+
+
+def prune_features(evidence: VisualEvidence) -> tuple[list[Tensor], list[Tensor]]:
+    """Keeps of every image's packed features those that the method selects.
+
+    Features are never recomputed, reordered or merged: the result is `features[i].index_select(0, kept_indices[i])`. With
+    `exact_count=False` fewer may be kept than there are placeholders; zeros then fill up the front.
+
+    Args:
+        evidence: of all images of a call.
+
+    Returns:
+        The features (num_retained, hidden) and the ascending indices of those kept, int64, a list each. There are
+        `num_retained` indices, or fewer with `exact_count=False`.
+    """
     kept_cells: dict[int, Tensor] = {}
-    for pruning, members in _images_by_pruning(layouts).items():
+    for pruning, members in _images_by_pruning(evidence.layouts).items():
         seen = evidence.of_images(members)
         of_tiles = pruning_method(pruning.method).load_selector().select(seen, pruning)
         kept_cells.update(zip(members, of_tiles.split([layout.num_tiles for layout in seen.layouts]), strict=True))
 
     kept_features, kept_indices = [], []
-    for image, (feature, layout) in enumerate(zip(features, layouts, strict=True)):
+    for image, (feature, layout) in enumerate(zip(evidence.features, evidence.layouts, strict=True)):
         kept = layout.kept_indices(kept_cells[image].to(feature.device))
         surplus = feature.new_zeros(layout.num_retained - len(kept), feature.shape[1])
         kept_feature = feature.index_select(0, kept)
@@ -145,7 +153,7 @@ def _cell_scores(scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
 
 
 def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
-    """The indices of unpruned images: every position, as int64 (num_stock,) per image. ValueError as `prune_features`."""
+    """The indices of unpruned images: every position, as int64 (num_stock,) per image. ValueError as `gather_evidence`."""
     for feature, layout in zip(features, layouts, strict=True):
         check_packed_length(feature, layout)
     return [torch.arange(feature.shape[0], device=feature.device) for feature in features]

@@ -1,7 +1,7 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from transformers import GenerationMixin
 
 from .call_arguments import named_arguments, parameters_of, takes_encoded_images
 from .generation_limits import check_generation
-from .pruned_model import PrunedImageFeaturesOutput, initialize_stock_parts, pruning_config_of_model
-from .pruning_config import check_no_setting_among, checked_ratio
+from .pruned_model import PrunedImageFeaturesOutput
+from .pruned_pretrained import PrunedPreTrainedMixin
+from .pruning_config import checked_ratio
 from .surplus_placeholders import (
     cached_length,
     check_cached_placeholders,
@@ -21,14 +22,8 @@ from .surplus_placeholders import (
     with_cached_surplus,
 )
 
-# A mixin's calls to super() reach the stock class that comes behind it.
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Stock
-else:
-    _Stock = object
 
-
-class PrunedGenerationMixin(_Stock):
+class PrunedGenerationMixin(PrunedPreTrainedMixin):
     """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
 
     def _build_on(self, base_model: Any) -> None:
@@ -48,19 +43,6 @@ class PrunedGenerationMixin(_Stock):
                 surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
                 arguments["labels"] = move_labels(arguments["labels"], surplus)
         return super().forward(*args, **arguments)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
-        check_no_setting_among(kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def initialize_weights(self) -> None:
-        """As stock, for missing weights of its parts as well."""
-        initialize_stock_parts(self)
-        super().initialize_weights()
-
-    pruning_config = pruning_config_of_model()
 
     # Takes stock's signature and documentation. With `exact_count=False` images are encoded first, since their content
     # decides which placeholders are left over; those are masked out all through the call.

@@ -6,11 +6,10 @@ lie (`_token_layout`). Stock does the rest.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
@@ -20,11 +19,13 @@ from .pruned_features import (
     check_placeholders,
     check_pruning_fits_tower,
     feature_layer,
+    gather_evidence,
     has_cls_token,
     keep_all_features,
     prune_features,
 )
-from .pruning_config import VisualTokenPruningConfig, check_no_setting_among
+from .pruned_pretrained import PrunedPreTrainedMixin
+from .pruning_config import VisualTokenPruningConfig
 from .received_attention import ReceivedAttention, attach
 from .retention_bits import ratios_of_images
 from .surplus_placeholders import (
@@ -35,12 +36,6 @@ from .surplus_placeholders import (
     with_cached_surplus,
 )
 from .token_layout import TokenLayout
-
-# A mixin's calls to super() reach the stock class that comes behind it.
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Stock
-else:
-    _Stock = object
 
 
 @dataclass
@@ -67,15 +62,6 @@ def _has_pixels(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
-def pruning_config_of_model() -> Any:
-    """A property that is `config.pruning_config`: assigned to the model, settings would else lie there without effect."""
-
-    def assign(model: Any, pruning: Any) -> None:
-        model.config.pruning_config = pruning
-
-    return property(lambda model: model.config.pruning_config, assign, doc="The settings, `config.pruning_config`.")
-
-
 def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
     """A ValueError for what a model's call would swallow: a token budget, and a misspelt ratio."""
     for name in keywords:
@@ -86,16 +72,7 @@ def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
             )
 
 
-def initialize_stock_parts(model: Any) -> None:
-    """Initialises missing weights of a model's parts as stock does; called before the model initialises itself."""
-    # Of classes that travel as remote code, transformers assumes that they would overwrite loaded weights, and skips every
-    # module without weights of its own: CLIP's attention, for one, whose missing weights then stay as they lie in memory.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not part.is_remote_code():
-            part.initialize_weights()
-
-
-class PrunedModelMixin(_Stock):
+class PrunedModelMixin(PrunedPreTrainedMixin):
     """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
 
     # (height, width) of every image of a call, from its `pixel_values` and `image_sizes`: every family says its own.
@@ -105,27 +82,34 @@ class PrunedModelMixin(_Stock):
 
     def _start_pruning(self) -> None:
         """Called by a family's constructor once the vision tower stands; ValueError where settings do not fit it."""
-        num_layers = self.config.vision_config.num_hidden_layers
         self._has_cls_token = has_cls_token(self.vision_tower)
         pruning = self.config.pruning_config
-        layer = feature_layer(self.config.vision_feature_layer, num_layers)
-        check_pruning_fits_tower(pruning, num_layers, layer, self._has_cls_token)
+        self._feature_layer(pruning)
         # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
         self._token_layout(1, 1, pruning.replace(retention_ratio=1.0), self.config.vision_feature_select_strategy)
-        self._received_attention_tap = attach(self.vision_tower, num_layers)
+        self._received_attention_tap = attach(self.vision_tower, self.config.vision_config.num_hidden_layers)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
-        check_no_setting_among(kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def _feature_layer(self, pruning: VisualTokenPruningConfig, vision_feature_layer: int | Sequence[int] | None = None) -> int:
+        """The encoder layer whose output is the visual feature; ValueError where settings do not fit the tower."""
+        num_layers = self.config.vision_config.num_hidden_layers
+        layer = feature_layer(
+            self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer, num_layers
+        )
+        check_pruning_fits_tower(pruning, num_layers, layer, self._has_cls_token)
+        return layer
 
-    def initialize_weights(self) -> None:
-        """As stock, for missing weights of its parts as well."""
-        initialize_stock_parts(self)
-        super().initialize_weights()
+    def _scored_pass(
+        self, stock: Callable[..., Any], pruning: VisualTokenPruningConfig, layer: int
+    ) -> tuple[Any, ReceivedAttention]:
+        """What `stock` returns, and the attention that the method reads.
 
-    pruning_config = pruning_config_of_model()
+        Args:
+            stock: stock's `get_image_features` with its arguments; takes further keywords.
+            pruning: the settings.
+            layer: whose output is the visual feature.
+        """
+        collector = ReceivedAttention(pruning.scored_layers(layer), pruning_method(pruning.method).reads_class_attention)
+        return (self._received_attention_tap.call(stock, collector) if collector.layers else stock()), collector
 
     def _prune_image_features(
         self,
@@ -140,17 +124,13 @@ class PrunedModelMixin(_Stock):
             layouts: of every image.
             vision_feature_layer: as given to the call.
         """
-        num_layers = self._received_attention_tap.num_layers
-        chosen = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        layer, pruning = feature_layer(chosen, num_layers), self.config.pruning_config
-        check_pruning_fits_tower(pruning, num_layers, layer, self._has_cls_token)
+        pruning = self.config.pruning_config
+        layer = self._feature_layer(pruning, vision_feature_layer)
         if all(layout.keeps_everything for layout in layouts):
             output = stock()
             features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
         else:
-            from_class_token = pruning_method(pruning.method).reads_class_attention
-            collector = ReceivedAttention(pruning.scored_layers(layer), from_class_token)
-            output = self._received_attention_tap.call(stock, collector) if collector.layers else stock()
+            output, collector = self._scored_pass(stock, pruning, layer)
             features, kept_indices = self._prune(output.pooler_output, layouts, collector, layer)
         stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
         return PrunedImageFeaturesOutput(**{**stock_fields, "pooler_output": features, "kept_indices": kept_indices})
@@ -194,7 +174,7 @@ class PrunedModelMixin(_Stock):
     def _prune(
         self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return prune_features(features, layouts, collector.by_layer(), layer)
+        return prune_features(gather_evidence(features, layouts, collector.by_layer(), layer))
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:

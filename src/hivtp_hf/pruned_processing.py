@@ -1,7 +1,7 @@
 """What every family's processor shares: settings, the budget of one call, and how both are stored and loaded."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +24,10 @@ class PrunedProcessorMixin(_Stock):
 
     # The stock configuration of the family, by which transformers decides which tokenizer class a checkpoint means.
     stock_config_class: ClassVar[type]
+    # The layout of every image of a finished call, from its inputs and the settings of each: every family says its own.
+    _layouts_of_inputs: Callable[[Any, Sequence[VisualTokenPruningConfig]], list[TokenLayout]]
+    # The layout of an image of a height and a width under pruning settings, and of a call's own tile size in pixels, if any.
+    _token_layout: Callable[..., TokenLayout]
 
     # Spelled out, as transformers takes from this signature which stored settings it may hand over.
     def __init__(
@@ -84,10 +88,6 @@ class PrunedProcessorMixin(_Stock):
         """The stock call; families override what stock has no other seam for."""
         return super().__call__(images, text, *args, **kwargs)
 
-    def _layouts_of_inputs(self, inputs: Any, prunings: Sequence[VisualTokenPruningConfig]) -> list[TokenLayout]:
-        """The layout of every image of a finished call under its settings: every family says its own."""
-        raise NotImplementedError
-
     def _next_pruning(self) -> VisualTokenPruningConfig:
         """The settings of the image that stock asks about; it asks for each in turn."""
         budget = _call.get()
@@ -103,12 +103,6 @@ class PrunedProcessorMixin(_Stock):
             retention_ratio, token_budget: as for a call, at most one of them.
         """
         return self._token_layout(height, width, self.pruning_config.for_call(retention_ratio, token_budget))
-
-    def _token_layout(
-        self, height: int, width: int, pruning: VisualTokenPruningConfig, tile_size: int | None = None
-    ) -> TokenLayout:
-        """The layout of an image; `tile_size` in pixels where a call's own differs: every family says its own."""
-        raise NotImplementedError
 
     def _tile_size(self) -> int:
         """Side in pixels of the tiles that the image processor makes."""

@@ -10,6 +10,7 @@ the matrix: the same numbers at a thousandth of the cost.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,32 @@ def select_gprune(
     for layout, images in images_of_layout.items():
         kept.update(zip(images, _select_of_layout([features[image] for image in images], layout, pruning), strict=True))
     return torch.cat([kept[image] for image in range(len(layouts))])
+
+
+def score_map_gprune(
+    features: Sequence[Tensor],
+    layouts: Sequence["TokenLayout"],
+    pruning: VisualTokenPruningConfig | Mapping[str, Any],
+) -> Tensor:
+    """The scores of all cells, for people to look at. Base tile and crops are scored apart, as in the selection.
+
+    Args:
+        features, layouts, pruning: as for `select_gprune`.
+
+    Returns:
+        float32 (tiles of all images, grid, grid) on the CPU, NaN for cells that the stock model does not use.
+    """
+    maps = []
+    for packed, layout in zip(features, layouts, strict=True):
+        positions = layout.cell_positions
+        tile, row, column = layout.cells(positions).unbind(1)
+        of_image = torch.full(layout.valid.shape, math.nan)
+        for of_graph in (tile == 0, tile > 0):
+            if of_graph.any():
+                found = gprune_scores(packed[positions[of_graph].to(packed.device)][None], pruning)[0]
+                of_image[tile[of_graph], row[of_graph], column[of_graph]] = found.cpu()
+        maps.append(of_image)
+    return torch.cat(maps)
 
 
 def gprune_scores(features: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:

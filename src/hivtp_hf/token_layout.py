@@ -23,7 +23,7 @@ from transformers.image_processing_utils import select_best_resolution
 from .checked_values import shown
 from .methods import pruning_method
 from .pruning_config import VisualTokenPruningConfig
-from .retention_bits import bits_of_ratio, ratio_of_bits
+from .retention_bits import SMALLEST_RATIO, bits_of_ratio, ratio_of_bits
 
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -174,6 +174,11 @@ class TokenLayout:
         """The base tile and the crops."""
         return 1 + self.tile_rows * self.tile_columns
 
+    @property
+    def cell_positions(self) -> Tensor:
+        """The packed positions that show a cell, not a newline or a class token: int64, ascending, on the CPU."""
+        return (self._cell_of_token >= 0).nonzero()[:, 0]
+
     def kept_indices(self, kept_cells: Tensor) -> Tensor:
         """Positions in the packed sequence that stay, newlines included.
 
@@ -261,7 +266,7 @@ class TokenLayout:
 
         # What is kept grows with the ratio, so the ratios that fit end somewhere: found among the floats themselves, whose bits
         # are ordered as they are. The first keeps nothing of any image.
-        fits, too_large = bits_of_ratio(2.0**-64), bits_of_ratio(1.0)
+        fits, too_large = bits_of_ratio(SMALLEST_RATIO), bits_of_ratio(1.0)
         if not exceeds(1.0):
             return pruning.replace(retention_ratio=1.0)
         while too_large - fits > 1:

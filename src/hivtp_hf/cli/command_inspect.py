@@ -36,7 +36,7 @@ def inspect(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_tables(report)
+        _print_table(report)
 
 
 def _size_of_text(text: str) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def _size_of_image(path: Path) -> tuple[int, int]:
     return height, width
 
 
-def _print_tables(report: CheckpointReport) -> None:
+def _print_table(report: CheckpointReport) -> None:
     console = Console()
     settings = ", ".join(f"{name} {value}" for name, value in report.pruning_config.items())
     console.print(f"[bold]{report.checkpoint}[/] ({report.model_type})\n{settings}\n", highlight=False)

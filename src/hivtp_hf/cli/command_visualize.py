@@ -46,7 +46,8 @@ def visualize(
     Settings that are given are tried in place of the checkpoint's own.
     """
     # Imported here, as Pillow is needed for nothing else.
-    from ..visualization.figures import check_matplotlib, choice_of_image, plot_kept_cells
+    from ..visualization.figures import check_matplotlib, plot_kept_cells
+    from ..visualization.image_choice import choice_of_image
 
     check_matplotlib()
     # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..hub.checkpoint_source import open_source
-from ..pruning_config import VisualTokenPruningConfig
 from .language_model_cost import kv_cache_bytes, prefill_flops
 
 
@@ -86,5 +85,5 @@ def inspect_checkpoint(
         flops = [prefill_flops(text_config, tokens) for tokens in counts]
         cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in counts]
         reports.append(SizeReport(height, width, *counts, layout.num_newlines, *flops, *cache))
-    shown = VisualTokenPruningConfig.coerce(settings).to_dict()
-    return CheckpointReport(source.name, source.config["model_type"], shown, str(dtype).removeprefix("torch."), reports)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return CheckpointReport(source.name, source.config["model_type"], settings.to_dict(), dtype_name, reports)

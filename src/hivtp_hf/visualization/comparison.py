@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..token_layout import TokenLayout
-from .kept_cells import checked_arguments, draw_tiles
+from .kept_cells import checked_arguments, draw_tiles, size_of_panel
 
 # In pixels.
 PANEL_SIDE = 300
@@ -41,8 +41,7 @@ def draw_comparison(
     wrong = [title for title, column in columns.items() if len(column) != len(rows)]
     if wrong:
         raise ValueError(f"the column {wrong[0]!r} has {len(columns[wrong[0]])} panels; it must have one for each of {rows}.")
-    scale = PANEL_SIDE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    width, height = size_of_panel(image, PANEL_SIDE)
     step_right, step_down = max(width, 160) + MARGIN, height + CAPTION_HEIGHT + MARGIN
     size = (ROW_TITLE_WIDTH + step_right * len(columns), CAPTION_HEIGHT + step_down * len(rows))
     picture = Image.new("RGB", size, _BACKGROUND)

@@ -6,7 +6,7 @@ display nor state that outlives a call.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,14 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods import pruning_method
-from ..pruned_features import _cell_scores, check_packed_length, check_pruning_fits_tower, feature_layer, prune_features
-from ..pruned_model import PrunedModelMixin
-from ..pruning_config import VisualTokenPruningConfig
-from ..received_attention import ReceivedAttention
-from ..selectors_gprune import gprune_scores
 from ..token_layout import TokenLayout
-from ..visual_evidence import VisualEvidence
-from .kept_cells import checked_arguments, draw_tiles
+from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,23 +47,9 @@ _DARKEST, _BRIGHTEST = 0.1, 0.9
 _TILE_BORDER = (255, 255, 255)
 
 
-class ImageChoice(NamedTuple):
-    """What a method keeps of one image, and why.
+class _Words(NamedTuple):
+    """How a method's scores are called: `note` is a line about the settings under which they arose."""
 
-    Attributes:
-        kept_indices: int64 (n,), ascending positions in the packed sequence, newlines included.
-        scores: float32 (tiles, grid, grid), the scores by which the method ranks cells, base tile first, on the CPU; NaN
-            where a method scores no cell. None for a method that looks at nothing.
-    """
-
-    kept_indices: Tensor
-    scores: Tensor | None
-
-
-class _Scores(NamedTuple):
-    """How a method's scores come about and read: `note` is a line about the settings under which they arose."""
-
-    of: Callable[[VisualEvidence, VisualTokenPruningConfig], Tensor]
     caption: str
     note: Callable[[Any], str]
 
@@ -83,35 +63,14 @@ def _note_of_layer(layer: int | None) -> str:
     return "layer of the visual feature" if layer is None else f"layer {layer}"
 
 
-def _gprune_scores(evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
-    """Of a single image. Its two graphs, base tile and crops, are scored apart from each other, as in the selection."""
-    (layout,), (features,) = evidence.layouts, evidence.features
-    positions = (layout._cell_of_token >= 0).nonzero()[:, 0]
-    tile, row, column = layout.cells(positions).unbind(1)
-    scores = torch.full(layout.valid.shape, math.nan)
-    for of_graph in (tile == 0, tile > 0):
-        if of_graph.any():
-            found = gprune_scores(features[positions[of_graph].to(features.device)][None], pruning)[0]
-            scores[tile[of_graph], row[of_graph], column[of_graph]] = found.cpu()
-    return scores
-
-
-# A method without an entry gets no score map.
-_SCORES = {
-    "hivtp": _Scores(lambda seen, pruning: seen.mean_scores(), "Attention received", _note_of_hivtp),
-    # Its object layer chooses a tenth of what is kept; the deep layer ranks the rest.
-    "hiprune": _Scores(
-        lambda seen, pruning: seen.scores[seen.layer(pruning.deep_layer)],
-        "Attention received, deep layer",
-        lambda pruning: _note_of_layer(pruning.deep_layer),
-    ),
-    "cls_attention": _Scores(
-        lambda seen, pruning: seen.scores[seen.layer(pruning.layer)],
-        "Attention of the class token",
-        lambda pruning: _note_of_layer(pruning.layer),
-    ),
-    "gprune": _Scores(_gprune_scores, "Mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
+# A method without an entry has plain words.
+_WORDS = {
+    "hivtp": _Words("Attention received", _note_of_hivtp),
+    "hiprune": _Words("Attention received, deep layer", lambda pruning: _note_of_layer(pruning.deep_layer)),
+    "cls_attention": _Words("Attention of the class token", lambda pruning: _note_of_layer(pruning.layer)),
+    "gprune": _Words("Mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
 }
+_PLAIN_WORDS = _Words("Scores", lambda pruning: "")
 
 
 def check_matplotlib() -> None:
@@ -121,47 +80,6 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError('figures need matplotlib, which is not installed: pip install "hivtp-hf[plots]".') from None
-
-
-@torch.no_grad()
-def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) -> ImageChoice:
-    """What a model keeps of one image, and the scores by which it chooses, from one pass of its vision tower.
-
-    Args:
-        model: a pruned model with a language modelling head, such as `HIVTPLlavaNextForConditionalGeneration`.
-        inputs: what the processor returned for the image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
-        layout: of the image, `processor.token_layout(image.height, image.width)`. Its settings rule, not the model's.
-
-    Raises:
-        ValueError: for inputs of several images, and for settings or a layout that do not fit the model.
-    """
-    base, pruning = model.model, layout.pruning
-    if len(inputs["pixel_values"]) != 1:
-        raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
-    tap = base._received_attention_tap
-    layer = feature_layer(base.config.vision_feature_layer, tap.num_layers)
-    check_pruning_fits_tower(pruning, tap.num_layers, layer, base._has_cls_token)
-
-    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
-    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
-    stock = functools.partial(super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes)
-    collector = ReceivedAttention(pruning.scored_layers(layer), pruning_method(pruning.method).reads_class_attention)
-    run = functools.partial(tap.call, stock, collector) if collector.layers else stock
-    features = run(return_dict=True).pooler_output
-    check_packed_length(features[0], layout)
-    _, (kept_indices,) = prune_features(features, [layout], collector.by_layer(), layer)
-
-    entry, scores = _SCORES.get(pruning.method), None
-    if entry is not None:
-        evidence = VisualEvidence(
-            layouts=[layout],
-            valid=layout.valid,
-            features=features,
-            scores={number: _cell_scores(of_layer, [layout]) for number, of_layer in collector.by_layer().items()},
-            feature_layer=layer,
-        )
-        scores = entry.of(evidence, pruning).float().cpu()
-    return ImageChoice(kept_indices, scores)
 
 
 def plot_kept_cells(
@@ -298,16 +216,14 @@ def _score_panel(
     from matplotlib.colors import ListedColormap, LogNorm, Normalize
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    zoom = PANEL_SIDE / max(image.size)
-    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    size = size_of_panel(image, PANEL_SIDE)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)[..., None] / 255
     grey = _DARKEST + (_BRIGHTEST - _DARKEST) * grey
 
     # Of every pixel its tile, -1 for none, and the score of its cell.
     tile_of_pixel, score_of_pixel = np.full(grey.shape[:2], -1), np.full(grey.shape[:2], scale.lowest)
     positions = torch.arange(layout.num_stock)
-    to_pixels = torch.tensor([size[0] / image.width, size[1] / image.height] * 2, dtype=torch.float64)
-    boxes = (layout.pixel_boxes(positions) * to_pixels).round().long().tolist()
+    boxes = panel_boxes(layout, positions, image.size, size).tolist()
     for (tile, row, column), (left, top, right, bottom) in zip(layout.cells(positions).tolist(), boxes, strict=True):
         if tile in tiles:
             tile_of_pixel[top:bottom, left:right] = tile
@@ -329,11 +245,10 @@ def _score_panel(
     # The bar shows colours as they come out over middle grey.
     middle = (_DARKEST + _BRIGHTEST) / 2
     as_painted = ListedColormap(_SCORE_SHARE * colours(np.linspace(0, 1, 256))[:, :3] + (1 - _SCORE_SHARE) * middle)
-    entry = _SCORES.get(layout.pruning.method)
+    words = _WORDS.get(layout.pruning.method, _PLAIN_WORDS)
     ticks = _log_ticks(lowest, highest) if logarithmic else []
     exponent = _exponent(ticks[0] if ticks else max(abs(lowest), abs(highest)))
-    note = "" if entry is None else entry.note(layout.pruning)
-    label = " ".join(filter(None, [note, f"($\\times 10^{{{exponent}}}$)" if exponent else ""]))
+    label = " ".join(filter(None, [words.note(layout.pruning), f"($\\times 10^{{{exponent}}}$)" if exponent else ""]))
 
     def bar(figure: "Figure", axes: Any) -> None:
         drawn = figure.colorbar(
@@ -350,8 +265,7 @@ def _score_panel(
         axes.tick_params(labelsize=_LABEL_SIZE, width=0.4, length=2, pad=1.5)
         axes.set_xlabel(label, fontsize=_LABEL_SIZE, labelpad=1.5)
 
-    caption = "Scores" if entry is None else entry.caption
-    return _Panel(f"{name}: {caption[0].lower()}{caption[1:]}", Image.fromarray(pixels), bar)
+    return _Panel(f"{name}: {words.caption[0].lower()}{words.caption[1:]}", Image.fromarray(pixels), bar)
 
 
 def _log_ticks(lowest: float, highest: float) -> list[float]:

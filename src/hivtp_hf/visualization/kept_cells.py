@@ -69,19 +69,24 @@ def draw_tiles(
     Returns:
         The panel, and how many cells of these tiles are kept, and how many there are.
     """
-    scale = panel_side / max(image.size)
-    panel_size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    panel_size = size_of_panel(image, panel_side)
     bright = image.convert("RGB").resize(panel_size, Image.Resampling.LANCZOS)
     faded = ImageOps.colorize(bright.convert("L"), (_FADED_BLACK,) * 3, (_FADED_WHITE,) * 3)
 
     every_index = torch.arange(layout.num_stock)
-    tile_of_cell, boxes = layout.cells(every_index)[:, 0], _panel_boxes(layout, every_index, panel_size)
-    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], _panel_boxes(layout, kept_indices, panel_size)
+    tile_of_cell, boxes = layout.cells(every_index)[:, 0], panel_boxes(layout, every_index, image.size, panel_size)
+    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], panel_boxes(layout, kept_indices, image.size, panel_size)
     in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
     kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
     panel = _draw_panel(bright, faded, kept_boxes[kept_in_panel].tolist())
     _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
     return panel, int(kept_in_panel.sum()), int(in_panel.sum())
+
+
+def size_of_panel(image: Image.Image, panel_side: int) -> tuple[int, int]:
+    """Width and height in pixels of a panel of an image whose longer side is to measure `panel_side`."""
+    scale = panel_side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Tensor:
@@ -121,10 +126,12 @@ def checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Ten
     return kept_indices
 
 
-def _panel_boxes(layout: TokenLayout, indices: Tensor, panel_size: tuple[int, int]) -> Tensor:
-    """Left, top, right, bottom in whole pixels of a panel, int64 (cells, 4); the last two lie outside the cell."""
-    assert layout.image_size is not None  # checked with the arguments
-    height, width = layout.image_size
+def panel_boxes(layout: TokenLayout, indices: Tensor, image_size: tuple[int, int], panel_size: tuple[int, int]) -> Tensor:
+    """Left, top, right, bottom in whole pixels of a panel, int64 (cells, 4); the last two lie outside the cell.
+
+    `image_size` and `panel_size` are (width, height) in pixels.
+    """
+    width, height = image_size
     scale = torch.tensor([panel_size[0] / width, panel_size[1] / height] * 2, dtype=torch.float64)
     return (layout.pixel_boxes(indices) * scale).round().long()
 

@@ -1,0 +1,41 @@
+"""What base models and models with a head share of a pretrained model: loading, missing weights, and where settings lie."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from .pruning_config import VisualTokenPruningConfig, check_no_setting_among
+
+# A mixin's calls to super() reach the stock class that comes behind it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Stock
+else:
+    _Stock = object
+
+
+class PrunedPreTrainedMixin(_Stock):
+    """A model whose configuration has a `pruning_config`. Comes before the stock class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
+        check_no_setting_among(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def initialize_weights(self) -> None:
+        """As stock, for missing weights of its parts as well."""
+        # Of classes that travel as remote code, transformers assumes that they would overwrite loaded weights, and skips every
+        # module without weights of its own: CLIP's attention, for one, whose missing weights then stay as they lie in memory.
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel) and not part.is_remote_code():
+                part.initialize_weights()
+        super().initialize_weights()
+
+    @property
+    def pruning_config(self) -> VisualTokenPruningConfig:
+        """The settings, `config.pruning_config`. Assigned to the model, they would else lie there without effect."""
+        return self.config.pruning_config
+
+    @pruning_config.setter
+    def pruning_config(self, pruning: Any) -> None:
+        self.config.pruning_config = pruning

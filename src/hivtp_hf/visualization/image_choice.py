@@ -1,0 +1,54 @@
+"""`choice_of_image`: what a model keeps of one image, and the scores that chose it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..methods import pruning_method
+from ..pruned_features import gather_evidence, prune_features
+from ..pruned_model import PrunedModelMixin
+from ..token_layout import TokenLayout
+
+
+class ImageChoice(NamedTuple):
+    """What a method keeps of one image, and why.
+
+    Attributes:
+        kept_indices: int64 (n,), ascending positions in the packed sequence, newlines included.
+        scores: float32 (tiles, grid, grid), the scores by which the method ranks cells, base tile first, on the CPU; NaN
+            where a method scores no cell. None for a method that looks at nothing.
+    """
+
+    kept_indices: Tensor
+    scores: Tensor | None
+
+
+@torch.no_grad()
+def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) -> ImageChoice:
+    """What a model keeps of one image, and the scores by which it chooses, from one pass of its vision tower.
+
+    Args:
+        model: a pruned model with a language modelling head, such as `HIVTPLlavaNextForConditionalGeneration`.
+        inputs: what the processor returned for the image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+        layout: of the image, `processor.token_layout(image.height, image.width)`. Its settings rule, not the model's.
+
+    Raises:
+        ValueError: for inputs of several images, and for settings or a layout that do not fit the model.
+    """
+    base, pruning = model.model, layout.pruning
+    if len(inputs["pixel_values"]) != 1:
+        raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
+    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
+    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
+    stock = functools.partial(
+        super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes, return_dict=True
+    )
+    layer = base._feature_layer(pruning)
+    output, collector = base._scored_pass(stock, pruning, layer)
+    evidence = gather_evidence(output.pooler_output, [layout], collector.by_layer(), layer)
+    _, (kept_indices,) = prune_features(evidence)
+    scores = pruning_method(pruning.method).load_selector().scores
+    return ImageChoice(kept_indices, None if scores is None else scores(evidence, pruning).float().cpu())
