@@ -23,19 +23,9 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from families import FAMILIES
 from hivtp_hf import generation_limits
 from oracle import oracle_inputs
-from tiny_models import LOW_RATIO, image_inputs, photo, twins
+from tiny_models import COMMON, LOW_RATIO, NEW_TOKENS, image_inputs, photo, twins
 
 INSTALLED = Version(transformers.__version__)
-IMAGE_TOKEN = 3
-NEW_TOKENS = 6
-
-# A model that answers with an image token asks for an image that is not there: stock raises on it without a cache.
-COMMON = {
-    "max_new_tokens": NEW_TOKENS,
-    "min_new_tokens": NEW_TOKENS,
-    "suppress_tokens": [IMAGE_TOKEN],
-    "do_sample": False,
-}
 
 
 @dataclass(frozen=True)

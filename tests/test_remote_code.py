@@ -1,6 +1,5 @@
 """A saved folder must work where the package is not installed, from the .py files that lie beside the weights."""
 
-import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
 from tiny_checkpoint import build_stock_checkpoint
+from travelling_files import imported
 
 SOURCE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
 # The part of a family that brings each file with it, by (family, part).
@@ -31,26 +31,11 @@ OTHER_METHODS = {
 }
 
 
-def imports(name):
-    """What a file of ours imports anywhere in it: the names of our files, and the top-level names of others."""
-    ours, others = set(), set()
-    for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            others |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            others.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 1, f"{name} imports from outside its folder"
-            assert node.module, f"{name} imports the package itself, which does not travel"
-            ours.add(node.module)
-    return ours, others
-
-
 def needed(name):
     """All files of ours that a file needs, directly or not, beside itself."""
     found, waiting = set(), [name]
     while waiting:
-        new = imports(waiting.pop())[0] - found
+        new = imported(waiting.pop())[0] - found
         found |= new
         waiting += new
     return found - {name}
@@ -68,7 +53,7 @@ def test_entry_file_names_every_file_that_it_needs(name):
 
 @pytest.mark.parametrize("name", sorted(set(ENTRY_FILES.values()).union(*map(needed, ENTRY_FILES.values()))))
 def test_travelling_file_imports_only_what_every_user_has(name):
-    assert imports(name)[1] <= sys.stdlib_module_names | {"numpy", "torch", "transformers"}
+    assert imported(name)[1] <= sys.stdlib_module_names | {"numpy", "torch", "transformers"}
 
 
 @pytest.mark.parametrize(("family", "part"), ENTRY_FILES, ids="-".join)

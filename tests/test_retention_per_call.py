@@ -1,6 +1,5 @@
 """`retention_ratio` and `token_budget` of one call: the processor writes by them, the model follows, nothing stays."""
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -23,7 +22,7 @@ from hivtp_hf.methods import METHODS
 from hivtp_hf.retention_bits import bits_of_ratio, ratio_of_bits, ratios_of_images
 from oracle import oracle_inputs
 from tiny_checkpoint import tiny_config, tiny_processor
-from tiny_models import LOW_RATIO, greedy, image_inputs, photo, pruned_processor, twins
+from tiny_models import LOW_RATIO, greedy, image_inputs, photo, pruned_processor, settings, twins
 
 IMAGE_TOKEN = 3
 RATIO = 0.6
@@ -61,17 +60,6 @@ def pair(shared_pair):
     before = stored_settings(shared_pair)
     yield shared_pair
     assert stored_settings(shared_pair) == before
-
-
-@contextlib.contextmanager
-def settings(pair, pruning):
-    """Processor and model with other pruning settings."""
-    before = pair.processor.pruning_config
-    pair.processor.pruning_config = pair.pruned.config.pruning_config = pruning
-    try:
-        yield
-    finally:
-        pair.processor.pruning_config = pair.pruned.config.pruning_config = before
 
 
 def photos(sizes=SIZES):

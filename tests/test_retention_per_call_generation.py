@@ -1,7 +1,5 @@
 """The ratio of one call on its way through `generate`, losses and outputs: the oracle's answers, for every image its ratio."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,16 +7,7 @@ from transformers import DynamicCache
 from families import FAMILIES
 from hivtp_hf import generation_limits
 from oracle import oracle_inputs
-from tiny_models import LOW_RATIO, image_inputs, photo, twins
-
-IMAGE_TOKEN = 3
-NEW_TOKENS = 6
-COMMON = {
-    "max_new_tokens": NEW_TOKENS,
-    "min_new_tokens": NEW_TOKENS,
-    "suppress_tokens": [IMAGE_TOKEN],
-    "do_sample": False,
-}
+from tiny_models import COMMON, IMAGE_TOKEN, LOW_RATIO, NEW_TOKENS, image_inputs, photo, settings, twins
 
 # Texts, and height and width of the images in their order; a ratio for each.
 PROMPTS = {
@@ -50,17 +39,6 @@ SETTINGS = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     return twins(LOW_RATIO, family=request.param)
-
-
-@contextlib.contextmanager
-def settings(pair, pruning):
-    """Processor and model with other pruning settings."""
-    before = pair.processor.pruning_config
-    pair.processor.pruning_config = pair.pruned.config.pruning_config = pruning
-    try:
-        yield
-    finally:
-        pair.processor.pruning_config = pair.pruned.config.pruning_config = before
 
 
 def processed(pair, name, ratios=None, **arguments):

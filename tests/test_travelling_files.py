@@ -1,6 +1,5 @@
 """Each family's files name all that must travel with them, run none of it early, and need only what every user has."""
 
-import ast
 import importlib.util
 import json
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import travelling_files
 from families import FAMILIES
 from hivtp_hf.methods import METHODS
-from travelling_files import FAMILY_FILES, PACKAGE, needed_files, with_block
+from travelling_files import FAMILY_FILES, PACKAGE, imported, needed_files, with_block
 
 TRAVELLING = sorted({path.stem for path in FAMILY_FILES}.union(*map(needed_files, FAMILY_FILES)))
 
@@ -48,21 +47,6 @@ def test_importing_the_package_imports_no_selector():
     assert json.loads(run.stdout) == [[], ["selectors_hivtp"]]
     # All of them are there to be imported, one way or the other.
     assert {f"selectors_{name}" for name in METHODS if name != "none"} == {name for name in TRAVELLING if "selectors" in name}
-
-
-def imported(name):
-    """What a file imports anywhere in it: the names of siblings, and the top-level names of others."""
-    siblings, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            others |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            others.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 1, f"{name} imports from outside its folder"
-            assert node.module, f"{name} imports the package itself, which does not travel"
-            siblings.add(node.module)
-    return siblings, others
 
 
 @pytest.mark.parametrize("name", TRAVELLING)

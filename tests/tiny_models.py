@@ -1,5 +1,6 @@
 """Tiny stock models and their pruned twins, with the same weights, in memory."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,15 @@ from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 
 # 8 x 8 cells a tile: quick, and small enough for every pinpoint shape to occur.
 SMALL = {"tile_size": 56, "patch_size": 7}
+IMAGE_TOKEN = 3
+NEW_TOKENS = 6
+# A model that answers with an image token asks for an image that is not there: stock raises on it without a cache.
+COMMON = {
+    "max_new_tokens": NEW_TOKENS,
+    "min_new_tokens": NEW_TOKENS,
+    "suppress_tokens": [IMAGE_TOKEN],
+    "do_sample": False,
+}
 LOW_RATIO = {"retention_ratio": 0.25}
 
 # Every kind of tower and feature strategy that pruning takes, as `geometry` for `twins`. LLaVA-NeXT needs a feature per cell;
@@ -71,6 +81,17 @@ def twins(pruning_config=None, vision_feature_layer=None, **geometry) -> Twins:
     pruned.load_state_dict(stock.state_dict())
     stock_processor = tiny_processor(config)
     return Twins(family, stock, stock_processor, pruned, pruned_processor(stock_processor, pruning_config))
+
+
+@contextlib.contextmanager
+def settings(pair: Twins, pruning):
+    """Processor and model with other pruning settings."""
+    before = pair.processor.pruning_config
+    pair.processor.pruning_config = pair.pruned.config.pruning_config = pruning
+    try:
+        yield
+    finally:
+        pair.processor.pruning_config = pair.pruned.config.pruning_config = before
 
 
 def image_inputs(inputs) -> dict[str, Any]:

@@ -33,6 +33,22 @@ def needed_files(path: Path) -> set[str]:
     return found - {path.stem}
 
 
+def imported(name: str) -> tuple[set[str], set[str]]:
+    """What a file imports anywhere in it: the names of siblings, and the top-level names of others."""
+    siblings: set[str] = set()
+    others: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{name} imports from outside its folder"
+            assert node.module, f"{name} imports the package itself, which does not travel"
+            siblings.add(node.module)
+    return siblings, others
+
+
 def with_block(path: Path) -> str:
     """The file's text as it should be."""
     source = _BLOCK.sub("", path.read_text())
