@@ -3,13 +3,15 @@
 #   make test        all tests, on the newest transformers that the package allows
 #   make test-floor  the same tests on the oldest one
 #   make lint        formatting, lint, types
+#   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
 
 PYTHON ?= python3
 FLOOR_TRANSFORMERS ?= 5.6.0
 ARGS ?=
 PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?= --preset cpu
 
-.PHONY: demo test test-floor lint format build clean
+.PHONY: demo test test-floor lint format build bench clean
 
 demo: .venv/installed
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -31,6 +33,9 @@ format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+bench: .venv/installed
+	.venv/bin/python -m benchmarks.speed $(BENCH_ARGS)
+
 build: .venv/installed
 	.venv/bin/python -m build
 
@@ -45,4 +50,4 @@ build: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output

@@ -1,0 +1,1 @@
+"""Benchmarks of hivtp_hf, run from a clone. `benchmarks/README.md` says how and what for."""

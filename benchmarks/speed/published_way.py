@@ -1,0 +1,62 @@
+"""Pruning as methods are published: an eager tower that returns all of its attention maps, and the same selection after it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.methods import pruning_method
+from hivtp_hf.pruned_features import feature_layer, gather_evidence, prune_features
+
+from .images import Images, token_layout
+
+
+def published_features(model: Any, images: Images, method: str, ratio: float) -> tuple[list[Tensor], list[Tensor]]:
+    """What is kept of every image.
+
+    Args:
+        model: a stock LLaVA-NeXT whose tower runs eager attention.
+        images: of the batch.
+        method: one that reads attention.
+        ratio: the share of patch tokens to keep.
+
+    Returns:
+        The projected features (num_retained, hidden) and their indices in the stock sequence, a list each.
+
+    Raises:
+        ValueError: for a method that reads no attention.
+    """
+    pruning = VisualTokenPruningConfig(method=method, retention_ratio=ratio)
+    last = feature_layer(model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers)
+    layers = pruning.scored_layers(last)
+    if not layers:
+        raise ValueError(f"the method {method!r} reads no attention, so it has no published way by attention maps.")
+    # Its strategy and layer spelled out: on transformers 5.6 one class of two fills them in by itself.
+    output = model.model.get_image_features(
+        images.pixel_values,
+        images.image_sizes,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        output_attentions=True,
+        return_dict=True,
+    )
+    scores = scores_from_maps(output.attentions, layers, pruning_method(method).reads_class_attention)
+    layouts = [token_layout(model.config, (images.height, images.width), method, ratio)] * images.batch
+    return select_from_scores(output.pooler_output, layouts, scores, last)
+
+
+def scores_from_maps(maps: Sequence[Tensor], layers: Sequence[int], from_class_token: bool) -> dict[int, Tensor]:
+    """Of every wanted layer what each token receives: float32 (tiles, tokens), from maps (tiles, heads, tokens, tokens)."""
+    scores = {}
+    for layer in layers:
+        rows = maps[layer][:, :, :1] if from_class_token else maps[layer]
+        scores[layer] = rows.float().mean(dim=(1, 2))
+    return scores
+
+
+def select_from_scores(
+    features: Sequence[Tensor], layouts: Sequence[Any], scores: Mapping[int, Tensor], last: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """hivtp_hf's own selection of packed features by these scores."""
+    return prune_features(gather_evidence(features, layouts, scores, last))

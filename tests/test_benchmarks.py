@@ -1,0 +1,440 @@
+"""The benchmarks measure what they say: equal prompts, selections and caches, and whole files. No test looks at a time."""
+
+import csv
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.speed import result_files, run
+from benchmarks.speed.batch_search import largest_batch
+from benchmarks.speed.bench import Bench, Settings
+from benchmarks.speed.command import main
+from benchmarks.speed.flops import count_flops
+from benchmarks.speed.images import TEXT_TOKENS, random_images
+from benchmarks.speed.import_time import needed_imports
+from benchmarks.speed.interleaving import interleave
+from benchmarks.speed.models import Models, build_models, share_weights
+from benchmarks.speed.peak_memory import peak_memory
+from benchmarks.speed.presets import PRESETS
+from benchmarks.speed.published_way import published_features
+from benchmarks.speed.rows import Row, compared, measured
+from benchmarks.speed.run import PARTS, run_benchmark
+from benchmarks.speed.sections import LANGUAGE_MODEL, SCORING, SELECTION, TOWER, VISION, watched
+from benchmarks.speed.spread import median_interval, spread
+from benchmarks.speed.stopwatch import TOTAL, Stopwatch
+from benchmarks.speed.targets import MET, MISSED, NOT_JUDGED, NOT_MEASURED, judge
+from benchmarks.speed.variants import (
+    Variant,
+    cache_bytes,
+    first_token,
+    image_features,
+    limit_of,
+    model_inputs,
+    model_of,
+    ours_variant,
+    published_of,
+    stock_variant,
+)
+from hivtp_hf.attention_reduction import received_attention
+from hivtp_hf.inspection import kv_cache_bytes
+from hivtp_hf.methods import METHODS
+
+CPU = torch.device("cpu")
+TINY = PRESETS["tiny"]
+SIZES = ((672, 672), (480, 640), (100, 1000))
+RATIOS = (1 / 2, 2 / 9, 1 / 9, 1.0)
+METHOD_NAMES = [name for name, method in METHODS.items() if not method.keeps_everything]
+WITH_MAPS = ("hivtp", "hiprune", "cls_attention")
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return build_models(TINY.config(), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A whole run of the smallest preset: its report, its files, and what it said."""
+    folder, said = tmp_path_factory.mktemp("bench") / "new", []
+    report, paths = run_benchmark("tiny", repeats=1, output=folder, commit="abc1234", command="the command", say=said.append)
+    return report, paths, said, folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+EXPECTED = {
+    "vision": {"tower", "vision pass", "scoring", "selection", "scoring and selection", "tower over stock"}
+    | {"tower with scoring and selection", "tower over published way", "stock's tower plus own work over stock's tower"},
+    "prefill": {"time to first token", "vision pass", "language model prefill", "KV cache", "time to first token over stock"}
+    | {"time to first token over limit", "KV cache over limit", "limit plus own work over limit"},
+    "decode": {"decode per token", "decode per token over limit"},
+    "throughput": {"throughput", "throughput over stock", "throughput over limit"},
+    "memory": {"peak memory of the vision pass", "extra peak memory over stock's vision pass", "peak memory to the first token"}
+    | {"peak memory of scoring and selection alone", "FLOPs to the first token"},
+    "processor": {"preprocessing", "counting placeholders", "added counting over stock's preprocessing"}
+    | {"preprocessing over stock"},
+    "import": {"import of what hivtp_hf needs", "import of hivtp_hf after what it needs", "import of hivtp_hf alone"}
+    | {"import of hivtp_hf alone over what it needs", "selectors imported"},
+}
+
+
+def test_a_whole_run_leaves_every_quantity_and_says_what_is_missing(tiny_run):
+    _, paths, said, folder = tiny_run
+    assert [path.suffix for path in paths] == [".csv", ".md", ".png"]
+    assert sorted(folder.iterdir()) == sorted(paths)  # nothing half-written beside them
+    rows = rows_of(paths[0])
+    assert {part: {row["quantity"] for row in rows if row["part"] == part} for part in PARTS} == EXPECTED
+    for row in rows:
+        numbers = [float(row[name]) for name in ("min", "q25", "median", "q75", "max")]
+        assert all(map(math.isfinite, numbers))
+        assert numbers == sorted(numbers)
+        assert int(row["repeats"]) >= 1
+        assert row["preset"] == "tiny"
+        assert row["commit"] == "abc1234"
+        names = ("date", "device", "cpu", "cores", "threads", "dtype", "torch", "transformers", "python", "unit")
+        assert all(row[name] for name in names)
+    of_ttft = [row for row in rows if row["quantity"] == "time to first token over limit" and row["variant"] == "ours"]
+    found = {(row["method"], row["image"], round(float(row["ratio"]), 4)) for row in of_ttft}
+    assert found == set(itertools.product(TINY.methods, ("672 x 672", "480 x 640"), (0.5, 0.2222, 0.1111)))
+    assert {row["variant"] for row in rows} == {"", "stock", "limit", "ours", "published"}
+    assert any("GPU was not measured" in line for line in said)
+
+    page = paths[1].read_text()
+    for text in ("the command", "abc1234", "## Targets", "published, not measured here", "## Not measured", "A GPU was not"):
+        assert text in page
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert paths[0].stem == paths[1].stem == paths[2].stem
+    assert "_cpu-" in paths[0].stem
+    assert paths[0].stem.endswith("_tiny")
+
+
+def test_what_does_not_depend_on_time_holds_in_the_run(tiny_run):
+    report = tiny_run[0]
+    verdicts = {judgement.target.name: judgement.verdict for judgement in report.judgements}
+    assert verdicts["KV cache / limit"] == MET
+    assert verdicts["extra peak memory over stock's vision pass"] == MET
+    assert verdicts["selectors imported without being used"] == MET
+    assert verdicts["time to first token / limit"].startswith(NOT_JUDGED)
+    # The cache and the operations shrink with the ratio, and ours has no more of either than its limit, but for the scoring.
+    flops = {(row.variant, row.ratio): row.median for row in report.rows if row.quantity == "FLOPs to the first token"}
+    assert flops["limit", 1 / 9] < flops["limit", 1 / 2] < flops["stock", 1.0]
+    vision, cells = TINY.vision, (TINY.vision["image_size"] // TINY.vision["patch_size"]) ** 2
+    scored_layers, tiles = 3, 5
+    scoring = 2 * scored_layers * tiles * (cells + 1) ** 2 * vision["hidden_size"]
+    for ratio in TINY.ratios:
+        assert flops["ours", ratio] - flops["limit", ratio] == scoring
+
+
+def test_part_of_a_run_says_so_in_its_name_and_its_page(tmp_path):
+    _, paths = run_benchmark("tiny", only=["decode"], new_tokens=[2], output=tmp_path, say=lambda line: None)
+    assert paths[0].stem.endswith("_tiny_decode")
+    assert {row["part"] for row in rows_of(paths[0])} == {"decode"}
+    page = paths[1].read_text()
+    assert "`--only` left them out: vision, prefill, throughput, memory, processor, import." in page
+    assert "| time to first token / limit | at most 1.030 | - | - | - | not measured |" in page
+
+
+def test_models_share_every_tensor(models):
+    stock = {name: tensor.data_ptr() for name, tensor in models.stock.named_parameters()}
+    for twin in (models.pruned, models.published):
+        assert {name: tensor.data_ptr() for name, tensor in twin.named_parameters()} == stock
+        assert not any(buffer.is_meta for buffer in twin.buffers())
+    assert models.published.model.vision_tower.config._attn_implementation == "eager"
+    assert models.stock.model.vision_tower.config._attn_implementation == "sdpa"
+    with torch.device("meta"):
+        stranger = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        share_weights(torch.nn.Sequential(torch.nn.ReLU()), stranger)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_limit_is_as_long_as_ours_and_its_cache_as_large(models, method):
+    for size, ratio in itertools.product(SIZES, RATIOS):
+        images = random_images(models.config, size, 1, CPU, torch.float32)
+        ours = ours_variant(models, size, method, ratio)
+        limit = limit_of(ours)
+        kept = model_of(models, ours).get_image_features(images.pixel_values, images.image_sizes).kept_indices[0]
+        assert ours.image_tokens == limit.image_tokens == len(kept)
+        of_ours, of_limit = model_inputs(models, images, ours), model_inputs(models, images, limit)
+        assert of_ours["input_ids"].shape == of_limit["inputs_embeds"].shape[:2] == (1, len(kept) + TEXT_TOKENS)
+        measured_bytes = cache_bytes(first_token(models, images, ours).cache)
+        assert measured_bytes == cache_bytes(first_token(models, images, limit).cache)
+        assert measured_bytes == kv_cache_bytes(models.config.text_config, len(kept) + TEXT_TOKENS, torch.float32)
+
+
+def test_the_limit_at_stocks_own_length_is_stock(models):
+    images = random_images(models.config, SIZES[1], 2, CPU, torch.float32)
+    stock = stock_variant(models, SIZES[1])
+    logits = []
+    for variant in (stock, Variant("limit", stock.image_tokens)):
+        with torch.no_grad():
+            logits.append(model_of(models, variant)(**model_inputs(models, images, variant)).logits)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert first_token(models, images, stock).ids == logits[1][:, -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("method", WITH_MAPS)
+def test_the_published_way_keeps_the_same_cells(models, method):
+    for size, ratio in itertools.product(SIZES, RATIOS[:3]):
+        images = random_images(models.config, size, 2, CPU, torch.float32)
+        ours = ours_variant(models, size, method, ratio)
+        with torch.no_grad():
+            expected = model_of(models, ours).get_image_features(images.pixel_values, images.image_sizes)
+            features, kept = published_features(models.published, images, method, ratio)
+        for ours_kept, theirs in zip(expected.kept_indices, kept, strict=True):
+            assert torch.equal(ours_kept, theirs)
+        torch.testing.assert_close(features, expected.pooler_output)
+        first = [first_token(models, images, variant).ids for variant in (ours, published_of(ours))]
+        assert first[0] == first[1]
+
+
+def test_methods_without_attention_have_no_published_way(models):
+    images = random_images(models.config, SIZES[0], 1, CPU, torch.float32)
+    with pytest.raises(ValueError, match="'gprune' reads no attention"):
+        published_features(models.published, images, "gprune", 0.5)
+
+
+def test_a_limit_encodes_the_image_as_stock_does(models):
+    images = random_images(models.config, SIZES[0], 2, CPU, torch.float32)
+    stock = image_features(models, images, stock_variant(models, SIZES[0]))
+    limit = image_features(models, images, Variant("limit", 20))
+    assert [len(features) for features in limit] == [20, 20]
+    for whole, part in zip(stock, limit, strict=True):
+        assert torch.equal(whole[:20], part)
+
+
+def test_the_stopwatch_sees_each_section_of_the_variants_that_have_it(models):
+    images = random_images(models.config, SIZES[0], 1, CPU, torch.float32)
+    ours = ours_variant(models, SIZES[0], "hivtp", 0.5)
+    stopwatch, seen = Stopwatch(CPU), {}
+    with watched(models, stopwatch):
+        for variant in (stock_variant(models, SIZES[0]), limit_of(ours), ours, published_of(ours)):
+            seen[variant.kind] = stopwatch.run(lambda chosen=variant: first_token(models, images, chosen))[1]
+    everywhere = {TOTAL, VISION, TOWER, LANGUAGE_MODEL}
+    assert seen["stock"].keys() == seen["limit"].keys() == everywhere
+    assert seen["ours"].keys() == seen["published"].keys() == everywhere | {SCORING, SELECTION}
+    for name in ("forward", "get_image_features"):
+        assert name not in vars(models.pruned.model)
+    assert stopwatch.run(lambda: first_token(models, images, ours))[1].keys() == {TOTAL}
+
+
+def test_peak_memory_is_that_of_the_tensors_that_lived_together():
+    def run():
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        second, third = torch.empty(500, dtype=torch.float32), torch.empty(2000, dtype=torch.float32)
+        return second.numel() + third.numel()
+
+    assert peak_memory(CPU, run) == 4 * 2500
+    with pytest.raises(RuntimeError, match="no allocation"):
+        peak_memory(CPU, lambda: None)
+
+
+def test_flops_are_those_of_products_attention_and_scoring():
+    query = torch.randn(2, 4, 10, 8)
+    assert count_flops(lambda: torch.randn(3, 5) @ torch.randn(5, 7)) == 2 * 3 * 5 * 7
+    attention = 2 * 2 * 4 * 10 * 10 * 8
+    assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query)) == 2 * attention
+    assert count_flops(lambda: received_attention(query, query, 1.0, 4)) == attention
+    assert count_flops(lambda: received_attention(query[:, :, :1], query, 1.0, 4)) == attention // 10
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_the_largest_batch_is_found_within_its_precision(start):
+    for largest in range(200):
+        asked = []
+
+        def fits(batch, largest=largest, asked=asked):
+            asked.append(batch)
+            return batch <= largest
+
+        found = largest_batch(fits, start=start, precision=8)
+        if largest < start:
+            assert found == 0
+            continue
+        assert found <= largest <= found + max(1, found // 8)
+        assert len(asked) == len(set(asked)) <= 2 + 2 * math.log2(2 * largest)
+
+
+def test_intervals_hold_the_median_as_often_as_they_say():
+    assert median_interval([5.0]) == (5.0, 5.0, 0.0)
+    assert median_interval([1.0, 2.0, 3.0]) == (1.0, 3.0, 0.75)
+    for n in range(2, 14):
+        low, high, coverage = median_interval([float(value) for value in range(n)])
+        # Each value lies below the true median or above, with equal chances: of all ways, those with the median inside.
+        below = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
+        inside = sum(low < count <= high for count in below)
+        assert coverage == pytest.approx(inside / 2**n)
+        assert coverage >= 0.95 or (low, high) == (0, n - 1)
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0, 1.0, 5.0, 5)
+
+
+def test_variants_take_turns_in_another_order_each_round():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abcd"}
+    results = interleave(runs, 6, warm_up="ac")
+    assert calls[:2] == ["a", "c"]
+    rounds = ["".join(calls[start : start + 4]) for start in range(2, len(calls), 4)]
+    assert len(rounds) == 6
+    assert {"".join(sorted(order)) for order in rounds} == {"abcd"}
+    assert len(set(rounds)) > 1
+    # The i-th result of every name is of the i-th round.
+    assert all(2 + 4 * i < results[name][i] <= 6 + 4 * i for name in "abcd" for i in range(6))
+    calls.clear()
+    assert interleave(runs, 6, warm_up="ac") == results
+
+
+def over_limit(median: float, method: str = "hivtp") -> Row:
+    variant = Variant("ours", 10, method, 0.5)
+    return compared("prefill", "time to first token over limit", [median] * 7, [1.0] * 7, variant, image="672 x 672")
+
+
+def test_targets_are_judged_by_the_row_that_is_furthest_away():
+    def judgement(rows, name="time to first token / limit", preset="cpu", device=CPU):
+        return next(found for found in judge(rows, PRESETS[preset], device) if found.target.name == name)
+
+    assert judgement([]).verdict == NOT_MEASURED
+    assert judgement([over_limit(1.02), over_limit(1.01)]).verdict == MET
+    missed = judgement([over_limit(1.02), over_limit(1.04), over_limit(0.9)])
+    assert (missed.verdict, missed.worst.median, missed.kept, missed.rows) == (MISSED, 1.04, 2, 3)
+    assert missed.is_settled
+    unsettled = compared(
+        "prefill", "time to first token over limit", [1.0, 1.01, 1.2], [1.0] * 3, Variant("ours", 9, "hivtp", 0.5)
+    )
+    assert not judgement([unsettled]).is_settled
+    # The published way is not bound; gprune has a bound of its own; targets of one device are not judged on another.
+    published = dataclasses.replace(over_limit(2.0), variant="published")
+    assert judgement([over_limit(1.02), published, over_limit(1.09, "gprune")]).verdict == MET
+    assert judgement([over_limit(1.09, "gprune")], "time to first token / limit, gprune").verdict == MET
+    assert judgement([over_limit(1.2)], preset="tiny").verdict.startswith(NOT_JUDGED)
+    tower = measured("vision", "tower over stock", "ratio", [1.5], Variant("ours", 9, "hivtp", 0.5))
+    name = "tower with scoring and selection / stock's tower"
+    assert judgement([tower], name).verdict == MISSED
+    assert judgement([tower], name, device=torch.device("cuda")).verdict == f"{NOT_JUDGED}: for a CPU"
+
+
+def test_what_a_module_needs_is_what_it_imports_when_it_loads():
+    source = """
+from __future__ import annotations
+import transformers
+from typing import TYPE_CHECKING
+from transformers import LlavaConfig
+from .ours import thing
+if TYPE_CHECKING:
+    from transformers import Skipped
+def later():
+    import skipped
+transformers.AutoConfig.register("AutoModelForImageTextToText")
+"""
+    assert needed_imports([source]) == [
+        "from transformers import LlavaConfig",
+        "from typing import TYPE_CHECKING",
+        "import transformers",
+        "import transformers; getattr(transformers, 'AutoModelForImageTextToText', None)",
+        "import transformers; transformers.AutoConfig",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"preset": "8b"}, "`--preset` is '8b'; it must be one of 7b"),
+        ({"device": "abacus"}, "`--device` is 'abacus'"),
+        ({"device": "meta"}, "`--device` is 'meta'"),
+        ({"dtype": "int8"}, "`--dtype` is 'int8'; it must be one of auto, float32"),
+        ({"methods": ["hivtp", "magic"]}, "`--methods` is 'magic'"),
+        ({"methods": ["none"]}, "`--methods` is 'none'"),
+        ({"methods": []}, "`--methods` is empty"),
+        ({"ratios": [0.0]}, "retention_ratio"),
+        ({"ratios": [1.5]}, "retention_ratio"),
+        ({"images": [(672,)]}, "`--images` has"),
+        ({"images": [(0, 672)]}, "`--images` has 0"),
+        ({"batches": [0]}, "`--batches` has 0"),
+        ({"new_tokens": [2.5]}, "`--new-tokens` has 2.5"),
+        ({"repeats": 0}, "`--repeats` has 0"),
+        ({"only": ["visoin"]}, "`--only` is 'visoin'; it must be one of vision, prefill"),
+    ],
+)
+def test_wrong_arguments_are_errors_that_leave_nothing(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        run_benchmark(**{"preset": "tiny", "output": tmp_path / "new", "say": lambda line: None, **wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_device_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--preset", "7b", "--output", str(tmp_path / "new")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "sees 0 CUDA devices" in said
+    assert "Nothing was measured" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_its_targets_and_files(tmp_path, capsys):
+    main(["--preset", "tiny", "--only", "processor", "--repeats", "1", "--ratios", "1/3", "--output", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "selectors imported" in printed.out
+    assert all(str(path) in printed.out for path in tmp_path.iterdir())
+    assert "[" in printed.err
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "`python -m benchmarks.speed --preset tiny --only processor" in page
+
+
+@pytest.mark.parametrize("argument", [["--ratios", "half"], ["--ratios", "1/0"], ["--images", "672"], ["--images", "axb"]])
+def test_the_command_explains_what_it_cannot_read(argument, capsys):
+    with pytest.raises(SystemExit):
+        main(["--preset", "tiny", *argument])
+    assert f"{argument[1]!r} is no" in capsys.readouterr().err
+
+
+def test_a_file_that_fails_on_the_way_leaves_the_old_one(tiny_run, tmp_path, monkeypatch):
+    report = tiny_run[0]
+    first = result_files.write_results(tmp_path, "run", report)
+    before = {path: path.read_bytes() for path in first}
+
+    def fails(path, rows, environment):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(result_files, "write_rows", fails)
+    with pytest.raises(OSError, match="disk full"):
+        result_files.write_results(tmp_path, "run", report)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_matplotlib_there_is_no_figure_and_a_sentence(tmp_path, monkeypatch):
+    for module in (result_files, run):
+        monkeypatch.setattr(module, "can_plot", lambda: False)
+    said: list[str] = []
+    _, paths = run_benchmark("tiny", only=["processor"], repeats=1, output=tmp_path, say=said.append)
+    assert [path.suffix for path in paths] == [".csv", ".md"]
+    assert "matplotlib is missing" in said[-1]
+
+
+def test_a_batch_that_does_not_fit_is_left_out_and_said(models, monkeypatch):
+    from benchmarks.speed import throughput
+
+    settings = Settings(TINY, ("hivtp",), (0.5,), ((672, 672),), (1, 2), (2,), 1)
+    said: list[str] = []
+    bench = Bench(settings, models, said.append)
+    whole = throughput._generate
+
+    def short_of_memory(bench, images, variant, new_tokens):
+        if variant.kind == "stock" and images.batch > 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(bench, images, variant, new_tokens)
+
+    monkeypatch.setattr(throughput, "_generate", short_of_memory)
+    rows = throughput.measure_throughput(bench)
+    found = {(row.variant, row.batch) for row in rows if row.quantity == "throughput"}
+    assert found == {("stock", 1), ("limit", 1), ("limit", 2), ("ours", 1), ("ours", 2)}
+    assert any("stock" in sentence and "batch 2" in sentence for sentence in bench.missing)
