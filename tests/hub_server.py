@@ -122,6 +122,7 @@ class HubServer:
         self._users: dict[str, tuple[str, tuple[str, ...]]] = {}  # by token: a name and its organizations
         self._parts: dict[tuple[str, int], bytes] = {}
         self._faults: list[_Fault] = []
+        self._meanwhile: list[tuple[str, re.Pattern[str], Callable[[], Any]]] = []
         self._lock = threading.RLock()
         self._secret = secrets.token_hex()
         self._http = _HttpServer(("127.0.0.1", 0), _Handler)
@@ -191,6 +192,11 @@ class HubServer:
         """The repository itself: `refs`, `discussions`, `objects`, whether it is `private` ..."""
         return self._repositories[repo_type, repo_id]
 
+    @property
+    def repositories(self) -> list[Repository]:
+        """All repositories."""
+        return list(self._repositories.values())
+
     def files(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> dict[str, bytes]:
         """The content of all files at a branch, tag, hash or `refs/pr/N`."""
         return {path: blob.content for path, blob in self._found(repo_id, revision, repo_type).files.items()}
@@ -241,6 +247,13 @@ class HubServer:
         """
         self._faults.append(_Fault(method, re.compile(path_pattern), times, after_bytes, _Answer(0)))
 
+    def meanwhile(self, method: str, path_pattern: str, action: Callable[[], Any]) -> None:
+        """Let somebody else act just before the next request of this method whose path has a match of the pattern is answered.
+
+        Requests that are refused or cut off do not count.
+        """
+        self._meanwhile.append((method, re.compile(path_pattern), action))
+
     def environment(self, home: Path | str, *, token: str | bool | None = True, offline: bool = False) -> dict[str, str]:
         """The environment of a process whose Hub is this server and whose cache and settings are in `home`.
 
@@ -276,6 +289,11 @@ class HubServer:
             return fault.answer
         try:
             with self._lock:
+                for awaited in list(self._meanwhile):
+                    method, pattern, action = awaited
+                    if method == request.method and pattern.search(request.path):
+                        self._meanwhile.remove(awaited)
+                        action()
                 return self._route(request)
         except _Refused as refused:
             return refused.answer

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
-from hivtp_hf.hub import convert, convert_checkpoint, file_copies
+from hivtp_hf.conversion import convert, convert_checkpoint, file_copies
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
@@ -63,7 +64,7 @@ def test_a_whole_checkpoint(stock, tmp_path):
     assert contents(stock) == before
     family = family_of_folder(stock)
     needed = {"config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"}
-    assert needed | {"chat_template.jinja", "model.safetensors"} <= {path.name for path in target.iterdir()}
+    assert needed | {"chat_template.jinja", "model.safetensors", "README.md"} <= {path.name for path in target.iterdir()}
     # The same code as our own classes save, and nothing executable of anybody else's.
     own = tmp_path / "own"
     family.model.from_pretrained(stock).save_pretrained(own)
@@ -87,6 +88,36 @@ def test_a_whole_checkpoint(stock, tmp_path):
         model.lm_head.weight.zero_()
     model.save_pretrained(target)
     assert contents(stock) == before
+
+
+CARD = "---\nlicense: llama2\nlanguage: en\nbase_model: {base}\ntags: [theirs]\n---\n# Theirs\n"
+
+
+def test_the_card_is_that_of_a_pruned_checkpoint_under_the_licence_of_its_source(next_stock, tmp_path):
+    source = shutil.copytree(next_stock, tmp_path / "source")
+    (source / "README.md").write_text(CARD.format(base="lmsys/vicuna-7b"))
+    card = ModelCard.load(made(source, tmp_path / "first") / "README.md")
+    assert (card.data.license, card.data.language, card.data.library_name) == ("llama2", "en", "transformers")
+    assert "theirs" not in card.data.tags
+    assert "Theirs" not in card.text
+    assert '"your-name/first"' in card.text
+    # What the source was made from is not what this is made from, and a folder has no name on the Hub.
+    assert card.data.base_model is None
+    # Of a pruned one, the weights are still those of its base.
+    (tmp_path / "first" / "README.md").write_text(CARD.format(base="llava-hf/llava-v1.6-mistral-7b-hf"))
+    again = ModelCard.load(made(tmp_path / "first", tmp_path / "second") / "README.md")
+    assert (again.data.base_model, again.data.license) == ("llava-hf/llava-v1.6-mistral-7b-hf", "llama2")
+
+
+@pytest.mark.parametrize(
+    "card", ["no metadata", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n", "\x00"]
+)
+def test_a_broken_card_is_in_nobodys_way(next_stock, tmp_path, card):
+    source = shutil.copytree(next_stock, tmp_path / "source")
+    (source / "README.md").write_text(card)
+    made_card = ModelCard.load(made(source, tmp_path / "pruned") / "README.md")
+    assert made_card.data.license is None
+    assert made_card.data.pipeline_tag == "image-text-to-text"
 
 
 def test_it_loads_without_the_package(stock, tmp_path):

@@ -408,6 +408,21 @@ def test_an_upload_that_is_cut_does_not_send_again_what_is_stored(tmp_path):
         assert {name: found[name] for name in files} == files
 
 
+def test_somebody_else_acts_in_between(tmp_path):
+    written(tmp_path, {"x": b"mine"})
+    upload = ("upload_file", {"repo_id": "owner/model", "path_or_fileobj": "x", "path_in_repo": "x"})
+    with HubServer() as hub:
+        hub.add_repository("owner/model")
+        theirs: list[str] = []
+        hub.meanwhile("POST", "/commit/main", lambda: theirs.append(hub.commit("owner/model", {"y": b"theirs"})))
+        hub.fail("POST", "/commit/main", status=503)  # refused before anybody could act
+        refused, mine = run_client(hub, call, home=tmp_path, calls=[upload] * 2)["outcomes"]
+        assert refused["status"] == 503
+        assert mine.endswith(hub.commits("owner/model")[0].oid)
+        assert [hub.commits("owner/model")[0].parent] == theirs
+        assert [repository.repo_id for repository in hub.repositories] == ["owner/model"]
+
+
 def proposed(guest_token: str) -> dict[str, Any]:
     """A pull request by somebody who may not write, merged by the owner."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

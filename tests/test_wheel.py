@@ -1,4 +1,7 @@
-"""The wheel holds all that it must, also the files that travel as remote code, and works without the source tree."""
+"""The wheel holds all that it must, also the files that travel as remote code, and works without the source tree.
+
+It is built as for a release: of the source distribution, and so of nothing that this lacks.
+"""
 
 import re
 import shutil
@@ -13,6 +16,7 @@ from families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hivtp_hf"
+CARDS = ROOT / "model_cards"
 
 PROGRAM = """
 import sys
@@ -20,12 +24,14 @@ import hivtp_hf
 
 assert hivtp_hf.__file__.startswith(sys.argv[1]), hivtp_hf.__file__
 from families import FAMILIES
+from hivtp_hf.cards import model_card
 from tiny_models import LOW_RATIO, photo, twins
 
 for family in FAMILIES:
     pair = twins(LOW_RATIO, family=family)
     pair.pruned.save_pretrained(sys.argv[2] + "/" + family)
     pair.processor.save_pretrained(sys.argv[2] + "/" + family)
+    assert "eprint = {2509.23663}" in str(model_card(sys.argv[2] + "/" + family, repo_id="owner/name"))
     inputs = pair.processor(images=photo(60, 100), text="<image>", return_tensors="pt")
     print(pair.pruned.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] - inputs.input_ids.shape[1])
 """
@@ -37,9 +43,10 @@ def wheel(tmp_path_factory):
     # From a copy: builds write into the source tree, and tests of several processes may build at once.
     tree = folder / "tree"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copytree(CARDS, tree / "model_cards")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(tree)]
+    build = [sys.executable, "-m", "build", "--outdir", str(folder), str(tree)]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (path,) = folder.glob("*.whl")
     return path
@@ -50,6 +57,14 @@ def test_the_wheel_holds_every_source_file(wheel):
     sources = [path for path in SOURCE.rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
     assert {f"hivtp_hf/{path.relative_to(SOURCE).as_posix()}" for path in sources} <= packed
     assert any(name.endswith("licenses/LICENSE") for name in packed)
+
+
+def test_the_wheel_holds_every_model_card(wheel):
+    built = zipfile.ZipFile(wheel)
+    cards = {f"hivtp_hf/{path.relative_to(ROOT).as_posix()}": path for path in CARDS.rglob("*") if path.is_file()}
+    assert len(cards) > 1
+    assert {name for name in built.namelist() if "model_cards/" in name} == set(cards)
+    assert all(built.read(name) == path.read_bytes() for name, path in cards.items())
 
 
 def test_the_wheel_works_alone(wheel, tmp_path):

@@ -19,6 +19,7 @@ from .token_layout import TokenLayout
 
 if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
     from .attention_reduction import received_attention  # noqa: F401
+    from .base_checkpoint import BaseCheckpoint  # noqa: F401
     from .checked_values import shown  # noqa: F401
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .selectors_uniform import select_uniform  # noqa: F401
     from .surplus_placeholders import surplus_of_images  # noqa: F401
     from .visual_evidence import VisualEvidence  # noqa: F401
+    from .weightless_checkpoint import WeightlessCheckpoint  # noqa: F401
 
 
 take_stock_keys(HIVTPLlavaNextConfig.model_type, HIVTPLlavaNextConfig.stock_model_type)

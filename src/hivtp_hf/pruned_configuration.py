@@ -1,7 +1,9 @@
-"""What every family's configuration shares: `pruning_config`, validated and stored, over a stock configuration."""
+"""What every family's configuration shares: `pruning_config` and `base_model`, validated and stored, over a stock one."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .base_checkpoint import ACCESS, BaseCheckpoint
 from .pruning_config import SHARED_SETTINGS, VisualTokenPruningConfig, check_no_setting_among
 
 # A mixin's calls to super() reach the stock class that comes behind it.
@@ -33,12 +35,57 @@ class PrunedConfigMixin(_Stock):
     # The model type of stock checkpoints of the family, and what a checkpoint of ours says of its classes.
     stock_model_type: ClassVar[str]
     family_auto_map: ClassVar[dict[str, str]]
+    # The class with a language modelling head; imported when it is asked for, as its file imports this one.
+    model_class: ClassVar[Callable[[], type]]
+
+    @classmethod
+    def from_base_model(cls, base_model, *, revision=None, **kwargs):
+        """The configuration of a checkpoint of a few kilobytes: it names `base_model`, at its commit, as what has the weights.
+
+        `push_to_hub` of it and of a processor with the same settings makes such a checkpoint on the Hub, `save_pretrained` one
+        in a folder. from_pretrained takes the weights from the base.
+
+        Args:
+            base_model (`str` or `os.PathLike`):
+                A stock or pruned checkpoint of the family: a repository on the Hub, or a folder. Of one that itself names a
+                base, that base is taken.
+            revision (`str`, *optional*):
+                A branch, tag or commit of it. The commit that it means now is recorded.
+            **kwargs:
+                As for `from_pretrained`; `pruning_config` above all.
+
+        Raises:
+            ValueError: for settings out of range, and a checkpoint of another family.
+            OSError: where the base cannot be read.
+        """
+        access = {key: kwargs[key] for key in ACCESS if key in kwargs}
+        base = BaseCheckpoint.locate(base_model, revision=revision, **access)
+        at_commit = {} if base.is_local else {"revision": base.revision}
+        config = cls.from_pretrained(base.name, **at_commit, **kwargs)
+        if config.base_model is None:
+            config.base_model = base
+        config.architectures = [cls.model_class().__name__]
+        return config
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As stock. With `push_to_hub`, a ValueError where the base is a folder of this machine."""
+        if push_to_hub and self.base_model is not None:
+            self.base_model.check_published()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As stock. A ValueError where the base is a folder of this machine."""
+        if self.base_model is not None:
+            self.base_model.check_published()
+        return super().push_to_hub(*args, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         # The one place that every route passes: constructor, stored file, and keywords of from_pretrained, which are set
         # on the finished object.
         if key == "pruning_config":
             value = VisualTokenPruningConfig.coerce(value)
+        elif key == "base_model":
+            value = BaseCheckpoint.coerce(value)
         elif key in SHARED_SETTINGS:
             raise ValueError(f"`{key}` is a pruning setting; give it as `pruning_config={{{key!r}: ...}}`.")
         super().__setattr__(key, value)
@@ -70,9 +117,12 @@ class PrunedConfigMixin(_Stock):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As for any config, with `pruning_config` as a plain dict and the whole `auto_map`."""
+        """As for any config, with `pruning_config` and `base_model` as plain dicts and the whole `auto_map`."""
         output = super().to_dict()
         output["pruning_config"] = self.pruning_config.to_dict()
+        output.pop("base_model", None)
+        if self.base_model is not None:
+            output["base_model"] = self.base_model.to_dict()
         # transformers itself writes the one entry of the class that is being saved.
         output["auto_map"] = dict(self.family_auto_map)
         return output

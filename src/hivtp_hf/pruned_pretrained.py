@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from .pruning_config import VisualTokenPruningConfig, check_no_setting_among
+from .weightless_checkpoint import WeightlessCheckpoint
 
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
@@ -18,9 +19,31 @@ class PrunedPreTrainedMixin(_Stock):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
+        """As stock; and a checkpoint whose configuration names a base is loaded from there.
+
+        `revision` and `subfolder` are then those of the checkpoint itself, and every other argument goes to the base.
+
+        Raises:
+            ValueError: for a pruning setting outside `pruning_config`, and for a base of another architecture or one that names
+                a base itself.
+            OSError: where a base cannot be read.
+        """
         check_no_setting_among(kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        weightless = WeightlessCheckpoint.found_at(pretrained_model_name_or_path, kwargs)
+        if weightless is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        arguments = weightless.arguments_for_base(cls.config_class, kwargs)
+        loaded = super().from_pretrained(weightless.base.name, *args, **arguments)
+        weightless.claim(loaded[0] if isinstance(loaded, tuple) else loaded)  # with it, what `output_loading_info` asks for
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """As stock: a complete checkpoint, which names no base."""
+        base, self.config.base_model = self.config.base_model, None
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.base_model = base
 
     def initialize_weights(self) -> None:
         """As stock, for missing weights of its parts as well."""

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .command_convert import convert
 from .command_inspect import inspect
+from .command_push import push
 from .command_visualize import visualize
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(inspect)
+app.command()(push)
 app.command()(visualize)
 
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from ..hub import convert_checkpoint
+from ..conversion import convert_checkpoint
 from .pruning_options import with_pruning_options
 
 
@@ -16,15 +17,25 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The folder to make.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    config_only: Annotated[
+        bool,
+        typer.Option("--config-only", help="Write no weights, but where they are: at a commit of SOURCE, or in its folder."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it exists.")] = False,
     *,
     pruning: dict[str, Any],
 ) -> None:
-    """Make a complete pruned checkpoint of SOURCE: configuration, processor, code, and its weights untouched.
+    """Make a pruned checkpoint of SOURCE: configuration, processor, code, and its weights untouched.
+
+    With --config-only it has no weights, and loading takes them from SOURCE, of the commit that it has now. Converted in turn,
+    such a checkpoint becomes a complete one.
 
     Settings that are not given are those of SOURCE, or the defaults where it is a stock checkpoint.
     """
-    folder = convert_checkpoint(source, target, pruning, revision=revision, cache_dir=cache_dir, force=force)
-    console = Console()
-    console.print(f"[green]{folder}[/] is complete. It loads with [bold]from_pretrained[/]: with hivtp_hf imported, or with")
-    console.print("[bold]trust_remote_code=True[/] alone.")
+    folder = convert_checkpoint(
+        source, target, pruning, revision=revision, cache_dir=cache_dir, config_only=config_only, force=force
+    )
+    Console().print(
+        f"[green]{escape(str(folder))}[/] is {'ready' if config_only else 'complete'}. It loads with "
+        "[bold]from_pretrained[/]: with hivtp_hf imported, or with [bold]trust_remote_code=True[/] alone."
+    )

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ..hub.checkpoint_source import open_source
+from ..checkpoints import open_source
 from .pruning_options import with_pruning_options
 
 
@@ -59,11 +59,11 @@ def visualize(
     processor = source.family.processor.from_pretrained(
         source.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
     )
-    source.weight_files()  # downloads them
+    source.weight_files()  # downloads them, its base's if it has none
     # An accelerator that is too small for the whole language model shares it with the CPU.
     placing = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = source.family.model.from_pretrained(
-        source.folder, pruning_config=settings, dtype="auto", local_files_only=True, **placing
+        source.folder, pruning_config=settings, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing
     )
 
     console = Console()

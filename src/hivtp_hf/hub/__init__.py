@@ -1,5 +1,5 @@
-"""Checkpoints on disk and on the Hub: made, described and published. Never travels with them."""
+"""Pruned checkpoints published on the Hub. Never travels with them."""
 
-from .convert import convert_checkpoint
+from .push import PushedCheckpoint, push_checkpoint
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["PushedCheckpoint", "push_checkpoint"]

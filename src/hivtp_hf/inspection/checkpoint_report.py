@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..hub.checkpoint_source import open_source
+from ..checkpoints import open_source
 from .language_model_cost import kv_cache_bytes, prefill_flops
 
 

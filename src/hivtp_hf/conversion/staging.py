@@ -4,27 +4,27 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, apart_from: Path | None = None, force: bool = False) -> Iterator[Path]:
+def staged_folder(target: Path, *, apart_from: Iterable[Path] = (), force: bool = False) -> Iterator[Path]:
     """An empty folder to fill, which becomes `target` if the block ends well, and vanishes if it does not.
 
     Args:
         target: what the folder is to be called; made beside it, so that the last step is a renaming.
-        apart_from: a folder that must stay as it is: `target` may neither be it nor lie in it, nor it in `target`.
+        apart_from: folders that must stay as they are: `target` may neither be one nor lie in one, nor one in `target`.
         force: whether an existing `target` is replaced. It stays until the new one stands.
 
     Raises:
         ValueError: for a `target` that exists, unless `force`; that is a file; or that touches `apart_from`.
     """
     target = target.absolute()
-    if apart_from is not None:
-        ours, theirs = target.resolve(), apart_from.resolve()
+    for folder in apart_from:
+        ours, theirs = target.resolve(), folder.resolve()
         if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-            raise ValueError(f"{target} and {apart_from} lie in each other; give a target outside the source.")
+            raise ValueError(f"{target} and {folder} lie in each other; give a target outside the source.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"{target} exists and is no folder; give another target.")
     if target.exists() and not force:

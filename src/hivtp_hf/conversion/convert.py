@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: a complete pruned checkpoint of a stock one, with its weights untouched."""
+"""`convert_checkpoint`: a pruned checkpoint of a stock one, with its weights untouched or with their address alone."""
 
 import json
 import shutil
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..base_checkpoint import BaseCheckpoint
+from ..cards import PLACEHOLDER_OWNER, model_card
+from ..checkpoints import CheckpointSource, open_source
 from ..pruning_config import VisualTokenPruningConfig
-from .checkpoint_source import CheckpointSource, open_source
 from .file_copies import copy_files
 from .staging import staged_folder
 
@@ -26,19 +29,25 @@ def convert_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    config_only: bool = False,
     force: bool = False,
     show_progress: bool = True,
 ) -> Path:
     """Makes a pruned checkpoint, which loads with and without this package; its weights are those of the source, bit for bit.
 
+    With `config_only` it has none, but names the checkpoint that has them: the source at its commit, or the source's own base.
+    Loading takes them from there.
+
     Nothing of the source is executed, and its weights are never loaded. An unfinished target never shows.
 
     Args:
-        source: a folder or `owner/name` on the Hub: a stock checkpoint of a supported family, or a pruned one.
+        source: a folder or `owner/name` on the Hub: a stock checkpoint of a supported family, or a pruned one, with or without
+            weights.
         target: the folder to make.
         pruning: settings to change, as `VisualTokenPruningConfig.replace` takes them: from the source's own, or from the
             defaults for a stock one.
         revision, token, cache_dir: for a source on the Hub, as for `huggingface_hub.snapshot_download`.
+        config_only: whether to leave the weights where they are.
         force: whether an existing target is replaced.
         show_progress: whether a bar tells how far copying is.
 
@@ -52,8 +61,10 @@ def convert_checkpoint(
     """
     opened = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
     settings = opened.settings().replace(**(pruning or {}))
-    with staged_folder(Path(target), apart_from=opened.folder, force=force) as stage:
-        _write_configuration(opened, settings, stage)
+    origin = opened.origin()
+    apart_from = [opened.folder, *([Path(origin.name)] if origin.is_local else [])]
+    with staged_folder(Path(target), apart_from=apart_from, force=force) as stage:
+        _write_configuration(opened, settings, stage, base=origin if config_only else None)
         processor = opened.family.processor.from_pretrained(
             opened.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
         )
@@ -62,20 +73,46 @@ def convert_checkpoint(
         for pattern in _COPIED:
             for path in opened.folder.glob(pattern):
                 shutil.copyfile(path, stage / path.name)
-        weights = opened.weight_files()  # last, as they may have to be downloaded
-        copy_files([(opened.folder / name, stage / name) for name in weights], show_progress=show_progress)
+        _write_card(opened, origin, stage, Path(target).name)
+        if config_only:
+            opened.check_weights()
+        else:
+            weights = opened.weight_files()  # last, as they may have to be downloaded
+            copy_files([(path, stage / path.name) for path in weights], show_progress=show_progress)
     return Path(target).absolute()
 
 
-def _write_configuration(source: CheckpointSource, settings: VisualTokenPruningConfig, folder: Path) -> None:
+def _write_configuration(
+    source: CheckpointSource, settings: VisualTokenPruningConfig, folder: Path, base: BaseCheckpoint | None
+) -> None:
     """config.json and all code that travels."""
     family = source.family
     config = family.config.from_pretrained(source.folder, pruning_config=settings, local_files_only=True)
     config.architectures = [family.model.__name__]
+    config.base_model = base
     _check_that_it_fits(config, family)
     config.save_pretrained(folder)
     for part in (family.model, family.processor):
         custom_object_save(part, folder)
+
+
+def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, name: str) -> None:
+    """README.md: what the finished checkpoint in `folder` is, and what it is made from."""
+    try:
+        card = ModelCard.load(source.folder / "README.md")
+    except Exception:  # there is none, or it is no card: cards are written by hand
+        card = None
+    base_name, base_revision = (None, None) if origin.is_local else origin
+    if base_name is None and source.is_pruned and card is not None:
+        base_name = card.data.get("base_model")  # the weights are still those
+    made = model_card(
+        folder,
+        repo_id=f"{PLACEHOLDER_OWNER}/{name}",
+        base_name=base_name,
+        base_revision=base_revision,
+        base_card=card,
+    )
+    (folder / "README.md").write_text(str(made), encoding="utf-8")
 
 
 def _check_that_it_fits(config: Any, family: Any) -> None:

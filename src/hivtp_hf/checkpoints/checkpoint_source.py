@@ -1,0 +1,175 @@
+"""A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from .. import Family, family_of_model_type
+from ..base_checkpoint import BaseCheckpoint
+from ..pruning_config import VisualTokenPruningConfig
+from ..weightless_checkpoint import WeightlessCheckpoint
+
+# What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
+_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+class CheckpointSource(NamedTuple):
+    """A checkpoint on disk.
+
+    Attributes:
+        name: as it was given.
+        folder: where its files lie.
+        family: the classes that it belongs to.
+        config: its config.json.
+        repository: where it comes from, if it lies on the Hub. Weights come when they are asked for.
+        base: the checkpoint that has its weights, where it has none itself.
+        access: `token` and `cache_dir`, as they were given.
+    """
+
+    name: str
+    folder: Path
+    family: Family
+    config: dict[str, Any]
+    repository: "_Repository | None"
+    base: BaseCheckpoint | None
+    access: dict[str, Any]
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it names pruning settings already."""
+        return self.config["model_type"] == self.family.config.model_type
+
+    def settings(self) -> VisualTokenPruningConfig:
+        """Its pruning settings: those that it names, or the defaults of a stock checkpoint."""
+        return VisualTokenPruningConfig.coerce(self.config.get("pruning_config") if self.is_pruned else None)
+
+    def origin(self) -> BaseCheckpoint:
+        """The checkpoint that has its weights: its base, or else itself, at the commit that was opened."""
+        if self.base is not None:
+            return self.base
+        if self.repository is not None:
+            return BaseCheckpoint(self.repository.name, self.repository.revision)
+        return BaseCheckpoint(str(self.folder.absolute()), None)
+
+    def check_weights(self) -> None:
+        """A ValueError where there are no weights, asked without downloading any."""
+        if self.base is not None:
+            self._opened(self.base).check_weights()
+        elif self.repository is None:
+            self.weight_files()
+        elif not {name for weights in _WEIGHTS for name in (weights, f"{weights}.index.json")} & self.repository.file_names():
+            raise self._no_weights()
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold its weights or those of its base, index first where there is one; downloaded by then.
+
+        Raises:
+            ValueError: where there are none, where a shard that the index names is missing, and for names that lead
+                out of the folder.
+            OSError, huggingface_hub.errors.HfHubHTTPError: where they cannot be downloaded.
+        """
+        if self.base is not None:
+            return self._opened(self.base).weight_files()
+        for name in _WEIGHTS:
+            index = self.folder / f"{name}.index.json"
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
+            outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
+            if not outside and self.repository is not None:
+                self.repository.download(shards)
+            missing = outside or [shard for shard in shards if not (self.folder / shard).is_file()]
+            if index.exists() and missing:
+                raise ValueError(f"{index} names the shard {missing[0]!r}, which is no file beside it. Get all files.")
+            if not missing:
+                return [self.folder / part for part in ([index.name, *shards] if index.exists() else shards)]
+        raise self._no_weights()
+
+    def _opened(self, base: BaseCheckpoint) -> "CheckpointSource":
+        WeightlessCheckpoint(self.name, str(self.folder), base, None).check_base(self.family.config, self.access)
+        return open_source(base.name, revision=base.revision, **self.access)
+
+    def _no_weights(self) -> ValueError:
+        return ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
+
+
+class _Repository(NamedTuple):
+    """A repository on the Hub at a revision."""
+
+    name: str
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+
+    def download(self, patterns: list[str]) -> Path:
+        """The folder with the files that match."""
+        try:
+            folder = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns, token=self.token, cache_dir=self.cache_dir
+            )
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:  # the connection broke and the client gave up; its errors are no OSErrors
+            raise OSError(f"{self.name} could not be downloaded: {error}. Try again; what has arrived is kept.") from error
+        return Path(folder)
+
+    def file_names(self) -> set[str]:
+        """The names of all files."""
+        try:
+            return set(HfApi(token=self.token).list_repo_files(self.name, revision=self.revision))
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:
+            raise OSError(f"the files of {self.name} could not be listed: {error}. Try again.") from error
+
+
+def open_source(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> CheckpointSource:
+    """The checkpoint called `name`, downloaded without its weights where it is no folder. Nothing of it is executed.
+
+    Args:
+        name: a folder, or `owner/name` on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        token, cache_dir: as for `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ValueError: for what is neither, for a folder without config.json, and for a family that cannot be pruned.
+        OSError, huggingface_hub.errors.HfHubHTTPError: where it cannot be downloaded.
+    """
+    repository: _Repository | None = None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` is {revision!r}, but {name} is a folder, which has none. Leave it out.")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"{name} is no folder, and no repository on the Hub (owner/name). Check the path.")
+    else:
+        repository = _Repository(name, revision, token, cache_dir)
+        folder = repository.download(_FILES)
+        # What follows is taken of the same commit, after which the folder is called.
+        repository = repository._replace(revision=folder.name)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
+    config = _read_json(path)
+    family = family_of_model_type(config.get("model_type"), name)
+    base = BaseCheckpoint.coerce(config.get("base_model"))
+    access = {"token": token, "cache_dir": cache_dir}
+    return CheckpointSource(name, folder, family, config, repository, base, access)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}. Get the file again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object. Get the file again.")
+    return content

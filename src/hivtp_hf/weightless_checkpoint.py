@@ -1,0 +1,147 @@
+"""Checkpoints of a few kilobytes: their configuration names a base, and from_pretrained takes the weights from there."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .base_checkpoint import ACCESS, BaseCheckpoint
+
+# Arguments of from_pretrained that concern this checkpoint and not its base.
+_OWN = ("revision", "subfolder", "_commit_hash")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# What two configurations must agree in for the weights of one to be those of the other.
+_SHAPES = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "image_size", "patch_size"),
+)
+
+
+class WeightlessCheckpoint(NamedTuple):
+    """A checkpoint that was found to have no weights.
+
+    Attributes:
+        name: as it was given to from_pretrained.
+        folder: where its config.json lies.
+        base: where its weights are.
+        generation_config: what it says of generation itself, or None.
+    """
+
+    name: str
+    folder: str
+    base: BaseCheckpoint
+    generation_config: GenerationConfig | None
+
+    @classmethod
+    def found_at(cls, name: Any, arguments: Mapping[str, Any]) -> "WeightlessCheckpoint | None":
+        """What `name` is if its config.json names a base; None for every other checkpoint.
+
+        The file decides, not a configuration that was given along: that one may be meant for other weights.
+
+        Args:
+            name: a folder or a repository on the Hub.
+            arguments: the keyword arguments of from_pretrained.
+
+        Raises:
+            ValueError: where config.json names a base that is none, or one beside weights in the same folder.
+        """
+        if name is None:
+            return None
+        where = {key: arguments[key] for key in (*ACCESS, "revision", "subfolder") if arguments.get(key) is not None}
+        path = _found_file(name, "config.json", where)
+        base = None if path is None else _base_named_in(path)
+        if path is None or base is None:
+            return None
+        folder = Path(path).parent
+        if os.path.isdir(name) and any(weights for pattern in _WEIGHTS for weights in folder.glob(pattern)):
+            raise ValueError(
+                f"{name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out of "
+                "config.json to load the weights that lie there, or move them away to load the base."
+            )
+        generation = _found_file(name, "generation_config.json", where)
+        own_generation = None if generation is None else GenerationConfig.from_pretrained(Path(generation).parent)
+        return cls(str(name), str(folder), base, own_generation)
+
+    def arguments_for_base(self, config_class: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of from_pretrained by which the base's weights are loaded into this checkpoint's configuration.
+
+        Raises:
+            ValueError: where the base is of another architecture, or names a base itself.
+            OSError: where it cannot be read.
+        """
+        access = {key: arguments[key] for key in ACCESS if arguments.get(key) is not None}
+        self.check_base(config_class, access)
+        # The base's commit rules from here on: revision, subfolder and commit so far are those of this checkpoint.
+        changed = {key: value for key, value in arguments.items() if key not in _OWN}
+        adapter = changed.get("adapter_kwargs") or {}
+        if "_adapter_model_path" not in adapter:  # no adapter was found, and the Auto classes left our revision there
+            changed["adapter_kwargs"] = {key: value for key, value in adapter.items() if key not in _OWN}
+        if not self.base.is_local:
+            changed |= {"revision": self.base.revision, "_commit_hash": self.base.revision}
+        # A path, so that transformers itself tells settings of the configuration from arguments of the model.
+        changed.setdefault("config", self.folder)
+        if changed.get("generation_config") is None and self.generation_config is not None:
+            changed["generation_config"] = self.generation_config
+        return changed
+
+    def check_base(self, config_class: Any, access: Mapping[str, Any]) -> None:
+        """Raises what `arguments_for_base` says; `access` are arguments of from_pretrained that say where and how to look."""
+        said = f"{self.name} has no weights; its config.json names {self.base} as the base that has them"
+        revision = {} if self.base.is_local else {"revision": self.base.revision}
+        if self.base.is_local and not os.path.isdir(self.base.name):
+            raise OSError(f"{said}, and there is no such folder here. Get the folder, or convert the checkpoint anew.")
+        try:
+            config = config_class.from_pretrained(self.base.name, **revision, **access)
+        except OSError as error:
+            raise OSError(f"{said}, and that cannot be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{said}, and that cannot be used: {error}") from error
+        if config.base_model is not None:
+            raise ValueError(
+                f"{said}, and that names a base in turn, {config.base_model}. Name the one that has the weights: convert the "
+                "checkpoint anew."
+            )
+        own = config_class.from_pretrained(self.folder)
+        for part in ("text_config", "vision_config"):
+            for shape in _SHAPES:
+                here, there = (getattr(getattr(whole, part), shape, None) for whole in (own, config))
+                if here != there:
+                    raise ValueError(
+                        f"{said}, and that is of another architecture: `{part}.{shape}` is {there!r} there and {here!r} here. "
+                        "Convert the checkpoint anew."
+                    )
+
+    def claim(self, model: Any) -> None:
+        """Gives a loaded model the name of this checkpoint, by which adapters and processors find it again."""
+        model.config.name_or_path = self.name
+        model.name_or_path = self.name
+        # Releases to 5.22 look for further files at this commit.
+        model.config._commit_hash = extract_commit_hash(str(Path(self.folder, "config.json")), None)
+
+
+def _found_file(name: Any, filename: str, where: Mapping[str, Any]) -> str | None:
+    """The path of a file of a checkpoint; None where there is none, also for reasons that loading will report better."""
+    try:
+        return cached_file(
+            name,
+            filename,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+    except OSError:
+        return None
+
+
+def _base_named_in(path: str) -> BaseCheckpoint | None:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # loading says what is wrong with it
+        return None
+    return BaseCheckpoint.coerce(config.get("base_model")) if isinstance(config, dict) else None

@@ -1,0 +1,105 @@
+"""The command line in processes of their own whose Hub is one on loopback, and what became of it."""
+
+import inspect
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hub_server import HubServer
+
+_PROGRAM = """
+from __future__ import annotations
+import json, sys
+
+{source}
+
+print(json.dumps({name}(**json.loads(sys.argv[1]))))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def program(client: Callable[..., Any], **arguments: Any) -> list[str]:
+    """A command that runs a function, of which only the source goes along, and prints as JSON what it returns."""
+    source = textwrap.dedent(inspect.getsource(client))
+    text = _PROGRAM.format(source=source, name=client.__name__)
+    return [sys.executable, "-c", text, json.dumps(arguments, default=str)]
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hivtp_hf.cli", *map(str, arguments)]
+
+
+def finished(hub: HubServer, home: Path, command: list[str], token: str | bool = False) -> subprocess.CompletedProcess[str]:
+    """A process that has ended, whose Hub is `hub`; it has no token unless one is given."""
+    home.mkdir(parents=True, exist_ok=True)
+    environment = hub.environment(home, token=token)
+    return subprocess.run(
+        command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+
+
+def commands(cases: list[dict[str, Any]], parent: str) -> list[dict[str, Any]]:
+    """Runs in a process of its own: the command line once per case, with its exit status and all that it wrote.
+
+    Streams are taken at their descriptors, so that warnings of any library are among it. Nothing sleeps between attempts.
+    """
+    import os
+    import sys
+    import tempfile
+    import time
+    import traceback
+    from pathlib import Path
+
+    import hivtp_hf.cli
+
+    slept: list[float] = []
+    time.sleep = slept.append
+    outcomes = []
+    for case in cases:
+        os.environ.pop("HF_TOKEN", None)
+        if case.get("token"):
+            os.environ["HF_TOKEN"] = case["token"]
+        sys.argv = ["hivtp", *case["arguments"]]
+        before, status = [os.dup(1), os.dup(2)], None
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            try:
+                hivtp_hf.cli.main()
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                for descriptor, stream in zip((1, 2), before, strict=True):
+                    os.dup2(stream, descriptor)
+                    os.close(stream)
+            out.seek(0)
+            err.seek(0)
+            left = sorted(path.name for path in Path(parent).iterdir())
+            outcomes.append({"status": status, "out": out.read(), "err": err.read(), "left": left, "slept": len(slept)})
+    return outcomes
+
+
+def message_of(outcome: dict[str, Any], tokens: list[str]) -> str:
+    """The message of a command that failed as it should: one, without traceback or token, and with nothing left behind."""
+    error = outcome["err"]
+    assert outcome["status"] == 1, error
+    assert "Traceback" not in error + outcome["out"], error
+    assert not any(token in error + outcome["out"] for token in tokens)
+    assert error.count("hivtp: ") == 1, error
+    assert outcome["out"] == ""
+    assert outcome["left"] == []
+    message = error.partition("hivtp: ")[2].strip()
+    assert message
+    return message
