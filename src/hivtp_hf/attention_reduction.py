@@ -47,10 +47,7 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
         return summed / (num_heads * query.shape[2])
 
 
-# An operator of its own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
-# every number of tiles.
-@torch.library.custom_op(f"hivtp_{uuid.uuid4().hex}::summed_attention", mutates_args=())
-def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _summed_in_chunks(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention summed over heads and query rows, float32 (tiles, tokens), in chunks of bounded memory."""
     tiles, heads, num_rows, _ = query.shape
     tokens = key.shape[2]
@@ -70,6 +67,16 @@ def _summed_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return summed
 
 
-@_summed_attention.register_fake
-def _(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _empty_sums(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """What `_summed_in_chunks` returns, without its values: all that compilers want to know of it."""
     return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
+
+
+# An operator of its own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
+# every number of tiles. Registered piece by piece: `torch.library.custom_op` looks through all loaded modules for the line
+# that calls it, which is most of what importing this package would take.
+_library = torch.library.Library(f"hivtp_{uuid.uuid4().hex}", "DEF")
+_library.define("summed_attention(Tensor query, Tensor key, float scaling) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("summed_attention", _summed_in_chunks, "CompositeExplicitAutograd")
+_library.impl("summed_attention", _empty_sums, "Meta")
+_summed_attention = getattr(torch.ops, _library.ns).summed_attention

@@ -1,9 +1,12 @@
 """Names of weights in checkpoints: ours are stock's, in every layout that transformers has written."""
 
+import functools
+
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 
+@functools.cache
 def take_stock_keys(model_type: str, stock_type: str) -> None:
     """Lets checkpoints of `model_type` rename their keys as those of the stock `stock_type`.
 

@@ -8,7 +8,6 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.utils import can_return_tuple
 
 from .call_arguments import as_stock_with_ratio
-from .checkpoint_keys import take_stock_keys
 from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .pruned_generation import PrunedGenerationMixin
 from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, refuse_budget_among
@@ -20,6 +19,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .attention_reduction import received_attention  # noqa: F401
     from .base_checkpoint import BaseCheckpoint  # noqa: F401
     from .checked_values import shown  # noqa: F401
+    from .checkpoint_keys import take_stock_keys  # noqa: F401
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .pruned_configuration import auto_map  # noqa: F401
@@ -39,9 +39,6 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .surplus_placeholders import surplus_of_images  # noqa: F401
     from .visual_evidence import VisualEvidence  # noqa: F401
     from .weightless_checkpoint import WeightlessCheckpoint  # noqa: F401
-
-
-take_stock_keys(HIVTPLlavaConfig.model_type, HIVTPLlavaConfig.stock_model_type)
 
 
 class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):

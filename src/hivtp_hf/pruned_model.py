@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .call_arguments import named_arguments, takes_encoded_images
+from .checkpoint_keys import take_stock_keys
 from .methods import pruning_method
 from .pruned_features import (
     check_placeholders,
@@ -82,6 +83,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
 
     def _start_pruning(self) -> None:
         """Called by a family's constructor once the vision tower stands; ValueError where settings do not fit it."""
+        # Weights are loaded and saved after a model is built, so that importing need not wait for transformers' rules.
+        take_stock_keys(self.config.model_type, self.config.stock_model_type)
         self._has_cls_token = has_cls_token(self.vision_tower)
         pruning = self.config.pruning_config
         self._feature_layer(pruning)
