@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -79,7 +80,9 @@ def needed_imports(sources: Iterable[str]) -> list[str]:
 
 def _fresh(code: str) -> dict:
     """What a program prints as JSON, run by a fresh interpreter."""
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # With compiled bytecode on disk, as for every user from the second import on; else compiling would be most of it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"a fresh process failed:\n{finished.stderr}")
     return json.loads(finished.stdout.splitlines()[-1])
