@@ -94,6 +94,7 @@ def test_convert_then_inspect(hivtp, stock, tmp_path):
     table = hivtp("inspect", target, "--size", "60x100")
     assert table.returncode == 0, table.stderr
     assert "60 x 100" in table.stdout
+    assert "…" not in table.stdout  # not even at the 80 columns of a pipe
     assert "hiprune" in table.stdout
 
 

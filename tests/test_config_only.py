@@ -13,12 +13,14 @@ from transformers import (
     AutoProcessor,
     GenerationConfig,
     LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
     QuantoConfig,
     pipeline,
 )
 
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
+from hivtp_hf import pruned_configuration
 from hivtp_hf.base_checkpoint import BaseCheckpoint
 from hivtp_hf.conversion import convert_checkpoint
 from tiny_checkpoint import build_stock_checkpoint
@@ -336,6 +338,17 @@ def test_where_a_configuration_finds_its_base(family, stock, published, tmp_path
         family.config.from_base_model(stock, retention_ratio=0.5)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         family.config.from_base_model(tmp_path)
+
+
+def test_a_configuration_without_a_base_is_no_checkpoint(family, monkeypatch):
+    monkeypatch.setattr(PreTrainedConfig, "push_to_hub", lambda self, name: name)
+    records = []
+    monkeypatch.setattr(pruned_configuration.logger, "warning", records.append)
+    assert family.config().push_to_hub("owner/name") == "owner/name"
+    assert "from_base_model" in records[0]
+    records.clear()
+    family.config(base_model={"name": "owner/name", "revision": COMMIT}).push_to_hub("owner/name")
+    assert not records
 
 
 def test_a_folder_of_this_machine_is_not_published(family, published):

@@ -187,15 +187,18 @@ def test_bases_that_cannot_be_loaded(stock):
             "family": ("owner/other", other, "ValueError", "'llava'"),
             "in_turn": (SMALL, in_turn, "ValueError", "names a base in turn"),
         }
+        # Weights beside the name of a base are no base's fault, but which ones are meant?
+        hub.add_repository("owner/both-small", {**small, WEIGHTS: files[WEIGHTS]})
         for case, (name, revision, *_) in cases.items():
             config = {**json.loads(small["config.json"]), "base_model": {"name": name, "revision": revision}}
             hub.add_repository(f"owner/{case}-small", {**small, "config.json": json.dumps(config).encode()})
         names = [f"owner/{case}-small" for case in cases]
-        errors = run_client(hub, failing, token=False, names=names)
+        *errors, (_, message_of_both) = run_client(hub, failing, token=False, names=[*names, "owner/both-small"])
         for (case, (name, revision, kind, said)), (error, message) in zip(cases.items(), errors, strict=True):
             assert error == kind, (case, message)
             assert f"owner/{case}-small has no weights; its config.json names {name} at commit {revision}" in message, case
             assert said in message, (case, message)
+        assert "owner/both-small has weights, and its config.json names" in message_of_both
         assert not hub.asked("GET", "^/storage/")  # no weights were fetched before
 
 
@@ -226,6 +229,10 @@ def test_converted_to_a_complete_one(stock, tmp_path):
         run = finished(hub, tmp_path / "home", command_line("convert", "owner/empty", tmp_path / "x", "--config-only"))
         assert run.returncode == 1
         assert "owner/empty has no weights" in run.stderr
+        hub.add_repository("owner/both", {**hub.files(SMALL), WEIGHTS: files[WEIGHTS]})
+        run = finished(hub, tmp_path / "home", command_line("convert", "owner/both", tmp_path / "x"))
+        assert run.returncode == 1
+        assert "owner/both has weights, and its config.json names" in run.stderr
         assert not (tmp_path / "x").exists()
 
 

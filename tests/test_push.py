@@ -101,6 +101,8 @@ def test_later_pushes(small, tmp_path):
         start = hub.add_repository("owner/model", {".gitignore": b"*.json\n", "notes/config.json": b"{}"})
         cases = [(["push", *arguments], hub.token) for arguments in push]
         cases += [(["push", second, "owner/model", "--pr"], guest), (["push", shards, "owner/model", "--pr"], guest)]
+        # Another commit in that request.
+        cases += [(["push", first, "owner/model", "--revision", "refs/pr/1"], hub.token)]
         outcomes = run_commands(hub, tmp_path / "home", cases)
         check_that_no_token_got_out(hub, outcomes, [hub.token, guest])
         pushed = [pushed_commit(outcome, "owner/model") for outcome in outcomes]
@@ -112,6 +114,7 @@ def test_later_pushes(small, tmp_path):
             "LICENSE.txt",
             "photo.png",
             "eval_results.json",
+            "extra.py",  # nothing names it, so it changes nothing
             "README.md",
         }
         at = [hub.files("owner/model", commit) for commit in pushed]
@@ -128,7 +131,12 @@ def test_later_pushes(small, tmp_path):
         assert at[0].keys() == kept | contents(first).keys()
         assert at[1].keys() == kept | contents(second).keys()
         assert at[3].keys() == kept | contents(shards).keys()
-        assert main[1].message.endswith(": added_tokens.json, extra.py.")
+        assert main[1].message.endswith(": added_tokens.json.")
+        assert "Taken away there: added_tokens.json\n" in outcomes[1]["out"]
+        assert "Taken away" not in outcomes[0]["out"]
+        assert "Nothing was changed.\n" in outcomes[2]["out"]
+        assert "Nothing was changed" not in outcomes[1]["out"] + outcomes[4]["out"]
+        assert f"{hub.endpoint}/owner/model/tree/a%2Fbranch\n" in outcomes[4]["out"]
         assert main[0].message.endswith(f": {WEIGHTS}.")
         for folder, files in zip((first, second, second, shards), at, strict=False):
             assert {name: files[name] for name in contents(folder)} == contents(folder)
@@ -137,12 +145,13 @@ def test_later_pushes(small, tmp_path):
         assert [commit.oid for commit in branch[:3]] == [pushed[5], pushed[4], pushed[3]]
         assert at[4].keys() == at[1].keys()
         assert at[5]["configuration_hivtp_llava.py"] == EVIL.encode()
-        assert [commit.oid for commit in hub.commits("owner/model", "refs/pr/1")][:2] == [pushed[6], pushed[3]]
+        assert [commit.oid for commit in hub.commits("owner/model", "refs/pr/1")][:3] == [pushed[8], pushed[6], pushed[3]]
         assert [request.author for request in hub.repository("owner/model").discussions] == ["guest"]
         assert f"Pull request: {hub.endpoint}/owner/model/discussions/1" in outcomes[6]["out"]
         # A pull request that would change nothing is none.
         assert pushed[7] == pushed[3]
         assert "Pull request" not in outcomes[7]["out"]
+        assert "Nothing was changed, and no pull request opened." in outcomes[7]["out"]
 
         # Weights went up once, and two shards; everything after that was there already. Storage was asked about those alone
         # that the branch did not have under their names.
@@ -178,7 +187,8 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         cases: list[Any] = []
         for name, (changed, _) in refused.items():
             cases.append([with_changes(complete, tmp_path / name, changed), "owner/refused", "--config-only"])
-        cases += [[complete, "owner/base", "--config-only"], [weightless, "owner/base"]]
+        cases += [[complete, "owner/base", "--config-only"], [weightless, "owner/base"], [weightless, "owner/full"]]
+        full = hub.add_repository("owner/full", stock["llava_next"])
         accepted = [
             [complete, "owner/small"],
             [complete, "owner/small", "--config-only"],
@@ -190,9 +200,11 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         check_that_no_token_got_out(hub, outcomes, [hub.token])
         messages = [message_of(outcome, [hub.token]) for outcome in outcomes[: len(cases)]]
         expected = [message for _, message in refused.values()] + ["is the base itself and would lose its weights"] * 2
+        expected.append("owner/full has weights (model.safetensors), and this checkpoint has none")
         for message, text in zip(messages, expected, strict=True):
             assert text in message
         assert not hub.asked(pattern="owner/refused")
+        assert hub.commits("owner/full")[0].oid == full
         assert {name: hub.commits(f"owner/{name}")[0].oid for name in newest} == newest
         commits = [pushed_commit(outcome, case[1]) for outcome, case in zip(outcomes[len(cases) :], accepted, strict=True)]
         assert commits[4] == commits[3]  # nothing to change
@@ -243,5 +255,6 @@ def test_progress_shows_unless_it_is_unwanted(small):
         quiet, loud, again = run_client(hub, pushes_with_bars, folder=small)
         assert [quiet[0], loud[0], again[0]] == [False, True, False]
         commit = hub.commits("owner/loud")[0].oid
-        assert loud[1] == {"url": f"{hub.endpoint}/owner/loud", "repo_id": "owner/loud", "commit": commit, "pull_request": None}
-        assert again[1] == quiet[1]
+        page = {"url": f"{hub.endpoint}/owner/loud", "repo_id": "owner/loud", "commit": commit, "pull_request": None}
+        assert loud[1] == {**page, "removed": [], "is_new": True}
+        assert again[1] == {**quiet[1], "is_new": False}

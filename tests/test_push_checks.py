@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from checkpoints import build_pruned_checkpoint
+from hivtp_hf.cards import model_card
 from hivtp_hf.hub import push_checkpoint
 from pushes import CARD, WEIGHTS, with_shards
 
@@ -42,6 +43,18 @@ def test_a_whole_folder_passes(folder):
     # What all others differ from: the first request fails.
     with pytest.raises(OSError, match="offline"):
         push_checkpoint(folder, "owner/name", token=TOKEN)
+
+
+def test_a_card_that_describes_other_settings(folder):
+    said = model_card(folder, repo_id="owner/name")
+    (folder / "README.md").write_text(str(said))
+    with pytest.raises(OSError, match="offline"):
+        push_checkpoint(folder, "owner/name", token=TOKEN)
+    for name in ("config.json", "processor_config.json"):
+        content = json.loads((folder / name).read_text())
+        content["pruning_config"]["retention_ratio"] = 0.3
+        (folder / name).write_text(json.dumps(content))
+    check_refused(folder, r"README\.md says that `retention_ratio` is 0\.4, and config\.json that it is 0\.3")
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,15 @@ def test_refusals_are_one_message_and_change_nothing(small, tmp_path):
         expected = [
             # arguments, token, what the message says
             (["owner/open"], unknown, "401.*the Hub does not know the token: log in with `hf auth login`"),
-            (["owner/open"], stranger, "403.*may write.*or open a pull request with `--pr`"),
+            (["owner/open"], stranger, "403.*may write.*open a pull request with `--pr`"),
             (["owner/open", "--revision", "dev"], stranger, "403.*may write"),
             (["owner/hidden"], stranger, "403.*rights to create"),  # it cannot be seen, so it would be made
             (["owner/new"], stranger, "403.*rights to create"),
             (["owner/open", "--private"], hub.token, "exists and is public"),
             (["owner/tagged", "--revision", "v1"], hub.token, "'v1', which is a tag"),
             (["owner/tagged", "--revision", "refs/tags/v1"], hub.token, "which is a tag"),
+            (["owner/tagged", "--revision", "refs/pr/9"], hub.token, "'refs/pr/9', which owner/tagged does not have"),
+            (["owner/absent", "--pr"], hub.token, "owner/absent does not exist.*no pull request"),
             (["owner/down"], hub.token, "503.*Run the same command again"),
             (["owner/shut"], hub.token, "owner/shut was not changed: Error while uploading 'model.safetensors'.*403.*again"),
         ]

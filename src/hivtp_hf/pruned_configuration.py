@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from transformers.utils import logging
+
 from .base_checkpoint import ACCESS, BaseCheckpoint
 from .pruning_config import SHARED_SETTINGS, VisualTokenPruningConfig, check_no_setting_among
+
+logger = logging.get_logger(__name__)
 
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
@@ -74,9 +78,15 @@ class PrunedConfigMixin(_Stock):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
-        """As stock. A ValueError where the base is a folder of this machine."""
+        """As stock. A ValueError where the base is a folder of this machine, and a warning where there is none."""
         if self.base_model is not None:
             self.base_model.check_published()
+        else:
+            logger.warning(
+                "This configuration names no base that has the weights. The repository loads once a model is pushed there, "
+                "too. For a repository without weights, make the configuration by "
+                f"`{type(self).__name__}.from_base_model(...)`."
+            )
         return super().push_to_hub(*args, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, has_file
 from transformers.utils.hub import extract_commit_hash
 
 from .base_checkpoint import ACCESS, BaseCheckpoint
 
 # Arguments of from_pretrained that concern this checkpoint and not its base.
 _OWN = ("revision", "subfolder", "_commit_hash")
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# By these names transformers looks for weights.
+_WEIGHTS = tuple(f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
 # What two configurations must agree in for the weights of one to be those of the other.
 _SHAPES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -48,7 +49,7 @@ class WeightlessCheckpoint(NamedTuple):
             arguments: the keyword arguments of from_pretrained.
 
         Raises:
-            ValueError: where config.json names a base that is none, or one beside weights in the same folder.
+            ValueError: where config.json names a base that is none, or one beside weights of its own.
         """
         if name is None:
             return None
@@ -58,10 +59,10 @@ class WeightlessCheckpoint(NamedTuple):
         if path is None or base is None:
             return None
         folder = Path(path).parent
-        if os.path.isdir(name) and any(weights for pattern in _WEIGHTS for weights in folder.glob(pattern)):
+        if _has_weights(name, {**where, "revision": extract_commit_hash(path, None)}):
             raise ValueError(
                 f"{name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out of "
-                "config.json to load the weights that lie there, or move them away to load the base."
+                "config.json to load the weights that lie there, or take them away to load the base."
             )
         generation = _found_file(name, "generation_config.json", where)
         own_generation = None if generation is None else GenerationConfig.from_pretrained(Path(generation).parent)
@@ -137,6 +138,15 @@ def _found_file(name: Any, filename: str, where: Mapping[str, Any]) -> str | Non
         )
     except OSError:
         return None
+
+
+def _has_weights(name: Any, where: Mapping[str, Any]) -> bool:
+    subfolder = where.get("subfolder", "")
+    access = {key: value for key, value in where.items() if key != "subfolder"}
+    try:
+        return any(has_file(name, f"{subfolder}/{weights}" if subfolder else weights, **access) for weights in _WEIGHTS)
+    except OSError:  # loading says what is wrong
+        return False
 
 
 def _base_named_in(path: str) -> BaseCheckpoint | None:

@@ -1,11 +1,19 @@
 """A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .. import Family, family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
@@ -61,7 +69,7 @@ class CheckpointSource(NamedTuple):
             self._opened(self.base).check_weights()
         elif self.repository is None:
             self.weight_files()
-        elif not {name for weights in _WEIGHTS for name in (weights, f"{weights}.index.json")} & self.repository.file_names():
+        elif not _names_of_weights() & self.repository.file_names():
             raise self._no_weights()
 
     def weight_files(self) -> list[Path]:
@@ -88,11 +96,28 @@ class CheckpointSource(NamedTuple):
         raise self._no_weights()
 
     def _opened(self, base: BaseCheckpoint) -> "CheckpointSource":
+        if _names_of_weights() & self._file_names():
+            raise ValueError(
+                f"{self.name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out "
+                "of config.json to go by the weights that lie there, or take them away to go by the base."
+            )
         WeightlessCheckpoint(self.name, str(self.folder), base, None).check_base(self.family.config, self.access)
         return open_source(base.name, revision=base.revision, **self.access)
 
+    def _file_names(self) -> set[str]:
+        if self.repository is None:
+            return {path.name for path in self.folder.iterdir()}
+        try:
+            return self.repository.file_names()
+        except OSError:  # without a connection, what was downloaded is all that is known
+            return set()
+
     def _no_weights(self) -> ValueError:
         return ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
+
+
+def _names_of_weights() -> set[str]:
+    return {name for weights in _WEIGHTS for name in (weights, f"{weights}.index.json")}
 
 
 class _Repository(NamedTuple):
@@ -105,24 +130,35 @@ class _Repository(NamedTuple):
 
     def download(self, patterns: list[str]) -> Path:
         """The folder with the files that match."""
-        try:
+        with self._explained_refusals("downloaded"):
             folder = snapshot_download(
                 self.name, revision=self.revision, allow_patterns=patterns, token=self.token, cache_dir=self.cache_dir
             )
-        except HfHubHTTPError:
-            raise
-        except HTTPError as error:  # the connection broke and the client gave up; its errors are no OSErrors
-            raise OSError(f"{self.name} could not be downloaded: {error}. Try again; what has arrived is kept.") from error
         return Path(folder)
 
     def file_names(self) -> set[str]:
         """The names of all files."""
-        try:
+        with self._explained_refusals("listed"):
             return set(HfApi(token=self.token).list_repo_files(self.name, revision=self.revision))
-        except HfHubHTTPError:
+
+    @contextlib.contextmanager
+    def _explained_refusals(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except HfHubHTTPError as error:
+            error.append_to_message(f"\n{self._advice(error)}")
             raise
-        except HTTPError as error:
-            raise OSError(f"the files of {self.name} could not be listed: {error}. Try again.") from error
+        except HTTPError as error:  # the connection broke and the client gave up; its errors are no OSErrors
+            raise OSError(f"{self.name} could not be {done}: {error}. Try again; what has arrived is kept.") from error
+
+    def _advice(self, error: HfHubHTTPError) -> str:
+        if isinstance(error, RevisionNotFoundError):
+            return f"`revision` is {self.revision!r}; it must be a branch, a tag or a commit of {self.name}."
+        if isinstance(error, GatedRepoError):
+            return f"Ask for access on the page of {self.name}, and log in with `hf auth login`."
+        if isinstance(error, RepositoryNotFoundError):
+            return f"Check the name {self.name!r}. If it is right, the repository is private: log in with `hf auth login`."
+        return "Try again; what has arrived is kept."
 
 
 def open_source(

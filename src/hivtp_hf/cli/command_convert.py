@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from ..checkpoints import open_source
 from ..conversion import convert_checkpoint
+from .printing import say
 from .pruning_options import with_pruning_options
 
 
@@ -35,7 +35,9 @@ def convert(
     folder = convert_checkpoint(
         source, target, pruning, revision=revision, cache_dir=cache_dir, config_only=config_only, force=force
     )
-    Console().print(
-        f"[green]{escape(str(folder))}[/] is {'ready' if config_only else 'complete'}. It loads with "
-        "[bold]from_pretrained[/]: with hivtp_hf imported, or with [bold]trust_remote_code=True[/] alone."
-    )
+    say(str(folder), "green")
+    base = open_source(str(folder)).base
+    say("It is complete." if base is None else f"It has no weights: loading takes those of {base}.")
+    if base is not None and base.is_local:
+        say("That is a folder, so it loads on this machine alone. To push it, convert the checkpoint on the Hub instead.")
+    say("It loads with from_pretrained: with hivtp_hf imported, or with trust_remote_code=True alone.")

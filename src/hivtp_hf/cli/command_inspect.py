@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..base_checkpoint import BaseCheckpoint
 from ..inspection import CheckpointReport, inspect_checkpoint
+from .printing import say
 from .pruning_options import with_pruning_options
 
 # Every pinpoint shape of LLaVA-NeXT occurs.
@@ -49,18 +52,25 @@ def _size_of_text(text: str) -> tuple[int, int]:
 def _size_of_image(path: Path) -> tuple[int, int]:
     from PIL import Image, ImageOps  # needed for images alone
 
-    with Image.open(path) as image:
-        width, height = ImageOps.exif_transpose(image).size  # as transformers sees it
+    try:
+        with Image.open(path) as image:
+            width, height = ImageOps.exif_transpose(image).size  # as transformers sees it
+    except Exception as error:  # decoders raise whatever they meet in a broken file
+        raise ValueError(f"{path} cannot be read as an image: {error}.") from None
     return height, width
 
 
 def _print_table(report: CheckpointReport) -> None:
-    console = Console()
-    settings = ", ".join(f"{name} {value}" for name, value in report.pruning_config.items())
-    console.print(f"[bold]{report.checkpoint}[/] ({report.model_type})\n{settings}\n", highlight=False)
-    table = Table(caption=f"Language model alone, on one image's tokens, stock and pruned. Cache in {report.cache_dtype}.")
+    say(f"{report.checkpoint} ({report.model_type})")
+    if report.base_model is not None:
+        base = BaseCheckpoint.coerce(report.base_model)
+        say(f"no weights of its own: they are those of {base}")
+    say(", ".join(f"{name} {value}" for name, value in report.pruning_config.items()))
+    # The unit that leaves no zeros in front.
+    unit, name = (1e12, "TFLOPs") if max(row.stock_prefill_flops for row in report.sizes) >= 1e11 else (1e9, "GFLOPs")
+    table = Table(box=box.SIMPLE, caption=f"Language model alone, on one image's tokens. Cache in {report.cache_dtype}.")
     table.add_column("height x width", no_wrap=True)
-    for heading in ("tokens", "kept", "newlines", "TFLOPs", "kept", "KV MiB", "kept"):
+    for heading in ("tokens\nstock", "\nkept", "new-\nlines", f"{name}\nstock", "\nkept", "KV MiB\nstock", "\nkept"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.sizes:
         table.add_row(
@@ -68,9 +78,14 @@ def _print_table(report: CheckpointReport) -> None:
             str(row.stock_tokens),
             str(row.retained_tokens),
             str(row.newlines),
-            f"{row.stock_prefill_flops / 1e12:.3g}",
-            f"{row.prefill_flops / 1e12:.3g}",
-            f"{row.stock_kv_bytes / 2**20:.4g}",
-            f"{row.kv_bytes / 2**20:.4g}",
+            _short(row.stock_prefill_flops / unit),
+            _short(row.prefill_flops / unit),
+            _short(row.stock_kv_bytes / 2**20),
+            _short(row.kv_bytes / 2**20),
         )
-    console.print(table)
+    Console().print(table)
+
+
+def _short(number: float) -> str:
+    """At least three digits of a number, without an exponent."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.001 else f"{number:.5f}"

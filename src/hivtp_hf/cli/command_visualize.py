@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from ..checkpoints import open_source
+from .printing import say
 from .pruning_options import with_pruning_options
 
 
@@ -66,15 +66,13 @@ def visualize(
         source.folder, pruning_config=settings, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing
     )
 
-    console = Console()
     for path, target in zip(images, targets, strict=True):
         image = _read_image(path)
         layout = processor.token_layout(image.height, image.width)
         inputs = processor(images=image, text=processor.image_token, return_tensors="pt").to(model.device)
         figure = plot_kept_cells(image, layout, *choice_of_image(model, inputs, layout))
         _save(figure, target, file_format)
-        # Not as markup: brackets in a file's name are no tags.
-        console.print(str(target), style="green", markup=False, highlight=False, soft_wrap=True)
+        say(str(target), "green")
 
 
 def _read_image(path: Path) -> Any:

@@ -75,8 +75,8 @@ def _advice(error: HfHubHTTPError, repo_id: str) -> str:
         return f"Check that {repo_id} exists, and that the token in use may see it (`hf auth whoami`, `hf auth login`)."
     if status == 403:
         return (
-            f"The token in use may not do this in {repo_id}: log in with one that may write (`hf auth login`), ask its owner "
-            "for access, or open a pull request with `--pr` (create_pr=True)."
+            f"The token in use may not do this in {repo_id}. Check the owner's name; log in with a token that may write (`hf "
+            "auth login`), or, where the repository exists, open a pull request with `--pr` (create_pr=True)."
         )
     if status in (409, 412):
         return f"Somebody else has changed {repo_id} meanwhile, so nothing was committed. {_AGAIN}"

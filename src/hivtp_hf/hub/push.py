@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -23,7 +24,7 @@ from .weightless_push import is_same_file, without_weights
 _TITLE = "Upload checkpoint with visual token pruning"
 # Beside weights: what transformers reads where it finds it. Of a former push it would go on to change what loads.
 _READ_BY_TRANSFORMERS = (
-    *("*config.json", "*.py", "*.jinja", "*.model", "chat_template*.json", "tokenizer*.json", "vocab.*", "merges.txt"),
+    *("*config.json", "*.jinja", "*.model", "chat_template*.json", "tokenizer*.json", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "additional_chat_templates/*.jinja", "custom_generate/*.py"),
 )
 
@@ -36,12 +37,16 @@ class PushedCheckpoint(NamedTuple):
         repo_id: its name, `owner/name`.
         commit: the hash of the commit that has the checkpoint.
         pull_request: the page of the pull request that was opened, or None.
+        removed: the files of the repository that the commit took away.
+        is_new: whether there was anything to change; otherwise the commit is the newest one that was there.
     """
 
     url: str
     repo_id: str
     commit: str
     pull_request: str | None
+    removed: tuple[str, ...]
+    is_new: bool
 
 
 class _Place(NamedTuple):
@@ -77,8 +82,10 @@ def push_checkpoint(
         repo_id: `owner/name` on the Hub. The repository is made where it does not exist.
         private: makes a new repository private, and refuses one that is public.
         config_only: pushes a complete checkpoint without its weights. config.json then names the one that has them, at its
-            newest commit: what the model card names as `base_model`, whose weights must be the same, byte for byte.
-        revision: a branch to commit to, which is made where it does not exist; the main branch by default.
+            newest commit: what the model card names as `base_model`, whose weights must be the same, byte for byte. Needed,
+            too, to push a checkpoint without weights in place of a complete one, whose weights that takes away.
+        revision: a branch to commit to, which is made where it does not exist, or `refs/pr/N` for an open pull request; the
+            main branch by default.
         create_pr: opens a pull request, which needs no access for writing.
         token: as for `huggingface_hub.HfApi`; None takes HF_TOKEN, or the one of `hf auth login`.
         show_progress: whether bars tell how far it is.
@@ -100,8 +107,10 @@ def push_checkpoint(
         if checkpoint.base is not None and checkpoint.base.name == repo_id:
             raise ValueError(f"{repo_id} is the base itself and would lose its weights; push to another repository.")
         with explained_refusals(repo_id):
-            _make_repository(api, repo_id, private)
+            _make_repository(api, repo_id, private, create_pr)
             place = _look_at(api, repo_id, revision)
+            if checkpoint.base is not None and not config_only:
+                _check_that_no_weights_go(repo_id, place)
             return _commit(api, repo_id, place, checkpoint, create_pr)
 
 
@@ -123,11 +132,16 @@ def _token_in_use(token: str | bool | None) -> str:
     return found
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool) -> None:
+def _make_repository(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> None:
     """Makes the repository where there is none; a ValueError where it is public but must not be."""
     try:
         info = patiently(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
+        if create_pr:
+            raise ValueError(
+                f"{repo_id} does not exist, or the token in use may not see it, so no pull request can be opened there. Check "
+                "the name, or push without `--pr` (create_pr) to make the repository."
+            ) from None
         # Left open, it is what the owner has set for new repositories.
         patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
         info = patiently(lambda: api.model_info(repo_id))
@@ -145,10 +159,24 @@ def _look_at(api: HfApi, repo_id: str, revision: str | None) -> _Place:
     branch = revision or "main"
     if branch not in heads and branch in {name for tag in refs.tags for name in (tag.name, tag.ref)}:
         raise ValueError(f"`revision` is {branch!r}, which is a tag of {repo_id} and cannot be changed. Name a branch.")
+    if branch not in heads and branch.startswith("refs/"):
+        raise ValueError(
+            f"`revision` is {branch!r}, which {repo_id} does not have. Name a branch, or an open pull request; a new one is "
+            "opened by `--pr` (create_pr=True)."
+        )
     head = heads.get(branch, heads.get("main"))
     tree = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     return _Place(branch, branch not in heads, head, files)
+
+
+def _check_that_no_weights_go(repo_id: str, place: _Place) -> None:
+    there = sorted(filter(is_weight_file, place.files))
+    if there:
+        raise ValueError(
+            f"{repo_id} has weights ({there[0]}), and this checkpoint has none, but names a base. To let it take the weights "
+            "away, give `--config-only` (config_only=True); to keep them, push to another repository."
+        )
 
 
 def _commit(api: HfApi, repo_id: str, place: _Place, checkpoint: LocalCheckpoint, create_pr: bool) -> PushedCheckpoint:
@@ -184,7 +212,9 @@ def _commit(api: HfApi, repo_id: str, place: _Place, checkpoint: LocalCheckpoint
             parent_commit=place.head,  # what is stale was found out there; and a commit whose answer is lost is not made twice
         )
     )
-    return PushedCheckpoint(f"{api.endpoint}/{repo_id}", repo_id, info.oid, info.pr_url)
+    page = f"{api.endpoint}/{repo_id}" + ("" if place.branch == "main" else f"/tree/{quote(place.branch, safe='')}")
+    is_new = place.is_new or info.oid != place.head
+    return PushedCheckpoint(page, repo_id, info.oid, info.pr_url, tuple(stale) if is_new else (), is_new)
 
 
 def _changes_what_loads(name: str) -> bool:

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 
 from ..base_checkpoint import BaseCheckpoint
 from ..cards import model_card, no_weights_notice, with_repository
+from ..pruning_config import VisualTokenPruningConfig
 from .local_checkpoint import LocalCheckpoint
 from .pushed_files import Content
 
@@ -17,11 +18,12 @@ def with_card(checkpoint: LocalCheckpoint, repo_id: str) -> LocalCheckpoint:
     """The checkpoint with a model card for `repo_id`; its folder stays as it is.
 
     Raises:
-        ValueError: where the folder's own card cannot be read.
+        ValueError: where the folder's own card cannot be read, or describes other settings than the checkpoint has.
     """
     if _NAME in checkpoint.files:
         card_of(checkpoint.files[_NAME])  # can be read
         text = with_repository(_text_of(checkpoint.files[_NAME]), repo_id)
+        _check_settings(text, VisualTokenPruningConfig.coerce(checkpoint.config.get("pruning_config")))
     else:
         name, revision = checkpoint.base or (None, None)
         text = str(model_card(checkpoint.folder, repo_id=repo_id, base_name=name, base_revision=revision, base_card=None))
@@ -51,6 +53,17 @@ def card_of(content: Content) -> ModelCard:
         raise ValueError(
             f"The metadata of {_NAME} cannot be read: {error}. Mend it, or take the file away for a new card."
         ) from None
+
+
+def _check_settings(text: str, pruning: VisualTokenPruningConfig) -> None:
+    """A ValueError where the table of settings, as our template writes it, is out of date."""
+    settings = pruning.to_dict()
+    for name, value in re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, flags=re.MULTILINE):
+        if name in settings and value != str(settings[name]):
+            raise ValueError(
+                f"{_NAME} says that `{name}` is {value}, and config.json that it is {settings[name]}. Take {_NAME} away for a "
+                "new card, or correct it."
+            )
 
 
 def _text_of(content: Content) -> str:

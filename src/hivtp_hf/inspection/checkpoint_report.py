@@ -37,10 +37,11 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A checkpoint: its name, model type, pruning settings, the dtype that the cache is counted in, and sizes."""
+    """A checkpoint: name, model type, the base of one without weights, pruning settings, dtype of the counted cache, sizes."""
 
     checkpoint: str
     model_type: str
+    base_model: dict[str, str | None] | None
     pruning_config: dict[str, Any]
     cache_dtype: str
     sizes: list[SizeReport]
@@ -86,4 +87,5 @@ def inspect_checkpoint(
         cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in counts]
         reports.append(SizeReport(height, width, *counts, layout.num_newlines, *flops, *cache))
     dtype_name = str(dtype).removeprefix("torch.")
-    return CheckpointReport(source.name, source.config["model_type"], settings.to_dict(), dtype_name, reports)
+    base = None if source.base is None else source.base.to_dict()
+    return CheckpointReport(source.name, source.config["model_type"], base, settings.to_dict(), dtype_name, reports)
