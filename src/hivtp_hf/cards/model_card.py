@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.repository_names import PLACEHOLDER_OWNER, as_repository, is_repository, with_repository
-from ..inspection import inspect_checkpoint
+from ..inspection import EXAMPLE_SIZES, inspect_checkpoint
 from ..methods import PruningMethod, pruning_method
 from ..pruning_config import VisualTokenPruningConfig
 from ..supported_transformers import OLDEST_TRANSFORMERS
@@ -20,8 +20,6 @@ from .card_metadata import card_metadata, taken_from_base
 __all__ = ["PLACEHOLDER_OWNER", "model_card", "with_repository"]
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-# Height and width of images: a square, two photographs, and shapes with much padding.
-_SIZES = ((672, 672), (480, 640), (300, 451), (1000, 300), (100, 1000))
 _TAGS = ("visual-token-pruning", "token-pruning", "training-free")
 _MEANINGS = {
     "method": "how tokens are chosen",
@@ -122,7 +120,7 @@ def _sizes(source: CheckpointSource) -> list[dict[str, Any]]:
             "kept": size.retained_tokens,
             "newlines": size.newlines,
         }
-        for size in inspect_checkpoint(str(source.folder), _SIZES).sizes
+        for size in inspect_checkpoint(str(source.folder), EXAMPLE_SIZES).sizes
     ]
     sizeless = [row | {"size": "any"} for row in rows]
     return sizeless[:1] if all(row == sizeless[0] for row in sizeless) else rows

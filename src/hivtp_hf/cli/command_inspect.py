@@ -11,12 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..base_checkpoint import BaseCheckpoint
-from ..inspection import CheckpointReport, inspect_checkpoint
+from ..inspection import EXAMPLE_SIZES, CheckpointReport, inspect_checkpoint
 from .printing import say
 from .pruning_options import with_pruning_options
-
-# Every pinpoint shape of LLaVA-NeXT occurs.
-_SIZES = ((672, 672), (480, 640), (300, 451), (1000, 300), (100, 1000))
 
 
 @with_pruning_options
@@ -35,7 +32,7 @@ def inspect(
     Settings that are given are tried in place of the checkpoint's own. No weights are read.
     """
     sizes = [_size_of_text(text) for text in size or ()] + [_size_of_image(path) for path in images or ()]
-    report = inspect_checkpoint(checkpoint, sizes or list(_SIZES), pruning, revision=revision, cache_dir=cache_dir)
+    report = inspect_checkpoint(checkpoint, sizes or EXAMPLE_SIZES, pruning, revision=revision, cache_dir=cache_dir)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -10,6 +10,9 @@ import torch
 from ..checkpoints import open_source
 from .language_model_cost import kv_cache_bytes, prefill_flops
 
+# Heights and widths of images: a square, two photographs, and much padding. All of LLaVA-NeXT's shapes of crops occur.
+EXAMPLE_SIZES = ((672, 672), (480, 640), (300, 451), (1000, 300), (100, 1000))
+
 
 @dataclass(frozen=True)
 class SizeReport:
