@@ -19,7 +19,7 @@ def count_flops(function: Callable[[], Any]) -> int:
     Args:
         function: what to run; its result is dropped.
     """
-    scoring = attention_reduction._summed_attention._opoverload._overloadpacket
+    scoring = attention_reduction._summed_attention
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     known = {scoring: _scoring_flops, cpu_attention: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:

@@ -1,7 +1,8 @@
 """A whole run: settings checked, models built, the parts in turn, results written after each of them."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,30 +89,42 @@ def run_benchmark(
     def progress(line: str) -> None:
         say(f"[{time.perf_counter() - started:6.0f} s] {line}")
 
-    transformers.logging.set_verbosity_error()
-    if shape.threads is not None:
-        torch.set_num_threads(shape.threads)
-    precision, rows = choose_dtype(dtype, shape, place)
-    environment = this_environment(place, precision, preset, commit)
-    progress(f"{environment.device}, {environment.dtype}: building {shape.description}")
-    bench = Bench(settings, build_models(shape.config(), place, precision), progress)
-    if place.type == "cpu":
-        absent = torch.cuda.device_count() == 0
-        reason = "this machine has no CUDA device that torch can use" if absent else "the run was on the CPU"
-        bench.lacks(f"A GPU was not measured: {reason}.")
-    stem = environment.stem + ("" if only is None else "_" + "-".join(parts))
-    left_out = [part for part in PARTS if part not in parts]
-    if left_out:
-        bench.lacks(f"Not measured, as `--only` left them out: {', '.join(left_out)}.")
-    for index, part in enumerate(parts):
-        progress(f"{part} ...")
-        rows = [*rows, *PARTS[part](bench)]
-        waiting = [f"The part {later!r} had not run when this was written." for later in parts[index + 1 :]]
-        report = Report(environment, shape, rows, judge(rows, shape, place), [*bench.missing, *waiting], command)
-        # After every part, so that a run that is cut off leaves what it has.
-        paths = write_results(output, stem, report)
+    with _for_the_run(shape.threads):
+        precision, rows = choose_dtype(dtype, shape, place)
+        environment = this_environment(place, precision, preset, commit)
+        progress(f"{environment.device}, {environment.dtype}: building {shape.description}")
+        bench = Bench(settings, build_models(shape.config(), place, precision), progress)
+        if place.type == "cpu":
+            absent = torch.cuda.device_count() == 0
+            reason = "this machine has no CUDA device that torch can use" if absent else "the run was on the CPU"
+            bench.lacks(f"A GPU was not measured: {reason}.")
+        stem = environment.stem + ("" if only is None else "_" + "-".join(parts))
+        left_out = [part for part in PARTS if part not in parts]
+        if left_out:
+            bench.lacks(f"Not measured, as `--only` left them out: {', '.join(left_out)}.")
+        for index, part in enumerate(parts):
+            progress(f"{part} ...")
+            rows = [*rows, *PARTS[part](bench)]
+            waiting = [f"The part {later!r} had not run when this was written." for later in parts[index + 1 :]]
+            report = Report(environment, shape, rows, judge(rows, shape, place), [*bench.missing, *waiting], command)
+            # After every part, so that a run that is cut off leaves what it has.
+            paths = write_results(output, stem, report)
     progress("done" if can_plot() else 'done, without a figure: matplotlib is missing, `pip install "hivtp-hf[plots]"`')
     return report, paths
+
+
+@contextlib.contextmanager
+def _for_the_run(threads: int | None) -> Iterator[None]:
+    """Switches of the whole process, put back afterwards: transformers' warnings are off, and torch has so many threads."""
+    verbosity, threads_before = transformers.logging.get_verbosity(), torch.get_num_threads()
+    transformers.logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        torch.set_num_threads(threads_before)
 
 
 def _checked_settings(
