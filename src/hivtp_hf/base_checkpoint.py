@@ -72,6 +72,20 @@ class BaseCheckpoint(NamedTuple):
             raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
         return cls(str(name), commit)
 
+    def folder(self, **access: Any) -> str:
+        """The folder where its config.json lies, downloaded by then; `access` as for `locate`.
+
+        Configurations are loaded from there, as release 5.6 does not hand a token on.
+
+        Raises:
+            ValueError: where there is no config.json.
+            OSError: where it cannot be read.
+        """
+        path = cached_file(self.name, "config.json", revision=self.revision, **access)
+        if path is None or not os.path.isfile(path):
+            raise ValueError(f"{self} has no config.json; give a checkpoint with all of its files.")
+        return os.path.dirname(path)
+
     @property
     def is_local(self) -> bool:
         return self.revision is None

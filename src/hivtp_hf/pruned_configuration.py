@@ -62,10 +62,10 @@ class PrunedConfigMixin(_Stock):
             ValueError: for settings out of range, and a checkpoint of another family.
             OSError: where the base cannot be read.
         """
-        access = {key: kwargs[key] for key in ACCESS if key in kwargs}
+        access = {key: kwargs.pop(key) for key in ACCESS if key in kwargs}
         base = BaseCheckpoint.locate(base_model, revision=revision, **access)
-        at_commit = {} if base.is_local else {"revision": base.revision}
-        config = cls.from_pretrained(base.name, **at_commit, **kwargs)
+        config = cls.from_pretrained(base.folder(**access), **kwargs)
+        config.name_or_path = base.name
         if config.base_model is None:
             config.base_model = base
         config.architectures = [cls.model_class().__name__]

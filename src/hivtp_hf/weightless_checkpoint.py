@@ -93,11 +93,10 @@ class WeightlessCheckpoint(NamedTuple):
     def check_base(self, config_class: Any, access: Mapping[str, Any]) -> None:
         """Raises what `arguments_for_base` says; `access` are arguments of from_pretrained that say where and how to look."""
         said = f"{self.name} has no weights; its config.json names {self.base} as the base that has them"
-        revision = {} if self.base.is_local else {"revision": self.base.revision}
         if self.base.is_local and not os.path.isdir(self.base.name):
             raise OSError(f"{said}, and there is no such folder here. Get the folder, or convert the checkpoint anew.")
         try:
-            config = config_class.from_pretrained(self.base.name, **revision, **access)
+            config = config_class.from_pretrained(self.base.folder(**access))
         except OSError as error:
             raise OSError(f"{said}, and that cannot be read: {error}") from error
         except ValueError as error:
