@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -23,6 +22,7 @@ from families import FAMILIES
 from hivtp_hf import pruned_configuration
 from hivtp_hf.base_checkpoint import BaseCheckpoint
 from hivtp_hf.conversion import convert_checkpoint
+from pushes import with_shards
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
@@ -387,21 +387,15 @@ def test_convert_makes_one_and_makes_it_complete(family, stock, inputs, expected
 
 
 def test_shards_of_a_base(next_stock, tmp_path):
-    source = shutil.copytree(next_stock, tmp_path / "source")
-    weights = load_file(source / "model.safetensors")
-    (source / "model.safetensors").unlink()
-    names, index = sorted(weights), {}
-    for number, keys in enumerate((names[::2], names[1::2]), start=1):
-        shard = f"model-0000{number}-of-00002.safetensors"
-        save_file({key: weights[key] for key in keys}, source / shard, {"format": "pt"})
-        index |= dict.fromkeys(keys, shard)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    source = with_shards(next_stock, tmp_path / "source")
     small = converted(source, tmp_path / "small", config_only=True)
     loaded = AutoModelForImageTextToText.from_pretrained(small).state_dict()
     whole = FAMILIES["llava_next"].model.from_pretrained(next_stock).state_dict()
     assert all(torch.equal(loaded[key], whole[key]) for key in whole)
     complete = converted(small, tmp_path / "complete")
-    for name in {*index.values(), "model.safetensors.index.json"}:
+    names = [path.name for path in source.glob("model*.safetensors*")]
+    assert len(names) == 3
+    for name in names:
         assert (complete / name).read_bytes() == (source / name).read_bytes()
 
 

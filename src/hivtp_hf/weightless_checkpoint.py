@@ -14,8 +14,8 @@ from .base_checkpoint import ACCESS, BaseCheckpoint
 
 # Arguments of from_pretrained that concern this checkpoint and not its base.
 _OWN = ("revision", "subfolder", "_commit_hash")
-# By these names transformers looks for weights.
-_WEIGHTS = tuple(f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
+# By these names transformers looks for weights, in this order.
+WEIGHT_NAMES = tuple(f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
 # What two configurations must agree in for the weights of one to be those of the other.
 _SHAPES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -60,10 +60,7 @@ class WeightlessCheckpoint(NamedTuple):
             return None
         folder = Path(path).parent
         if _has_weights(name, {**where, "revision": extract_commit_hash(path, None)}):
-            raise ValueError(
-                f"{name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out of "
-                "config.json to load the weights that lie there, or take them away to load the base."
-            )
+            raise weights_beside_base(name, base)
         generation = _found_file(name, "generation_config.json", where)
         own_generation = None if generation is None else GenerationConfig.from_pretrained(Path(generation).parent)
         return cls(str(name), str(folder), base, own_generation)
@@ -124,6 +121,14 @@ class WeightlessCheckpoint(NamedTuple):
         model.config._commit_hash = extract_commit_hash(str(Path(self.folder, "config.json")), None)
 
 
+def weights_beside_base(name: Any, base: BaseCheckpoint) -> ValueError:
+    """The error of a checkpoint that has weights, and names a base that has them: nobody can tell which are meant."""
+    return ValueError(
+        f"{name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out of "
+        "config.json to load the weights that lie there, or take them away to load the base."
+    )
+
+
 def _found_file(name: Any, filename: str, where: Mapping[str, Any]) -> str | None:
     """The path of a file of a checkpoint; None where there is none, also for reasons that loading will report better."""
     try:
@@ -143,7 +148,7 @@ def _has_weights(name: Any, where: Mapping[str, Any]) -> bool:
     subfolder = where.get("subfolder", "")
     access = {key: value for key, value in where.items() if key != "subfolder"}
     try:
-        return any(has_file(name, f"{subfolder}/{weights}" if subfolder else weights, **access) for weights in _WEIGHTS)
+        return any(has_file(name, f"{subfolder}/{weights}" if subfolder else weights, **access) for weights in WEIGHT_NAMES)
     except OSError:  # loading says what is wrong
         return False
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from .. import Family, family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
 from ..pruning_config import VisualTokenPruningConfig
-from ..weightless_checkpoint import WeightlessCheckpoint
+from ..weightless_checkpoint import WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -69,7 +69,7 @@ class CheckpointSource(NamedTuple):
             self._opened(self.base).check_weights()
         elif self.repository is None:
             self.weight_files()
-        elif not _names_of_weights() & self.repository.file_names():
+        elif self.repository.file_names().isdisjoint(WEIGHT_NAMES):
             raise self._no_weights()
 
     def weight_files(self) -> list[Path]:
@@ -96,11 +96,8 @@ class CheckpointSource(NamedTuple):
         raise self._no_weights()
 
     def _opened(self, base: BaseCheckpoint) -> "CheckpointSource":
-        if _names_of_weights() & self._file_names():
-            raise ValueError(
-                f"{self.name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out "
-                "of config.json to go by the weights that lie there, or take them away to go by the base."
-            )
+        if not self._file_names().isdisjoint(WEIGHT_NAMES):
+            raise weights_beside_base(self.name, base)
         WeightlessCheckpoint(self.name, str(self.folder), base, None).check_base(self.family.config, self.access)
         return open_source(base.name, revision=base.revision, **self.access)
 
@@ -114,10 +111,6 @@ class CheckpointSource(NamedTuple):
 
     def _no_weights(self) -> ValueError:
         return ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
-
-
-def _names_of_weights() -> set[str]:
-    return {name for weights in _WEIGHTS for name in (weights, f"{weights}.index.json")}
 
 
 class _Repository(NamedTuple):

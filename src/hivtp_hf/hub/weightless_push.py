@@ -11,17 +11,11 @@ from huggingface_hub.utils import tqdm
 
 from ..base_checkpoint import BaseCheckpoint
 from ..checkpoints.repository_names import is_repository
+from ..weightless_checkpoint import WEIGHT_NAMES
 from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint
 from .pushed_card import card_of
 
-# In the order in which transformers looks for them.
-_FIRST_LOADED = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _CHUNK_BYTES = 16 * 2**20
 _COMPLETE = "Push it without `--config-only` (config_only=False)"
 
@@ -39,7 +33,7 @@ def without_weights(checkpoint: LocalCheckpoint, api: HfApi) -> tuple[LocalCheck
     with explained_refusals(name):
         commit = patiently(lambda: api.model_info(name)).sha
         base = BaseCheckpoint(name, commit)
-        wanted = [*_FIRST_LOADED, *checkpoint.weights]
+        wanted = [*WEIGHT_NAMES, *checkpoint.weights]
         entries = patiently(lambda: api.get_paths_info(name, wanted, revision=commit))
     _check_equal_weights(checkpoint, base, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
     config = {**checkpoint.config, "base_model": base.to_dict()}
@@ -70,7 +64,7 @@ def _base_named_by_card(checkpoint: LocalCheckpoint) -> str:
 
 
 def _check_equal_weights(checkpoint: LocalCheckpoint, base: BaseCheckpoint, entries: dict[str, RepoFile]) -> None:
-    first = next((name for name in _FIRST_LOADED if name in entries), None)
+    first = next((name for name in WEIGHT_NAMES if name in entries), None)
     if first != checkpoint.weights[0]:
         raise ValueError(
             f"{base} has other files of weights than {checkpoint.folder}: what loads there is {first or 'nothing'}, here "
