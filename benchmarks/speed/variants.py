@@ -1,10 +1,10 @@
 """The models that stand side by side, and what each does with an image and a prompt.
 
 stock: transformers' LLaVA-NeXT, sdpa attention, every visual token.
-limit: what no pruning in the language model's prompt can beat. Stock's vision pass (tower, projector, packing) as it is; then
-    stock's language model on as many embeddings as the pruned prompt has, of which the image's are the first ones of stock's
-    features. Nothing is scored or chosen.
-ours: hivtp_hf, one method at one ratio.
+limit: what no choice of tokens can beat. Stock's vision pass (tower, projector, packing) as it is; then stock's language model
+    on as many embeddings as the pruned prompt has, of which the image's are the first ones of stock's features. Nothing is
+    scored or chosen.
+ours: hivtp_hf, one method at one ratio. Its tower ends behind the last layer that is read, where stock runs one more.
 published: an eager tower that returns its attention maps (`output_attentions=True`), hivtp_hf's selection from the maps of
     the same layers, then stock's language model. So selections are equal, and what differs is how scores come about.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.encoder_layers import wanting_features_only
 from hivtp_hf.methods import METHODS
 
 from .images import Images, prompt_ids, token_layout
@@ -88,7 +89,9 @@ def image_features(models: Models, images: Images, variant: Variant) -> list[Ten
     model = model_of(models, variant)
     if variant.kind == "published":
         return published_features(model, images, variant.method, variant.ratio)[0]
-    packed = model.get_image_features(images.pixel_values, images.image_sizes).pooler_output
+    # As in `forward`, where stock runs every layer of its tower, and ours those that something is read from.
+    with wanting_features_only():
+        packed = model.get_image_features(images.pixel_values, images.image_sizes).pooler_output
     return [features[: variant.image_tokens] for features in packed] if variant.kind == "limit" else list(packed)
 
 

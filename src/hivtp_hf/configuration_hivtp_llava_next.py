@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .call_arguments import parameters_of  # noqa: F401
     from .checked_values import shown  # noqa: F401
     from .checkpoint_keys import take_stock_keys  # noqa: F401
+    from .encoder_layers import EncoderLayers  # noqa: F401
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .pruned_features import feature_layer  # noqa: F401

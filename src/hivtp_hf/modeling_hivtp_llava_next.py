@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .base_checkpoint import BaseCheckpoint  # noqa: F401
     from .checked_values import shown  # noqa: F401
     from .checkpoint_keys import take_stock_keys  # noqa: F401
+    from .encoder_layers import EncoderLayers  # noqa: F401
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .pruned_configuration import auto_map  # noqa: F401

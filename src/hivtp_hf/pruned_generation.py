@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .call_arguments import named_arguments, parameters_of, takes_encoded_images
+from .encoder_layers import wanting_features_only
 from .generation_limits import check_generation
 from .pruned_model import PrunedImageFeaturesOutput
 from .pruned_pretrained import PrunedPreTrainedMixin
@@ -72,6 +73,11 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         cache = getattr(output, "past_key_values", None)
         remember_surplus(inputs.get("past_key_values") if cache is None else cache, surplus)
         return output
+
+    # transformers 5.23's generate() encodes images before its first step, and reads nothing but their features.
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        with wanting_features_only():
+            return super()._prepare_multimodal_encoder_kwargs_for_generation(*args, **kwargs)
 
     def _mask_surplus_of_prompt(self, prompt: dict[str, Any], inputs: dict[str, Any], is_placeholder: Tensor) -> Tensor:
         """Masks the surplus of a prompt: changes `inputs`, the model's inputs among a `generate`'s keywords, in place.

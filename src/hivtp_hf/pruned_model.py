@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .call_arguments import named_arguments, takes_encoded_images
 from .checkpoint_keys import take_stock_keys
+from .encoder_layers import ending_early, wanting_features_only
 from .methods import pruning_method
 from .pruned_features import (
     check_placeholders,
@@ -129,6 +130,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         """
         pruning = self.config.pruning_config
         layer = self._feature_layer(pruning, vision_feature_layer)
+        given = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        stock = ending_early(stock, self.config.vision_config, given, pruning.scored_layers(layer))
         if all(layout.keeps_everything for layout in layouts):
             output = stock()
             features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
@@ -195,7 +198,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         elif arguments.get("retention_ratio") is not None:
             encoded = self._hand_on_images(arguments)
         arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
-        output = super().forward(**arguments, return_dict=True)
+        with wanting_features_only():
+            output = super().forward(**arguments, return_dict=True)
         if encoded is not None and output.image_hidden_states is None:
             output.image_hidden_states = torch.cat(list(encoded.pooler_output))
         if surplus is not None:
@@ -237,9 +241,10 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         if encoded is None and _has_pixels(arguments):
             inputs = ("pixel_values", "image_sizes", "retention_ratio")
             names = (*inputs, "vision_feature_layer", "vision_feature_select_strategy")
-            encoded = self.get_image_features(
-                **{name: arguments[name] for name in names if name in arguments}, return_dict=True
-            )
+            with wanting_features_only():
+                encoded = self.get_image_features(
+                    **{name: arguments[name] for name in names if name in arguments}, return_dict=True
+                )
             for name in inputs:
                 arguments.pop(name, None)
             arguments["mm_encoder_outputs"] = {"image": encoded}

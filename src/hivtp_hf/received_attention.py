@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_reduction import received_attention
+from .encoder_layers import find_layers
 
 _IMPLEMENTATION_NAME = f"hivtp_received_attention_{uuid.uuid4().hex}"
 _KEYWORD = "hivtp_received_attention"
@@ -109,7 +109,7 @@ def attach(encoder: nn.Module, num_layers: int) -> ReceivedAttentionTap:
     Raises:
         ValueError: if its layers or their attention modules are not recognised.
     """
-    layers = _encoder_layers(encoder, num_layers)
+    layers = find_layers(encoder, num_layers)
     views = []
     for index, layer in enumerate(layers):
         attention = _attention_module(layer)
@@ -120,21 +120,6 @@ def attach(encoder: nn.Module, num_layers: int) -> ReceivedAttentionTap:
     for view in views:
         object.__setattr__(view, "_hivtp_forwards_keywords", forwards_keywords)
     return ReceivedAttentionTap(num_layers, forwards_keywords)
-
-
-def _encoder_layers(encoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Found by type, as the path to the layers differs between releases and towers."""
-    for module in encoder.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == num_layers
-            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-        ):
-            return module
-    raise ValueError(
-        f"{type(encoder).__name__} has no stack of {num_layers} encoder layers that is recognised. Use a vision tower of "
-        "transformers such as CLIPVisionModel or SiglipVisionModel."
-    )
 
 
 def _attention_module(layer: nn.Module) -> Any:

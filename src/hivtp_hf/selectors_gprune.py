@@ -102,7 +102,7 @@ def score_map_gprune(
     for packed, layout in zip(features, layouts, strict=True):
         positions = layout.cell_positions
         tile, row, column = layout.cells(positions).unbind(1)
-        of_image = torch.full(layout.valid.shape, math.nan)
+        of_image = torch.full(layout.valid.shape, math.nan, device="cpu")
         for of_graph in (tile == 0, tile > 0):
             if of_graph.any():
                 found = gprune_scores(packed[positions[of_graph].to(packed.device)][None], pruning)[0]

@@ -49,7 +49,8 @@ def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudge
     region_valid.scatter_add_(1, region_of_cell.expand(tiles, -1), cells.long())
 
     if pruning.retention_ratio is None:
-        share = [math.floor(pruning.global_ratio * n) for n in range(grid * grid + 1)]
+        largest_region = math.ceil(grid / min(pruning.regions, grid)) ** 2
+        share = [math.floor(pruning.global_ratio * n) for n in range(largest_region + 1)]
         region_quota = torch.tensor(share, device=valid.device)[region_valid]
         side = min(pruning.local_window, grid)
         num_windows = _count_windows(cells, [side], grid)[:, 0]

@@ -84,12 +84,11 @@ class TokenLayout:
         self.num_newlines = rows if pruning.keep_newlines else 0
         self.num_class_tokens = max(extra_tokens, 0)
         # A layout outlives the call that first asks for it, and so must not take on that call's surroundings: models are
-        # built under a meta device, and images encoded under inference mode.
-        with torch.device("cpu"), torch.inference_mode(False):
+        # built under a meta device, and images encoded under inference mode. (A device context instead of naming the CPU
+        # everywhere would double what counting takes.)
+        with torch.inference_mode(False):
             self.valid = self._valid_cells()
             self.valid_per_tile: tuple[int, ...] = tuple(self.valid.flatten(1).sum(1).tolist())
-            # For every packed position the cell it shows, as an index into `valid.flatten()`.
-            self._cell_of_token = self._packed_cells()
             self.pruning = self._with_ratio(pruning)
             self.group_totals: tuple[int, ...] = self._count(self.pruning)
         self.num_retained = sum(self.group_totals) + self.num_newlines + self.num_class_tokens
@@ -279,22 +278,25 @@ class TokenLayout:
 
     def _valid_cells(self) -> Tensor:
         grid = self.grid
-        stitched = torch.zeros(self.tile_rows * grid, self.tile_columns * grid, dtype=torch.bool)
+        stitched = torch.zeros(self.tile_rows * grid, self.tile_columns * grid, dtype=torch.bool, device="cpu")
         stitched[slice(*self.row_range), slice(*self.column_range)] = True
         crops = stitched.view(self.tile_rows, grid, self.tile_columns, grid).transpose(1, 2).reshape(-1, grid, grid)
-        base = torch.ones(1, grid, grid, dtype=torch.bool)
+        base = torch.ones(1, grid, grid, dtype=torch.bool, device="cpu")
         base[0, 0, 0] = self._extra_tokens >= 0
         return torch.cat((base, crops))
 
-    def _packed_cells(self) -> Tensor:
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def _cell_of_token(self) -> Tensor:
+        """For every packed position the cell it shows, as an index into `valid.flatten()`. Counting does without."""
         grid = self.grid
-        base = torch.arange(grid * grid)
-        crops = torch.arange(grid * grid, self.num_tiles * grid * grid)
+        base = torch.arange(grid * grid, device="cpu")
+        crops = torch.arange(grid * grid, self.num_tiles * grid * grid, device="cpu")
         stitched = crops.view(self.tile_rows, self.tile_columns, grid, grid).transpose(1, 2)
         stitched = stitched.reshape(self.tile_rows * grid, self.tile_columns * grid)
         unpadded = stitched[slice(*self.row_range), slice(*self.column_range)]
         with_newlines = torch.nn.functional.pad(unpadded, (0, 1), value=_NEWLINE)
-        class_token = torch.full((self.num_class_tokens,), _CLASS_TOKEN)
+        class_token = torch.full((self.num_class_tokens,), _CLASS_TOKEN, device="cpu")
         return torch.cat((class_token, base[max(0, -self._extra_tokens) :], with_newlines.flatten()))
 
     def __repr__(self) -> str:
