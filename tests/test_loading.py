@@ -187,10 +187,10 @@ def spy_attention():
     del ALL_ATTENTION_FUNCTIONS._global_mapping["spy_attention"]
 
 
-# What is asked for, and how many of the ten vision and two text layers then run it.
+# What is asked for, and how many layers then run it: the vision layers up to the feature, nine of ten, and both text layers.
 ASKED = {
-    "string": ("spy_attention", 10, 2),
-    "vision": ({"vision_config": "spy_attention", "text_config": "eager"}, 10, 0),
+    "string": ("spy_attention", 9, 2),
+    "vision": ({"vision_config": "spy_attention", "text_config": "eager"}, 9, 0),
     "text": ({"vision_config": "eager", "text_config": "spy_attention"}, 0, 2),
 }
 
