@@ -74,7 +74,7 @@ class Preset:
         memory_batches: of the peak memory of the vision pass, in images.
         repeats: timed rounds of each part.
         threads: of torch on the CPU, its own choice unless given.
-        thorough: whether a pass takes milliseconds. Else, so that a run ends within half an hour, only the first pass of a
+        thorough: whether a pass takes milliseconds. Else, so that a run ends within an hour, only the first pass of a
             part is a warm-up, and the images after the first, the published way, FLOPs and large batches are measured for
             the leading method alone, images after the first at the middle ratio only.
         real_shapes: whether targets of time mean anything.
@@ -139,7 +139,7 @@ PRESETS = {
             methods=_SCORING_METHODS,
             batches=(1,),
             memory_batches=(1, 16),
-            repeats={"vision": 5, "prefill": 3, "throughput": 2, "processor": 100, "import": 5},
+            repeats={"vision": 6, "prefill": 6, "throughput": 2, "processor": 100, "import": 5},
             thorough=False,
         ),
         Preset(
