@@ -136,7 +136,9 @@ def test_what_does_not_depend_on_time_holds_in_the_run(tiny_run):
 
 
 def test_part_of_a_run_says_so_in_its_name_and_its_page(tmp_path):
-    _, paths = run_benchmark("tiny", only=["decode"], new_tokens=[2], output=tmp_path, say=lambda line: None)
+    quick = {"only": ["decode"], "new_tokens": [2], "output": tmp_path, "say": lambda line: None}
+    assert run_benchmark("tiny", dtype="bfloat16", **quick)[1][0].stem.endswith("_tiny-bfloat16_decode")
+    _, paths = run_benchmark("tiny", **quick)
     assert paths[0].stem.endswith("_tiny_decode")
     assert {row["part"] for row in rows_of(paths[0])} == {"decode"}
     page = paths[1].read_text()

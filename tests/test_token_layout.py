@@ -119,11 +119,14 @@ def test_a_repeated_size_is_remembered():
     assert TokenLayout.from_image_size(123, 456, VisualTokenPruningConfig(retention_ratio=0.25)) is first
 
 
-def test_a_layout_does_not_take_on_its_first_callers_surroundings():
+@pytest.mark.parametrize("pruning", SETTINGS[:2], ids=["published", "ratio"])
+def test_a_layout_does_not_take_on_its_first_callers_surroundings(pruning):
     with torch.device("meta"), torch.inference_mode():
-        layout = TokenLayout.from_image_size(321, 654, VisualTokenPruningConfig())
-    assert layout.valid.device.type == "cpu"
-    assert not layout.valid.is_inference()
+        layout = TokenLayout.from_image_size(321, 654, pruning, pinpoints=[(336, 672), (672, 336)])
+        assert int(layout.valid.sum()) == len(layout.cell_positions) == sum(layout.valid_per_tile)
+    for tensor in (layout.valid, layout._cell_of_token):
+        assert tensor.device.type == "cpu"
+        assert not tensor.is_inference()
     assert layout.num_retained == sum(layout.group_totals) + layout.num_newlines
     boxes = layout.pixel_boxes(layout.kept_indices(layout.valid.clone()))
     with torch.device("meta"):
@@ -308,3 +311,11 @@ def test_the_largest_single_tile():
 def test_single_tile_refuses(arguments, named):
     with pytest.raises(ValueError, match=named):
         TokenLayout.single_tile(24, VisualTokenPruningConfig(), **arguments)
+
+
+def test_cells_are_counted_as_they_lie():
+    """`valid_per_tile` follows from the geometry alone; the mask is made when it is first asked for."""
+    layouts = [TokenLayout.from_image_size(*size, SETTINGS[0]) for size in random_sizes(300, seed=5)]
+    layouts += [TokenLayout.single_tile(9, SETTINGS[0], extra_tokens=extra) for extra in (-1, 0, 1)]
+    for layout in layouts:
+        assert layout.valid_per_tile == tuple(layout.valid.flatten(1).sum(1).tolist())

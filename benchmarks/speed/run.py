@@ -98,7 +98,9 @@ def run_benchmark(
             absent = torch.cuda.device_count() == 0
             reason = "this machine has no CUDA device that torch can use" if absent else "the run was on the CPU"
             bench.lacks(f"A GPU was not measured: {reason}.")
-        stem = environment.stem + ("" if only is None else "_" + "-".join(parts))
+        # Named where it was chosen, so that runs in several dtypes do not take each other's place.
+        of_dtype = "" if dtype == "auto" else f"-{environment.dtype}"
+        stem = environment.stem + of_dtype + ("" if only is None else "_" + "-".join(parts))
         left_out = [part for part in PARTS if part not in parts]
         if left_out:
             bench.lacks(f"Not measured, as `--only` left them out: {', '.join(left_out)}.")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .token_layout import TokenLayout
 
 # What one step over several images of a shape may take: of each image, the similarities and their softmax, and two float32
-# copies of its features. A single image may take more.
-_WORKING_BYTES = 256 * 2**20
+# copies of its features; masks and the stacked features come on top. A single image may take more.
+_WORKING_BYTES = 128 * 2**20
 
 
 def count_gprune(layout: "TokenLayout", pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> tuple[int, ...]:

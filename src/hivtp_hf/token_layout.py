@@ -46,8 +46,7 @@ class TokenLayout:
         grid: cells per side of a tile.
         tile_rows, tile_columns: how the crops are stitched; 0 where there are none.
         row_range, column_range: the half-open ranges of stitched rows and columns that un-padding keeps.
-        valid: bool (tiles, grid, grid), base tile first; the cells that the stock model uses.
-        valid_per_tile: their number in each tile.
+        valid_per_tile: how many cells of each tile the stock model uses, base tile first.
         group_totals: cells kept of each group of cells among which the method chooses: of each tile, base tile first; for
             gprune of the base tile and of all crops together.
         num_stock: tokens that the stock model uses for this image.
@@ -83,12 +82,11 @@ class TokenLayout:
         self.num_stock = grid * grid + extra_tokens + rows * (columns + 1)
         self.num_newlines = rows if pruning.keep_newlines else 0
         self.num_class_tokens = max(extra_tokens, 0)
-        # A layout outlives the call that first asks for it, and so must not take on that call's surroundings: models are
-        # built under a meta device, and images encoded under inference mode. (A device context instead of naming the CPU
-        # everywhere would double what counting takes.)
+        self.valid_per_tile: tuple[int, ...] = self._count_valid()
+        # A layout outlives the call that first asks for it, and so must not take on that call's surroundings: images are
+        # encoded under inference mode, and models built under a meta device. Against the latter, tensors here and below name
+        # the CPU, each by itself, as a device context would double what counting takes.
         with torch.inference_mode(False):
-            self.valid = self._valid_cells()
-            self.valid_per_tile: tuple[int, ...] = tuple(self.valid.flatten(1).sum(1).tolist())
             self.pruning = self._with_ratio(pruning)
             self.group_totals: tuple[int, ...] = self._count(self.pruning)
         self.num_retained = sum(self.group_totals) + self.num_newlines + self.num_class_tokens
@@ -276,7 +274,21 @@ class TokenLayout:
     def _count(self, pruning: VisualTokenPruningConfig) -> tuple[int, ...]:
         return tuple(pruning_method(pruning.method).load_selector().count(self, pruning))
 
-    def _valid_cells(self) -> Tensor:
+    def _count_valid(self) -> tuple[int, ...]:
+        """By arithmetic: a processor asks for nothing else as a rule, and tensors would take longer than all the counting."""
+
+        def shared(tiles: int, kept: tuple[int, int]) -> list[int]:
+            """How many lines of each tile along a side un-padding keeps."""
+            starts = range(0, tiles * self.grid, self.grid)
+            return [max(0, min(kept[1], start + self.grid) - max(kept[0], start)) for start in starts]
+
+        rows, columns = shared(self.tile_rows, self.row_range), shared(self.tile_columns, self.column_range)
+        return (self.grid**2 + min(self._extra_tokens, 0), *(height * width for height in rows for width in columns))
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def valid(self) -> Tensor:
+        """bool (tiles, grid, grid), base tile first; the cells that the stock model uses."""
         grid = self.grid
         stitched = torch.zeros(self.tile_rows * grid, self.tile_columns * grid, dtype=torch.bool, device="cpu")
         stitched[slice(*self.row_range), slice(*self.column_range)] = True
