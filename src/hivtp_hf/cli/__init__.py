@@ -6,6 +6,7 @@ import sys
 import typer
 from huggingface_hub.errors import HfHubHTTPError
 
+from .command_analyze import analyze
 from .command_convert import convert
 from .command_inspect import inspect
 from .command_push import push
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(analyze)
 app.command()(convert)
 app.command()(inspect)
 app.command()(push)
