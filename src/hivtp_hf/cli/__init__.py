@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .command_analyze import analyze
 from .command_convert import convert
+from .command_evaluate import evaluate
 from .command_inspect import inspect
 from .command_push import push
 from .command_visualize import visualize
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(analyze)
 app.command()(convert)
+app.command()(evaluate)
 app.command()(inspect)
 app.command()(push)
 app.command()(visualize)

@@ -1,0 +1,95 @@
+"""`hivtp evaluate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .printing import say
+
+if TYPE_CHECKING:
+    from ..evaluation.metrics import MetricsRow
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Option(help="A stock or pruned checkpoint: a folder, or owner/name on the Hub.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with questions.csv or questions.jsonl beside images (columns image, question, answer, and if wanted "
+            "question_type), or written by `datasets`. In a clone of the project, its own questions by default."
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods of pruning, base-only and downsample, with commas between; all by default.")
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Shares of patch tokens to keep, with commas between; 1 is the unpruned model.")
+    ] = "1,1/2,2/9,1/9,1/18",
+    questions: Annotated[int | None, typer.Option(help="Ask so many of the first questions; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1 and so on.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images at once in the tower, questions at once in the language model.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="The length of an answer at most.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the run gets a folder of its own.")] = Path(
+        "evaluation_output"
+    ),
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A setting of a method, as in `inspect`; may be repeated."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+) -> None:
+    """Ask CHECKPOINT questions about images, unpruned and under every method and ratio: accuracy, tokens, prefill time.
+
+    Each run makes a folder with metrics.csv, predictions.csv, config.json, environment.json and accuracy.png. Interrupted, the
+    same command goes on where it was. Finished, it makes another folder.
+
+    An error in a row stops the run and names the row.
+    """
+    # Imported here, as Pillow is needed for nothing else.
+    from ..evaluation import evaluate_checkpoint
+
+    done = evaluate_checkpoint(
+        checkpoint,
+        data,
+        methods=methods,
+        ratios=ratios,
+        questions=questions,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        output=output,
+        changes=changes or (),
+        revision=revision,
+        cache_dir=cache_dir,
+        say=say,
+    )
+    _print_table(done.metrics)
+    say(str(done.folder), "green")
+
+
+def _print_table(metrics: Sequence["MetricsRow"]) -> None:
+    rows = [row for row in metrics if row.question_type == "all"]
+    # The first is the unpruned model, which no seed multiplies.
+    table = Table(box=box.SIMPLE, caption=f"{rows[0].n} questions. Tokens of an image: patches and newlines.")
+    # With line breaks, as it is to fit into 80 columns.
+    for heading in ("method", "ratio", "tokens", "accuracy", "95 % interval", "agree-\nment", "prefill\nms"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.ratio:.3f}",
+            f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}",
+            f"{row.accuracy:.3f}",
+            f"{row.ci_low:.3f} to {row.ci_high:.3f}",
+            f"{row.agreement:.3f}",
+            f"{row.prefill_ms:.4g}",
+        )
+    Console().print(table)

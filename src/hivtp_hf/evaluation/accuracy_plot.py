@@ -1,0 +1,108 @@
+"""accuracy.png: accuracy against the tokens that are kept, a line a method. Needs matplotlib, imported when it is drawn."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluation_data import ALL
+from .metrics import MetricsRow
+from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED
+
+# Okabe and Ito's colours, which people tell apart however they see colours.
+_COLOURS = {
+    UNPRUNED: "#000000",
+    "hivtp": "#0072B2",
+    "hiprune": "#56B4E9",
+    "gprune": "#E69F00",
+    "cls_attention": "#009E73",
+    "random": "#CC79A7",
+    "uniform": "#F0E442",
+    BASE_ONLY: "#999999",
+    DOWNSAMPLE: "#D55E00",
+}
+_OTHER_COLOUR = "#444444"
+_COLUMNS = 3
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is here."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def draw_accuracy(path: Path, metrics: Sequence[MetricsRow], title: str) -> None:
+    """Writes the figure: a large panel for all questions, and a small one for each type.
+
+    Bands, and bars where a method has one point alone, are the intervals. Every line ends in the unpruned model, which all
+    methods are at a ratio of 1. Tokens are patch tokens and newlines together, on a logarithmic scale.
+
+    Args:
+        path: of the file.
+        metrics: of a run.
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    types = list(dict.fromkeys(row.question_type for row in metrics if row.question_type != ALL))
+    small_rows = math.ceil(len(types) / _COLUMNS)
+    figure = Figure(figsize=(9, 5 + 2.4 * small_rows), layout="constrained")
+    grid = figure.add_gridspec(1 + small_rows, _COLUMNS, height_ratios=[2.2, *[1] * small_rows])
+    large = figure.add_subplot(grid[0, :])
+    _draw_panel(large, metrics, ALL)
+    large.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    large.set_xlabel("tokens of an image in the language model")
+    large.set_ylabel("accuracy, 95 % interval")
+    for number, question_type in enumerate(types):
+        panel = figure.add_subplot(grid[1 + number // _COLUMNS, number % _COLUMNS])
+        _draw_panel(panel, metrics, question_type)
+        panel.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    rows = [row for row in metrics if row.question_type == question_type]
+    unpruned = next(row for row in rows if row.method == UNPRUNED)
+    axes.axhline(unpruned.accuracy, color=_COLOURS[UNPRUNED], linestyle=":", linewidth=0.8)
+    for method in dict.fromkeys(row.method for row in rows):
+        colour = _COLOURS.get(method, _OTHER_COLOUR)
+        points = [row for row in rows if row.method == method]
+        # What the base tile alone leaves out is not a matter of a ratio.
+        if method not in (UNPRUNED, BASE_ONLY):
+            points.append(unpruned)
+        points.sort(key=_tokens)
+        tokens, accuracy = [_tokens(row) for row in points], [row.accuracy for row in points]
+        low, high = [row.ci_low for row in points], [row.ci_high for row in points]
+        if len(points) == 1:
+            length = [[accuracy[0] - low[0]], [high[0] - accuracy[0]]]
+            axes.errorbar(tokens, accuracy, yerr=length, color=colour, marker="o", markersize=4, linewidth=1, label=method)
+        else:
+            axes.plot(tokens, accuracy, color=colour, marker="o", markersize=3, linewidth=1.2, label=method)
+            axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
+    # Where nothing is kept there is no logarithm.
+    axes.set_xscale("symlog" if min(map(_tokens, rows)) < 1 else "log")
+    ticks = sorted({round(_tokens(row), 3) for row in rows if row.method in (UNPRUNED, rows[-1].method)})
+    axes.set_xticks(_apart(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(question_type, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tokens(row: MetricsRow) -> float:
+    return row.patch_tokens + row.newline_tokens
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Ticks whose labels do not run into each other on a logarithmic scale."""
+    chosen: list[float] = []
+    for tick in reversed(ticks):
+        if not chosen or tick <= 0.75 * chosen[-1]:
+            chosen.append(tick)
+    return chosen[::-1]

@@ -1,0 +1,209 @@
+"""`evaluate_checkpoint`: the accuracy of a checkpoint under pruning methods and ratios, beside the unpruned model."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from ..checkpoints import CheckpointSource, open_source
+from ..pruning_config import VisualTokenPruningConfig
+from .accuracy_plot import can_plot, draw_accuracy
+from .answer_text import RULE
+from .answers_table import answers_of_variants
+from .checkpoint_identity import checkpoint_identity
+from .data_source import load_data
+from .evaluation_data import EvaluationData
+from .finished_parts import FinishedParts
+from .image_groups import image_groups, parts_of
+from .loaded_model import (
+    base_without_weights,
+    check_dtype,
+    check_settings,
+    checked_device,
+    load_model,
+    load_processor,
+)
+from .method_settings import settings_of_methods
+from .metrics import MetricsRow, metrics_rows
+from .part_work import PartWork, named_row
+from .prompts import Prompt, prompt_of
+from .ratios import DEFAULT_RATIOS, parsed_ratios
+from .result_tables import write_metrics, write_predictions
+from .run_environment import code_sha256, slug, this_environment
+from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, check_output, run_folder
+from .variants import BASE_ONLY, SEEDS, Variant, chosen_methods, planned_variants
+from .whole_files import write_whole
+
+
+class Evaluation(NamedTuple):
+    """A finished run: its folder, and the rows of its metrics.csv."""
+
+    folder: Path
+    metrics: list[MetricsRow]
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    data: Path | None = None,
+    *,
+    methods: str | None = None,
+    ratios: str = DEFAULT_RATIOS,
+    questions: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 16,
+    max_new_tokens: int = 8,
+    output: Path = Path("evaluation_output"),
+    changes: Sequence[str] = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> Evaluation:
+    """Asks a checkpoint questions about images, unpruned and under every method and ratio, and writes what comes out.
+
+    Answers are decoded greedily and compared with the right ones in lower case, without blanks at both ends and without
+    punctuation at the end. The method "random" runs with the seeds 0, 1 and 2, whose answers are pooled: three for every
+    question. Every image is encoded once for all methods and ratios ("downsample" encodes smaller images of its own).
+
+    A run has a folder of its own in `output`, with config.json, environment.json, metrics.csv, predictions.csv and, where
+    matplotlib is installed, accuracy.png. Interrupted, it goes on when it is called again in the same way, and ends with the
+    same predictions and metrics, times apart. Called again after it has finished, it makes another folder, whose name ends in
+    a number.
+
+    Args:
+        checkpoint: a stock or pruned one of a supported family: a folder, or `owner/name` on the Hub.
+        data: a folder with a table `questions.csv` or `questions.jsonl`, or written by the library `datasets`, with columns
+            image, question, answer, and if wanted question_type; None for the held-out questions of examples/shapes_vqa, in a
+            clone of the project.
+        methods: names of methods, "base-only" and "downsample", separated by commas; None for all that fit the checkpoint.
+        ratios: shares of patch tokens to keep, separated by commas, as decimals or fractions; 1 is the unpruned model.
+        questions: so many of the first ones; None for all (of the project's own: 2,000).
+        device: "auto", "cpu", "cuda" or "cuda:" and a number.
+        dtype: "auto" for the checkpoint's own, "float32", "bfloat16" or "float16".
+        batch_size: images at once in the vision tower, and questions at once in the language model.
+        max_new_tokens: per answer.
+        output: where folders of runs lie.
+        changes: settings "METHOD.NAME=VALUE" on top of the defaults, or of the checkpoint's own for its own method.
+        revision, token, cache_dir: for a checkpoint on the Hub, as for `huggingface_hub.snapshot_download`.
+        say: told what a person should know.
+
+    Raises:
+        ValueError: for arguments, data, a checkpoint or settings that cannot be used; says what was given and what to do.
+        RuntimeError: where a row goes wrong: names the row, its image and question, the method and the ratio. No metrics are
+            written then.
+        OSError, huggingface_hub.errors.HfHubHTTPError: where the checkpoint cannot be downloaded.
+    """
+    asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
+    place = checked_device(device)
+    check_dtype(dtype)
+    for name, number in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
+        if number < 1:
+            raise ValueError(f"`--{name}` is {number}; it must be a whole number from 1.")
+    check_output(output)
+    asked = load_data(data, questions)
+
+    source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
+    base = base_without_weights(source)
+    chosen = _that_fit(asked_methods, base, methods is None, say)
+    settings = settings_of_methods(chosen, source.settings(), changes)
+    check_settings(base, settings)
+    vision = base.config.vision_config
+    plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size)
+    processor = load_processor(source)
+    prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
+
+    source.weight_files()  # downloads them, its base's if it has none
+    model = load_model(source, place, dtype, cache_dir)
+    environment = this_environment(place, model.dtype)
+    config = _config(source, asked, plan, settings, [float(share) for share in shares], batch_size, max_new_tokens)
+    what = f"{slug(config['checkpoint']['name'].rpartition('/')[2])}_{slug(asked.name)}"
+    folder = run_folder(output, what, config, environment)
+    work = PartWork(model, processor, plan, asked, prompts, batch_size, max_new_tokens)
+    parts = parts_of(image_groups(asked.rows), batch_size)
+    finished = FinishedParts(folder / PARTS)
+    try:
+        if finished.results:
+            say(f"Going on in {folder}: {len(finished.results)} of {len(parts)} parts are finished.")
+        with tqdm(total=len(asked.rows) * len(plan), unit="answer", desc="Evaluating") as progress:
+            for number, part in enumerate(parts):
+                if number in finished.results:
+                    progress.update(len(plan) * sum(len(group.rows) for group in part))
+                else:
+                    finished.add(number, work.results(part, progress.update))
+        table = answers_of_variants(plan, parts, finished.results)
+        metrics = metrics_rows(asked, plan, table)
+        write_predictions(folder / PREDICTIONS, asked, plan, table)
+        write_metrics(folder / METRICS, metrics)
+        if can_plot():
+            title = f"{config['checkpoint']['name']}, {asked.name}: {len(asked.rows)} questions, {environment.date}"
+            write_whole(folder / PLOT, lambda unfinished: draw_accuracy(unfinished, metrics, title))
+        else:
+            say('No figure was drawn, as matplotlib is not installed (`pip install "hivtp-hf[plots]"`).')
+        # Last of all: where it is missing, a run is finished.
+        finished.path.unlink()
+    except BaseException:
+        if not finished.results:
+            shutil.rmtree(folder)  # nothing in it is worth going on from
+        raise
+    finally:
+        finished.close()
+    return Evaluation(folder, metrics)
+
+
+def _that_fit(methods: Sequence[str], base: Any, is_default: bool, say: Callable[[str], object]) -> list[str]:
+    """The methods without those that mean nothing for a model, and of the default ones without those that it cannot follow."""
+    chosen = list(methods)
+    if BASE_ONLY in chosen and not hasattr(base, "image_newline"):
+        chosen.remove(BASE_ONLY)
+        say(f"{BASE_ONLY} is left out: images of this model have a base tile and nothing else, which the unpruned model sees.")
+    if is_default and not base._has_cls_token:
+        chosen.remove("cls_attention")
+        say("cls_attention is left out: the vision tower has no class token.")
+    return chosen
+
+
+def _prompt(processor: Any, data: EvaluationData, row: int) -> Prompt:
+    try:
+        return prompt_of(processor, data.rows[row].question)
+    except ValueError as error:
+        raise ValueError(f"{named_row(data, row)}: {error}") from error
+
+
+def _config(
+    source: CheckpointSource,
+    data: EvaluationData,
+    plan: Sequence[Variant],
+    settings: dict[str, VisualTokenPruningConfig],
+    ratios: Sequence[float],
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """All that decides what comes out of a run, as JSON types; a run goes on only where all of it is the same."""
+    # Ratios and seeds are others in every variant.
+    varied = ("method", "retention_ratio", "token_budget", "seed")
+    of_methods = {
+        method: {name: value for name, value in pruning.to_dict().items() if name not in varied}
+        for method, pruning in settings.items()
+    }
+    config = {
+        "checkpoint": checkpoint_identity(source),
+        "data": {
+            "name": data.name,
+            "questions": len(data.rows),
+            "images": len(data.image_sizes),
+            "sha256": data.sha256,
+        },
+        "methods": list(dict.fromkeys(variant.method for variant in plan)),
+        "ratios": ratios,
+        "settings": of_methods,
+        "seeds": {"random": list(SEEDS)},
+        "downsample_cells": [variant.grid for variant in plan if variant.grid is not None],
+        "answers": {"decoding": "greedy", "max_new_tokens": max_new_tokens, "compared": RULE},
+        "batch_size": batch_size,
+        "code_sha256": code_sha256(),
+    }
+    return json.loads(json.dumps(config))

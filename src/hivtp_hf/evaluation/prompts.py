@@ -1,0 +1,66 @@
+"""Prompts as a pipeline makes them, tokenised once and joined with whatever is kept of their image."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prompt(NamedTuple):
+    """The token ids of a question with one image, by the processor's chat template.
+
+    Attributes:
+        before, after: what stands around the image's tokens.
+        without_image: all of them where nothing is kept of the image, which then vanishes from the text.
+    """
+
+    before: list[int]
+    after: list[int]
+    without_image: list[int]
+
+    def length(self, image_tokens: int) -> int:
+        """Of the prompt, where so many tokens are kept of the image."""
+        return len(self.before) + image_tokens + len(self.after) if image_tokens else len(self.without_image)
+
+
+def prompt_of(processor: Any, question: str) -> Prompt:
+    """The prompt of a question about one image.
+
+    Raises:
+        ValueError: where the text has no or several places for an image: the chat template leaves the image out, or the
+            question itself names the token; and for a processor without a chat template.
+    """
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = _token_ids(processor, text)
+    if text.count(processor.image_token) != 1 or ids.count(processor.image_token_id) != 1:
+        raise ValueError(
+            f"the prompt {text!r} has not one place for an image, written {processor.image_token!r}. Use a chat template with "
+            "one, and questions without that word."
+        )
+    place = ids.index(processor.image_token_id)
+    return Prompt(ids[:place], ids[place + 1 :], _token_ids(processor, text.replace(processor.image_token, "")))
+
+
+def _token_ids(processor: Any, text: str) -> list[int]:
+    # As the processor's own `apply_chat_template` does when it tokenises: a template that writes the first token gets no other.
+    first = processor.tokenizer.bos_token
+    has_first = first is not None and text.startswith(first)
+    return processor.tokenizer(text, add_special_tokens=not has_first)["input_ids"]
+
+
+@torch.no_grad()
+def embedded(prompt: Prompt, features: Tensor, words: torch.nn.Module) -> Tensor:
+    """The embeddings of a prompt with its image, (length, hidden).
+
+    Args:
+        prompt: of the question.
+        features: of the image's tokens that are kept, (tokens, hidden).
+        words: the language model's input embeddings.
+    """
+    device = next(words.parameters()).device
+    if not len(features):
+        return words(torch.tensor(prompt.without_image, device=device))
+    texts = words(torch.tensor([*prompt.before, *prompt.after], device=device))
+    before, after = texts.split([len(prompt.before), len(prompt.after)])
+    return torch.cat((before, features.to(device, texts.dtype), after))

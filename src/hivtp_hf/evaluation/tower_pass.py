@@ -1,0 +1,102 @@
+"""`see`: one pass of the vision tower, which all methods and ratios share."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..encoder_layers import EncoderLayers, ending_early, wanting_features_only
+from ..methods import pruning_method
+from ..pruned_model import PrunedModelMixin
+from ..pruning_config import VisualTokenPruningConfig
+from ..received_attention import ReceivedAttention
+
+
+class SeenImages(NamedTuple):
+    """What the tower says of some images.
+
+    Attributes:
+        features: of every image the stock features as they are packed, (num_stock, hidden).
+        received: of every layer that some method reads, the attention that tokens receive, float32 (tiles, tokens).
+        from_class_token: the same of what the class token attends to.
+        feature_layer: the encoder layer, 0-based, whose output is the visual feature.
+    """
+
+    features: list[Tensor]
+    received: Mapping[int, Tensor]
+    from_class_token: Mapping[int, Tensor]
+    feature_layer: int
+
+    def scores_for(self, settings: VisualTokenPruningConfig) -> dict[int, Tensor]:
+        """The scores that a method reads under its settings, and no others: methods average over all that they are given."""
+        scores = self.from_class_token if pruning_method(settings.method).reads_class_attention else self.received
+        return {layer: scores[layer] for layer in settings.scored_layers(self.feature_layer)}
+
+
+@torch.no_grad()
+def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPruningConfig]) -> SeenImages:
+    """Runs the vision tower once over some images, and takes along what all methods look at.
+
+    Features and scores are those of the model's own pass, bit for bit: stock runs as the model lets it run, without the layers
+    that nothing is read from.
+
+    Args:
+        model: a pruned model with a language modelling head. Its own settings play no part.
+        inputs: of the processor for the images: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+        prunings: the settings of all methods.
+
+    Raises:
+        ValueError: for settings that do not fit the tower, and where features or scores are not finite.
+    """
+    base = model.model
+    received: set[int] = set()
+    from_class_token: set[int] = set()
+    layer = base._feature_layer(VisualTokenPruningConfig(method="none"))
+    for pruning in prunings:
+        base._feature_layer(pruning)
+        read = from_class_token if pruning_method(pruning.method).reads_class_attention else received
+        read.update(pruning.scored_layers(layer))
+
+    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
+    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
+    stock = functools.partial(
+        super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes, return_dict=True
+    )
+    with wanting_features_only():
+        scored = sorted(received | from_class_token)
+        shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, scored)
+        collector = ReceivedAttention(received)
+        # Newer releases keep no states but the feature's, unless they are asked to.
+        keywords = {"output_hidden_states": True} if from_class_token else {}
+        output = base._received_attention_tap.call(shorter, collector, **keywords) if received else shorter(**keywords)
+    features = list(output.pooler_output)
+    _check_finite("visual features", features)
+    by_layer = {
+        "received": collector.by_layer(),
+        "from_class_token": _class_token_attention(base, output.hidden_states, sorted(from_class_token)),
+    }
+    for scores in by_layer.values():
+        _check_finite("attention scores", list(scores.values()))
+    return SeenImages(features, **by_layer, feature_layer=layer)
+
+
+def _class_token_attention(base: Any, hidden_states: Sequence[Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
+    """What the class token attends to in some layers, float32 (tiles, tokens).
+
+    A pass reports each layer's attention in one way, and methods may want one layer in both. So these layers, usually one, run
+    a second time on the very states that entered them, which takes as long as the layers that the pass leaves out.
+    """
+    if not layers:
+        return {}
+    stack = next(module for module in base.vision_tower.modules() if isinstance(module, EncoderLayers))
+    collector = ReceivedAttention(layers, from_class_token=True)
+    for layer in layers:
+        base._received_attention_tap.call(stack[layer], collector, hidden_states[layer], attention_mask=None)
+    return collector.by_layer()
+
+
+def _check_finite(what: str, values: Sequence[Tensor]) -> None:
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise ValueError(f"the vision tower returned {what} that are not finite. Load it in another dtype, such as float32.")

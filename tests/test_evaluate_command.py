@@ -1,0 +1,103 @@
+"""`hivtp evaluate`, as a user runs it."""
+
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from checkpoints import GEOMETRY
+from evaluations import ROWS, data_folder, table_of
+from hivtp_hf import cli
+from hivtp_hf.cli.command_evaluate import evaluate
+from hivtp_hf.evaluation import evaluate as evaluate_module
+from hivtp_hf.evaluation import part_work
+from hivtp_hf.evaluation.ratios import DEFAULT_RATIOS
+from tiny_checkpoint import build_stock_checkpoint
+
+app = typer.Typer()
+app.command()(evaluate)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return build_stock_checkpoint(tmp_path_factory.mktemp("next") / "stock", **GEOMETRY)
+
+
+def arguments_of(stock, folder, *more):
+    return [str(part) for part in ("--checkpoint", stock, "--data", folder / "data", "--output", folder / "runs", *more)]
+
+
+def test_it_prints_a_table_and_the_folder(stock, tmp_path):
+    data_folder(tmp_path / "data")
+    arguments = arguments_of(stock, tmp_path, "--methods", "hivtp,base-only", "--ratios", "1,1/2", "--questions", "3")
+    arguments += ["--device", "cpu", "--dtype", "bfloat16", "--batch-size", "2", "--max-new-tokens", "2"]
+    arguments += ["--set", "hivtp.regions=1", "--set", "hivtp.local_window=1"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.splitlines()[-1] == str(folder)
+    shown = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("none", "hivtp", "base-only"))]
+    metrics = [row for row in table_of(folder / "metrics.csv") if row["question_type"] == "all"]
+    assert [line[0] for line in shown] == ["none", "hivtp", "base-only"]
+    for line, row in zip(shown, metrics, strict=True):
+        tokens = f"{float(row['patch_tokens']):.0f} + {float(row['newline_tokens']):.0f}"
+        interval = f"{float(row['ci_low']):.3f} to {float(row['ci_high']):.3f}"
+        cells = [f"{float(row['ratio']):.3f}", tokens, f"{float(row['accuracy']):.3f}", interval]
+        assert " ".join(line[1:]).startswith(" ".join(cells))
+    assert "…" not in done.stdout
+    assert "3 questions" in done.stdout
+
+
+def test_its_defaults_are_the_librarys(stock, tmp_path, monkeypatch):
+    given = {}
+
+    def stand_in(checkpoint, data, **options):
+        given.update(options, checkpoint=checkpoint, data=data)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("hivtp_hf.evaluation.evaluate_checkpoint", stand_in)
+    with pytest.raises(ValueError, match="enough"):
+        CliRunner().invoke(app, ["--checkpoint", "owner/name"], catch_exceptions=False)
+    del given["say"], given["checkpoint"]
+    library = evaluate_module.evaluate_checkpoint.__kwdefaults__
+    assert given.pop("data") is None
+    assert given == {name: library[name] for name in given}
+    assert given["ratios"] == DEFAULT_RATIOS
+
+
+@pytest.fixture
+def hivtp(monkeypatch, capsys):
+    """Runs the whole command line in this process; how it ended, and what it wrote to both streams."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_errors_are_one_message(hivtp, stock, tmp_path):
+    data_folder(tmp_path / "data", [*ROWS, ("wide.png", "What?", "", "colour")])
+    status, out, err = hivtp("evaluate", *arguments_of(stock, tmp_path))
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("hivtp: row 5: the answer is ''")
+    assert "Traceback" not in err
+
+
+def test_an_error_in_a_row_ends_the_command(stock, tmp_path, monkeypatch):
+    data_folder(tmp_path / "data")
+
+    def broken(seen, layouts):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(part_work, "pruned_tokens", broken)
+    done = CliRunner().invoke(app, arguments_of(stock, tmp_path, "--methods", "uniform"))
+    assert done.exit_code == 1
+    assert isinstance(done.exception, RuntimeError)
+    assert str(done.exception).startswith(
+        "row 1 (image 'wide.png', question 'What colour is the cat?'): choosing visual tokens"
+    )
+    assert not list((tmp_path / "runs").iterdir())

@@ -1,0 +1,267 @@
+"""What `hivtp evaluate` feeds the language model, held against processor and model as a user calls them."""
+
+import functools
+
+import pytest
+import torch
+
+from checkpoints import GEOMETRY
+from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
+from families import FAMILIES
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.evaluation import evaluate as evaluate_module
+from hivtp_hf.evaluation.kept_tokens import base_tile_tokens, check_kept_indices, pruned_tokens
+from hivtp_hf.evaluation.prompts import embedded, prompt_of
+from hivtp_hf.evaluation.shrunken_images import shrunken_layout, shrunken_tokens
+from hivtp_hf.evaluation.tower_pass import see
+from hivtp_hf.methods import METHODS
+from hivtp_hf.received_attention import ReceivedAttention
+from tested_methods import TESTED
+from tiny_checkpoint import build_stock_checkpoint
+from tiny_models import TOWERS, image_inputs, photo, twins
+
+PHOTOS = [photo(60, 100), photo(110, 40, seed=1), photo(60, 60, seed=2)]
+RATIOS = (0.5, 1 / 9)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def stock(request, tmp_path_factory):
+    return build_stock_checkpoint(tmp_path_factory.mktemp(request.param) / "stock", family=request.param, **GEOMETRY)
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def pair(request):
+    return twins({"method": "none"}, **TOWERS[request.param])
+
+
+def methods_of(pair):
+    return [name for name in METHODS if name != "none" and (pair.pruned.model._has_cls_token or name != "cls_attention")]
+
+
+def prunings_of(pair, **shared):
+    return [
+        VisualTokenPruningConfig(method=method, retention_ratio=ratio, **TESTED[method].small, **shared)
+        for method in methods_of(pair)
+        for ratio in RATIOS
+    ]
+
+
+def inputs_of(pair, images=PHOTOS):
+    return pair.processor.image_processor(images, return_tensors="pt")
+
+
+def layouts_of(pair, pruning, images=PHOTOS):
+    return [pair.processor._token_layout(image.height, image.width, pruning) for image in images]
+
+
+def test_one_pass_serves_all_methods_as_their_own_would(pair):
+    """Every method's default reads layer 8 in its own way, or others besides."""
+    prunings = prunings_of(pair)
+    inputs = inputs_of(pair)
+    tiles = []
+    hook = pair.pruned.model.vision_tower.register_forward_hook(lambda module, args, output: tiles.append(len(args[0])))
+    seen = see(pair.pruned, inputs, prunings)
+    hook.remove()
+    assert tiles == [sum(layout.num_tiles for layout in layouts_of(pair, prunings[0]))]
+    for pruning in prunings:
+        kept = pruned_tokens(seen, layouts_of(pair, pruning))
+        pair.pruned.config.pruning_config = pruning
+        with torch.no_grad():
+            own = pair.pruned.model.get_image_features(**image_inputs(inputs))
+        pair.pruned.config.pruning_config = {"method": "none"}
+        for tokens, features, indices, layout in zip(
+            kept, own.pooler_output, own.kept_indices, layouts_of(pair, pruning), strict=True
+        ):
+            assert torch.equal(tokens.features, features)
+            assert tokens.patches == len(layout.cells(indices))
+            assert tokens.newlines == layout.num_newlines
+            assert tokens.patches + tokens.newlines + layout.num_class_tokens == layout.num_retained
+    unpruned = pruned_tokens(seen, layouts_of(pair, VisualTokenPruningConfig(method="none")))
+    with torch.no_grad():
+        own = pair.stock.model.get_image_features(**image_inputs(inputs), return_dict=True)
+    assert all(torch.equal(tokens.features, features) for tokens, features in zip(unpruned, own.pooler_output, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_tokens_do_not_depend_on_the_batch(family):
+    pair = twins({"method": "none"}, family=family)
+    prunings = prunings_of(pair)
+    together = see(pair.pruned, inputs_of(pair), prunings)
+    for number, image in enumerate(PHOTOS):
+        alone = see(pair.pruned, inputs_of(pair, [image]), prunings)
+        for pruning in prunings:
+            (one,) = pruned_tokens(alone, layouts_of(pair, pruning, [image]))
+            batched = pruned_tokens(together, layouts_of(pair, pruning))[number]
+            assert (one.patches, one.newlines) == (batched.patches, batched.newlines)
+            # Another cell in one place would differ by far more than another order of summation.
+            torch.testing.assert_close(one.features, batched.features, rtol=1e-4, atol=1e-4)
+
+
+def test_the_published_selection_enters_without_its_surplus():
+    pruning = VisualTokenPruningConfig(exact_count=False, global_ratio=0.4)
+    pair = twins(pruning)
+    inputs = inputs_of(pair)
+    kept = pruned_tokens(see(pair.pruned, inputs, [pruning]), layouts_of(pair, pruning))
+    with torch.no_grad():
+        own = pair.pruned.model.get_image_features(**image_inputs(inputs))
+    for tokens, features, indices in zip(kept, own.pooler_output, own.kept_indices, strict=True):
+        assert len(tokens.features) == len(indices) == tokens.patches + tokens.newlines
+        assert torch.equal(tokens.features, features[-len(indices) :])
+    surplus = [len(features) - len(indices) for features, indices in zip(own.pooler_output, own.kept_indices, strict=True)]
+    assert any(surplus)
+
+
+def test_a_layer_that_does_not_report_is_an_error(monkeypatch):
+    pair = twins({"method": "none"})
+    monkeypatch.setattr(ReceivedAttention, "add", lambda self, layer, received: None)
+    with pytest.raises(ValueError, match="without reporting"):
+        see(pair.pruned, inputs_of(pair), [VisualTokenPruningConfig()])
+    with pytest.raises(ValueError, match="without reporting"):
+        see(pair.pruned, inputs_of(pair), [VisualTokenPruningConfig(method="cls_attention")])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: kept[1:],  # a cell too few
+        lambda kept: kept.flip(0),  # another order
+        lambda kept: torch.cat((kept[:-1], kept[-2:-1])),  # one twice, and a newline missing
+    ],
+)
+def test_a_broken_selection_is_noticed(change):
+    layout = TokenLayout.from_image_size(60, 100, {"retention_ratio": 0.5}, **GEOMETRY, pinpoints=[[56, 112]])
+    right = layout.kept_indices(layout.valid & (torch.arange(8) % 2 == 0))
+    assert check_kept_indices(right, layout) == sum(layout.group_totals)
+    with pytest.raises(ValueError, match="selector is broken"):
+        check_kept_indices(change(right), layout)
+
+
+@pytest.mark.parametrize(("methods", "ratios"), [("hivtp,hiprune,gprune,cls_attention,random,uniform", "1,1/2,0.1")])
+def test_answers_are_those_of_the_plain_way(stock, tmp_path, methods, ratios):
+    data = data_folder(tmp_path / "data")
+    run = evaluated(stock, data, tmp_path / "runs", methods=methods, ratios=ratios, batch_size=3)
+    pair = twins({"method": "none"}, family=evaluate_module.open_source(str(stock)).config["model_type"])
+    images = dict(zip(SIZES, PHOTOS, strict=True))
+    assert pair.stock.model.vision_tower.config.num_hidden_layers == 10
+    answers = set()
+    predictions = table_of(run.folder / "predictions.csv")
+    assert len(predictions) == len(ROWS) * (1 + 5 * 2 + 3 * 2)
+    for line in predictions:
+        image, question, _, _ = ROWS[int(line["row"]) - 1]
+        assert (line["image"], line["question"]) == (image, question)
+        pruning = {"method": line["method"]}
+        if line["method"] != "none":
+            pruning["retention_ratio"] = 0.5 if line["ratio"] == "0.5" else 0.1
+        if line["seed"]:
+            pruning["seed"] = int(line["seed"])
+        answer, tokens = plain_answer(pair.pruned, pair.processor, images[image], question, pruning)
+        assert (line["prediction"], int(line["patch_tokens"]) + int(line["newline_tokens"])) == (answer, tokens)
+        answers.add(answer)
+    assert len(answers) > len(ROWS)  # or equal answers would prove nothing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_the_processors(family):
+    pair = twins({"method": "uniform", "retention_ratio": 0.25}, family=family)
+    words = pair.pruned.get_input_embeddings()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    for start in ("", "<s>"):  # a template may write the first token itself
+        pair.processor.chat_template = start + pair.stock_processor.chat_template
+        inputs = pair.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", "image": PHOTOS[0]}, *chat[0]["content"][1:]]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        prompt = prompt_of(pair.processor, "How many?")
+        tokens = int((inputs.input_ids == 3).sum())
+        assert prompt.length(tokens) == inputs.input_ids.shape[1]
+        features = words(torch.full((tokens,), 3))
+        assert torch.equal(embedded(prompt, features, words), words(inputs.input_ids[0]))
+    text = pair.processor.apply_chat_template(chat, add_generation_prompt=True).replace("<image>", "")
+    without = pair.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert torch.equal(embedded(prompt, features[:0], words), words(torch.tensor(without)))
+    assert prompt.length(0) == len(without)
+    with pytest.raises(ValueError, match="not one place for an image"):
+        prompt_of(pair.processor, "What is <image>?")
+
+
+def test_base_only_is_the_base_tile():
+    pair = twins({"method": "none"})
+    inputs = inputs_of(pair)
+    seen = see(pair.pruned, inputs, [])
+    layouts = layouts_of(pair, VisualTokenPruningConfig(method="none"))
+    for tokens, features, layout in zip(base_tile_tokens(seen, layouts), seen.features, layouts, strict=True):
+        assert (tokens.patches, tokens.newlines) == (64, 0)
+        positions = [int(p) for p in layout.cell_positions if int(layout.cells(p[None])[0, 0]) == 0]
+        assert torch.equal(tokens.features, features[positions])
+
+
+def test_tiles_that_keep_their_size_are_packed_as_stock_packs_them(pair):
+    """Shrunk to as many cells as they have, images give stock's own features, newlines and un-padding included."""
+    inputs = inputs_of(pair)
+    layouts = layouts_of(pair, VisualTokenPruningConfig(method="none"))
+    with torch.no_grad():
+        own = pair.stock.model.get_image_features(**image_inputs(inputs), return_dict=True).pooler_output
+    for tokens, features, layout in zip(shrunken_tokens(pair.pruned, inputs, layouts, 8), own, layouts, strict=True):
+        torch.testing.assert_close(tokens.features, features, rtol=1e-5, atol=1e-5)
+        assert tokens.patches == layout.num_stock - layout.num_newlines - layout.num_class_tokens
+        assert tokens.newlines == layout.num_newlines
+
+
+@pytest.mark.parametrize("grid", [1, 3, 5])
+def test_shrunken_images_have_fewer_tokens(pair, grid):
+    layouts = layouts_of(pair, VisualTokenPruningConfig(method="none"))
+    kept = shrunken_tokens(pair.pruned, inputs_of(pair), layouts, grid)
+    for tokens, layout, image in zip(kept, layouts, PHOTOS, strict=True):
+        expected = grid * grid + layout.num_stock - 64 if layout.num_tiles == 1 else grid * grid
+        newlines = 0
+        if layout.num_tiles > 1:
+            rows, columns = layout.tile_rows * grid, layout.tile_columns * grid
+            # What un-padding leaves of so many cells, by the proportions of the image.
+            if image.width / image.height > columns / rows:
+                rows -= (rows - int(round(image.height * columns / image.width, 7))) // 2 * 2
+            else:
+                columns -= (columns - int(round(image.width * rows / image.height, 7))) // 2 * 2
+            expected, newlines = expected + rows * columns, rows
+        assert len(tokens.features) == expected + newlines
+        assert (tokens.patches, tokens.newlines) == (expected - layout.num_class_tokens, newlines)
+        assert shrunken_layout(layout, grid, 7).num_tiles == layout.num_tiles
+
+
+def test_shrinking_sees_the_whole_image():
+    """A bright half stays a bright half: what is fed to the tower is the image itself, smaller."""
+    pair = twins({"method": "none"}, family="llava")
+    fed = []
+    tower = pair.pruned.model.vision_tower
+    hook = tower.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    pixels = torch.zeros(1, 3, 56, 56)
+    pixels[..., 28:] = 1
+    layouts = layouts_of(pair, VisualTokenPruningConfig(method="none"), PHOTOS[:1])
+    shrunken_tokens(pair.pruned, {"pixel_values": pixels}, layouts, 4)
+    hook.remove()
+    assert fed[0].shape == (1, 3, 28, 28)
+    assert fed[0][..., :10].abs().max() < 0.1
+    assert (fed[0][..., -10:] - 1).abs().max() < 0.1
+
+
+def test_an_image_is_encoded_once(tmp_path, monkeypatch):
+    checkpoint = build_stock_checkpoint(tmp_path / "checkpoint", **GEOMETRY)
+    tiles, original = [], evaluate_module.load_model
+
+    def watched(*arguments):
+        model = original(*arguments)
+        model.model.vision_tower.register_forward_hook(lambda module, args, output: tiles.append(tuple(args[0].shape)))
+        return model
+
+    monkeypatch.setattr(evaluate_module, "load_model", watched)
+    methods = "hivtp,hiprune,gprune,cls_attention,random,base-only,downsample"
+    evaluated(checkpoint, data_folder(tmp_path / "data"), tmp_path / "runs", methods=methods, ratios="1/2,1/4", batch_size=2)
+    layout = functools.partial(TokenLayout.from_image_size, pruning={"method": "none"}, **GEOMETRY)
+    pinpoints = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+    total = sum(layout(height, width, pinpoints=pinpoints).num_tiles for height, width in SIZES.values())
+    sides = [shape[-1] for shape in tiles]
+    assert sorted(set(sides)) == [4 * 7, 5 * 7, 56]
+    for side in set(sides):
+        assert sum(shape[0] for shape in tiles if shape[-1] == side) == total

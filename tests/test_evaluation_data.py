@@ -1,0 +1,285 @@
+"""What `hivtp evaluate` takes for data, and how it says what is wrong with it."""
+
+import io
+import json
+import sys
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from evaluations import HEADINGS, ROWS, SIZES, data_folder
+from hivtp_hf.evaluation.data_source import load_data
+from tiny_models import photo
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return data_folder(tmp_path / "pictures of cats")
+
+
+def write_lines(folder, records):
+    (folder / "questions.csv").unlink()
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n", encoding="utf-8")
+
+
+def test_a_table_and_lines_of_json_are_the_same(folder):
+    table = load_data(folder, None)
+    write_lines(folder, [dict(zip(HEADINGS, row, strict=True)) for row in ROWS])
+    lines = load_data(folder, None)
+    assert [row[1:] for row in table.rows] == [row[1:] for row in lines.rows] == list(ROWS)
+    assert table.sha256 == lines.sha256
+    assert table.image_sizes == lines.image_sizes == SIZES
+    assert table.name == "pictures of cats"
+    assert table.question_types == ["colour", "count"]
+    assert table.rows[0].open_image().size == (100, 60)
+
+
+def test_other_rows_or_pixels_are_other_data(folder):
+    sums = {load_data(folder, None).sha256, load_data(folder, 3).sha256}
+    photo(60, 60, seed=9).save(folder / "square.png")
+    sums.add(load_data(folder, None).sha256)
+    assert len(sums) == 3
+    assert [row[1:] for row in load_data(folder, 2).rows] == list(ROWS[:2])
+
+
+def test_types_may_be_missing_or_called_type(tmp_path):
+    untyped = data_folder(tmp_path / "untyped", [row[:3] for row in ROWS], HEADINGS[:3])
+    assert load_data(untyped, None).question_types == []
+    typed = data_folder(tmp_path / "typed", ROWS, (*HEADINGS[:3], "type"))
+    assert load_data(typed, None).question_types == ["colour", "count"]
+
+
+def test_images_are_turned_as_their_metadata_say(tmp_path):
+    folder = data_folder(tmp_path / "data", [("turned.jpg", "What?", "cat")], HEADINGS[:3])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo(40, 90).save(folder / "turned.jpg", exif=turned)
+    data = load_data(folder, None)
+    assert data.image_sizes == {"turned.jpg": (90, 40)}
+    assert data.rows[0].open_image().size == (40, 90)
+
+
+GOOD = ("wide.png", "What?", "cat", "animal")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("gone.png", *GOOD[1:]), "row 2: the image 'gone.png' cannot be read"),
+        (("questions.csv", *GOOD[1:]), "row 2: the image 'questions.csv' cannot be read"),
+        (("../secret.png", *GOOD[1:]), "row 2: the image is '../secret.png'; it must be a path inside"),
+        (("/etc/secret.png", *GOOD[1:]), "row 2: the image is '/etc/secret.png'; it must be a path inside"),
+        (("", *GOOD[1:]), "row 2: the image is ''"),
+        (("wide.png", " ", "cat", "animal"), "row 2: the question is empty"),
+        (("wide.png", "What?", "", "animal"), "row 2: the answer is ''"),
+        (("wide.png", "What?", "?!", "animal"), "row 2: the answer is '\\?!'"),
+        (("wide.png", "What?", "cat", ""), "row 2: 'question_type' is empty"),
+        (("wide.png", "What?", "cat", "all"), "row 2: the type 'all'"),
+        (("wide.png", "What?", "cat"), "row 2 of .* not as many fields"),
+        (("wide.png", "What?", "cat", "animal", "more"), "row 2 of .* not as many fields"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, row, message):
+    folder = data_folder(tmp_path / "data", [GOOD, row])
+    with pytest.raises(ValueError, match=message):
+        load_data(folder, None)
+    # A row that is not asked for does no harm.
+    assert len(load_data(folder, 1).rows) == 1
+
+
+def test_a_cut_image_is_noticed_before_it_is_needed(folder):
+    path = folder / "deep" / "tall.png"
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=r"row 2: the image 'deep/tall.png' cannot be read"):
+        load_data(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "row 2 of .* is no JSON"),
+        ("[1]", "row 2 of .* is no JSON object"),
+        ('{"image": "wide.png", "question": "What?"}', "row 2: there is no column 'answer'"),
+        ('{"image": "wide.png", "question": "What?", "answer": 3}', "row 2: 'answer' is 3 \\(int\\); it must be text"),
+        ('{"image": "wide.png", "question": "What?", "answer": "3", "type": "count"}', "row 2: the first row has no type"),
+    ],
+)
+def test_broken_lines_of_json_are_named(folder, line, message):
+    write_lines(folder, [dict(zip(HEADINGS[:3], GOOD[:3], strict=True))])
+    with open(folder / "questions.jsonl", "a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        load_data(folder, None)
+
+
+def test_missing_columns_are_named(tmp_path):
+    folder = data_folder(tmp_path / "data", [row[:2] for row in ROWS], ("image", "prompt"))
+    with pytest.raises(ValueError, match=r"no column 'question' \(there are: 'image', 'prompt'"):
+        load_data(folder, None)
+
+
+def test_other_encodings_are_refused(folder):
+    (folder / "questions.csv").write_bytes("image,question,answer\nwide.png,Où?,là\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="CSV in UTF-8"):
+        load_data(folder, None)
+
+
+def test_folders_that_hold_no_data_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="which is no folder"):
+        load_data(tmp_path / "nowhere", None)
+    with pytest.raises(ValueError, match="which has none of them"):
+        load_data(folder / "deep", None)
+    (folder / "questions.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"which has questions\.csv, questions\.jsonl"):
+        load_data(folder, None)
+
+
+@pytest.mark.parametrize(("number", "message"), [(0, "whole number from 1"), (5, "has 4 rows; `--questions` asks for 5")])
+def test_as_many_questions_as_there_are(folder, number, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(folder, number)
+
+
+def test_an_empty_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has 0 rows"):
+        load_data(data_folder(tmp_path / "data", []), None)
+
+
+class FakeDataset(list):
+    """A split as `datasets` reads it: images as files, until they are decoded."""
+
+    def __init__(self, records, features):
+        super().__init__(records)
+        self.features = features
+
+    def cast_column(self, name, feature):
+        assert (name, feature.decode) == ("image", False)
+        return FakeDataset([{**record, "image": record["image"].file} for record in self], {"image": feature})
+
+
+class FakeImage:
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class Decoded:
+    """What must not be asked for: pictures tell no two files apart by name."""
+
+    def __init__(self, content, path=None):
+        self.file = {"bytes": content, "path": path}
+
+
+def png(seed):
+    file = io.BytesIO()
+    photo(60, 60, seed=seed).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A folder that `datasets` is said to have written, and the records that it reads from there."""
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "state.json").write_text("{}")
+    records = [
+        {"image": Decoded(png(0), "a.png"), "question": "What?", "answer": "cat", "type": "animal", "id": 3},
+        {"image": Decoded(png(1)), "question": "How many?", "answer": "two", "type": "count", "id": 4},
+        {"image": Decoded(png(0), "a.png"), "question": "Where?", "answer": "left", "type": "place", "id": 5},
+    ]
+    library = ModuleType("datasets")
+    library.Image = FakeImage
+    library.load_from_disk = lambda path: FakeDataset(records, {"image": FakeImage()})
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return tmp_path / "split", records
+
+
+def test_saved_datasets_are_read(saved):
+    folder, _ = saved
+    data = load_data(folder, None)
+    assert [row[2:] for row in data.rows] == [
+        ("What?", "cat", "animal"),
+        ("How many?", "two", "count"),
+        ("Where?", "left", "place"),
+    ]
+    names = [row.image_name for row in data.rows]
+    assert names[0] == names[2] != names[1]  # told apart by what they show
+    assert data.rows[0].open_image().tobytes() == photo(60, 60, seed=0).tobytes()
+    assert data.rows[1].open_image().tobytes() == photo(60, 60, seed=1).tobytes()
+
+
+def test_broken_rows_of_saved_datasets_are_named(saved):
+    folder, records = saved
+    records[1]["image"] = Decoded(None, "/home/somebody/b.png")
+    with pytest.raises(ValueError, match=r"row 2: the image is '/home/somebody/b.png'; it must be a path inside"):
+        load_data(folder, None)
+    records[1]["image"] = Decoded(None, None)
+    with pytest.raises(ValueError, match=r"row 2: the image is .*Save the images in the data"):
+        load_data(folder, None)
+    records[1]["image"] = Decoded(b"no picture")
+    with pytest.raises(ValueError, match=r"row 2: the image .* cannot be read"):
+        load_data(folder, None)
+    del records[0]["answer"]
+    with pytest.raises(ValueError, match="row 1: there is no column 'answer'"):
+        load_data(folder, None)
+
+
+def test_saved_datasets_need_the_library_and_one_split(saved, monkeypatch):
+    folder, _ = saved
+    (folder.parent / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several splits. Give the folder of one of them: split"):
+        load_data(folder.parent, None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load_data(folder, None)
+
+
+HELD_OUT = """
+from PIL import Image
+from hivtp_hf.evaluation import Row
+
+def held_out_rows(number):
+    for index in range(number):
+        yield Row(lambda: Image.new("RGB", (60, 50)), f"scene {index // 2}", f"What is {index}?", "cat", "animal")
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A current directory with a generator of questions, which no other test sees."""
+    folder = tmp_path / "examples" / "shapes_vqa"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "held_out.py").write_text(HELD_OUT)
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = [*sys.path]
+    yield folder
+    assert sys.path == before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
+        del sys.modules[name]
+
+
+def test_without_data_the_projects_own_questions_are_asked(clone):
+    data = load_data(None, 6)
+    assert data.name == "shapes-vqa"
+    assert [row.question for row in data.rows] == [f"What is {index}?" for index in range(6)]
+    assert data.image_sizes == {f"scene {index}": (50, 60) for index in range(3)}
+
+
+def test_outside_a_clone_data_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Give `--data FOLDER`"):
+        load_data(None, None)
+
+
+def test_another_package_of_that_name_is_not_asked(clone):
+    (clone / "__init__.py").unlink()  # then the tests' own examples, which are a package, come first
+    with pytest.raises(ValueError, match=r"the name examples\.shapes_vqa\.held_out means .* and not "):
+        load_data(None, 1)
+
+
+def test_what_the_projects_own_questions_need_is_named(clone):
+    (clone / "held_out.py").write_text("import a_library_that_is_not_here")
+    with pytest.raises(ValueError, match=r"a_library_that_is_not_here.*pip install"):
+        load_data(None, 1)

@@ -1,0 +1,259 @@
+"""The numbers of `hivtp evaluate`: what is compared, intervals, averages."""
+
+import csv
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.evaluation.answer_text import normalised
+from hivtp_hf.evaluation.answers_table import VariantAnswers, answers_of_variants
+from hivtp_hf.evaluation.evaluation_data import checked_data
+from hivtp_hf.evaluation.image_groups import ImageGroup, image_groups, parts_of
+from hivtp_hf.evaluation.method_settings import settings_of_methods
+from hivtp_hf.evaluation.metrics import metrics_rows
+from hivtp_hf.evaluation.ratios import DEFAULT_RATIOS, parsed_ratios
+from hivtp_hf.evaluation.result_tables import write_metrics, write_predictions
+from hivtp_hf.evaluation.rows import Row
+from hivtp_hf.evaluation.variants import COMPARED, Variant, chosen_methods, planned_variants, shrunken_grid
+from hivtp_hf.evaluation.wilson import wilson_interval
+from hivtp_hf.methods import METHODS
+
+HALF = Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        # R's prop.test(correct, n, correct = FALSE)
+        (8, 10, 0.4901625, 0.9433178),
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (1, 1, 0.2065493, 1.0),
+    ],
+)
+def test_intervals_are_wilsons(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-6)
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_both_ends_lie_so_many_standard_errors_away(pair):
+    """What defines the interval: the share that was seen is z standard errors of either end from it."""
+    correct, n = pair
+    low, high = wilson_interval(correct, n)
+    assert 0 <= low <= correct / n <= high <= 1
+    for end in (low, high):
+        if 0 < end < 1:
+            assert (correct / n - end) ** 2 == pytest.approx(1.959963985**2 * end * (1 - end) / n, rel=1e-6)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_no_share_has_no_interval(correct, n):
+    with pytest.raises(ValueError, match="is no share"):
+        wilson_interval(correct, n)
+
+
+@pytest.mark.parametrize(
+    ("written", "compared"),
+    [
+        ("Red", "red"),
+        (" red.\n", "red"),
+        ("Red !?", "red"),
+        ("a.b", "a.b"),
+        ("", ""),
+        (" ... ", ""),
+        ("yes, it is.", "yes, it is"),
+    ],
+)
+def test_answers_are_compared_without_case_and_final_punctuation(written, compared):
+    assert normalised(written) == compared
+
+
+def test_ratios_are_exact():
+    assert parsed_ratios(DEFAULT_RATIOS) == (1, HALF, Fraction(2, 9), Fraction(1, 9), Fraction(1, 18))
+    assert parsed_ratios(" 0.25, 1/4 ,.5") == (HALF, Fraction(1, 4))
+
+
+@pytest.mark.parametrize("text", ["", "0", "1.5", "-1/2", "1/0", "half", "nan", "1/2,,1", "1e-400"])
+def test_ratios_out_of_range_are_refused(text):
+    with pytest.raises(ValueError, match="is no ratio"):
+        parsed_ratios(text)
+
+
+def test_methods_are_chosen_by_name():
+    assert chosen_methods(None) == COMPARED
+    assert set(METHODS) | {"base-only", "downsample"} == set(COMPARED)
+    assert chosen_methods("downsample, hivtp") == ("none", "hivtp", "downsample")
+    with pytest.raises(ValueError, match="'hivpt' is unknown"):
+        chosen_methods("hivpt")
+
+
+def test_a_plan_has_every_method_and_ratio():
+    settings = settings_of_methods(COMPARED, VisualTokenPruningConfig(), [])
+    plan = planned_variants(COMPARED, parsed_ratios("1,1/2,1/9"), settings, grid=12)
+    assert str(plan[0]) == "method none, ratio 1"
+    pruning = [name for name in METHODS if name not in ("none", "random")]
+    for method in pruning:
+        chosen = [variant for variant in plan if variant.method == method]
+        assert [variant.ratio for variant in chosen] == [HALF, Fraction(1, 9)]
+        assert [variant.settings for variant in chosen] == [
+            VisualTokenPruningConfig(method=method, retention_ratio=ratio) for ratio in (0.5, 1 / 9)
+        ]
+    drawn = [(variant.ratio, variant.seed, variant.settings.seed) for variant in plan if variant.method == "random"]
+    assert drawn == [(ratio, seed, seed) for ratio in (HALF, Fraction(1, 9)) for seed in (0, 1, 2)]
+    assert [variant.grid for variant in plan if variant.method == "downsample"] == [8, 4]
+    assert [variant.method for variant in plan].count("base-only") == 1
+    assert len(plan) == 1 + 2 * len(pruning) + 6 + 2 + 1
+    # At a ratio of 1 every method is the unpruned model.
+    assert len(planned_variants(COMPARED, parsed_ratios("1"), settings, grid=12)) == 2
+
+
+@given(st.integers(1, 60), st.fractions(0, 1).filter(lambda ratio: 0 < ratio < 1))
+def test_shrunken_tiles_are_the_largest_that_fit(grid, ratio):
+    side = shrunken_grid(grid, ratio)
+    assert side == 1 or side * side <= ratio * grid * grid
+    assert (side + 1) ** 2 > ratio * grid * grid
+
+
+def test_equal_shrunken_tiles_run_once():
+    plan = planned_variants(("none", "downsample"), parsed_ratios("0.3,0.28,0.1"), {}, grid=8)
+    assert [(float(variant.ratio), variant.grid) for variant in plan[1:]] == [(0.3, 4), (0.1, 2)]
+
+
+def test_settings_are_the_checkpoints_where_it_is_its_own_method():
+    own = VisualTokenPruningConfig(method="hiprune", alpha=0.2, keep_newlines=False, token_budget=30)
+    settings = settings_of_methods(("none", "hivtp", "hiprune", "base-only"), own, ["hivtp.importance_start_layer=2"])
+    assert list(settings) == ["hivtp", "hiprune"]
+    assert settings["hivtp"] == VisualTokenPruningConfig(importance_start_layer=2)
+    assert settings["hiprune"] == own
+    (_, variant) = planned_variants(("none", "hiprune"), (HALF,), settings, 8)
+    expected = VisualTokenPruningConfig(method="hiprune", alpha=0.2, keep_newlines=False, retention_ratio=0.5)
+    assert variant.settings == expected
+
+
+def test_values_are_read_by_their_kind():
+    changes = ["hiprune.alpha=0.3", "hiprune.published_borders=True", "hiprune.deep_layer=none", "hiprune.object_layer= 3"]
+    (settings,) = settings_of_methods(("hiprune",), VisualTokenPruningConfig(), changes).values()
+    assert settings == VisualTokenPruningConfig(method="hiprune", alpha=0.3, published_borders=True, object_layer=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("alpha=0.3", "must be METHOD.NAME=VALUE"),
+        ("hiprune.alpha", "must be METHOD.NAME=VALUE"),
+        ("gprune.iterations=3", "'gprune' is no method with settings that is compared"),
+        ("hiprune.retention_ratio=0.3", "give `--ratios`"),
+        ("random.seed=5", "seeds"),
+        ("hiprune.alpha=much", "must be a number, true, false or none"),
+        ("hiprune.alpha=3", "`alpha` is 3"),
+        ("hiprune.aplha=0.3", "Did you mean `alpha`"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of_methods(("none", "hiprune", "random"), VisualTokenPruningConfig(), [change])
+
+
+def test_questions_about_an_image_belong_together():
+    rows = [Row(Image.new("RGB", (2, 2)), name, "?", "yes") for name in ("a", "b", "a", "c", "b", "a")]
+    groups = image_groups(rows)
+    assert groups == [ImageGroup("a", (0, 2, 5)), ImageGroup("b", (1, 4)), ImageGroup("c", (3,))]
+    assert parts_of(groups, 2) == [groups[:2], groups[2:]]
+
+
+@pytest.fixture
+def four_rows():
+    """Four questions about two images, and what four variants answered; the images have 100 and 300 patch tokens."""
+    picture = Image.new("RGB", (3, 2))
+    data = checked_data(
+        "four",
+        [
+            Row(picture, "small", "Colour?", "red", "colour"),
+            Row(picture, "large", "Colour?", "Blue", "colour"),
+            Row(picture, "large", "How many?", "two", "count"),
+            Row(picture, "large", "And here?", "one", "count"),
+        ],
+        None,
+    )
+    none = VisualTokenPruningConfig(method="none")
+    plan = [
+        Variant("none", Fraction(1), none),
+        *(Variant("random", HALF, VisualTokenPruningConfig(method="random", seed=seed), seed) for seed in (0, 1)),
+        Variant("base-only", None),
+    ]
+    table = [
+        VariantAnswers(["red", "blue.", "three", "one"], [100, 300, 300, 300], [5, 7, 7, 7], [0.004, 0.006, 0.1]),
+        VariantAnswers(["Red", "red", "two", "one"], [50, 150, 150, 150], [5, 7, 7, 7], [0.001, 0.003]),
+        VariantAnswers(["", "blue", "three", "two"], [50, 150, 150, 150], [5, 7, 7, 7], [0.002, 0.008]),
+        VariantAnswers(["red", "blue", "three", "one"], [40, 40, 40, 40], [0, 0, 0, 0], [0.0015]),
+    ]
+    return data, plan, table
+
+
+def test_metrics_are_counted_by_method_ratio_and_type(four_rows):
+    metrics = {(row.method, row.question_type): row for row in metrics_rows(*four_rows)}
+    assert [question_type for _, question_type in metrics] == ["all", "colour", "count"] * 3
+    none = metrics["none", "all"]
+    assert (none.ratio, none.n, none.correct, none.accuracy, none.agreement) == (1, 4, 3, 0.75, 1)
+    assert (none.patch_tokens, none.newline_tokens, none.prefill_ms) == (250, 6.5, 6)
+    drawn = metrics["random", "all"]
+    # Both seeds together: right are three of the first and one of the second.
+    assert (drawn.ratio, drawn.n, drawn.correct, drawn.accuracy) == (0.5, 8, 4, 0.5)
+    assert drawn.agreement == 4 / 8
+    assert (drawn.ci_low, drawn.ci_high) == wilson_interval(4, 8)
+    assert drawn.prefill_ms == pytest.approx(2.5)
+    assert metrics["random", "count"].prefill_ms == drawn.prefill_ms
+    assert (metrics["random", "count"].n, metrics["random", "count"].correct) == (4, 2)
+    assert (metrics["random", "colour"].patch_tokens, metrics["random", "colour"].newline_tokens) == (100, 6)
+    # The share of all images' tokens, each image once: 80 of 400.
+    assert {metrics["base-only", kind].ratio for kind in ("all", "colour", "count")} == {0.2}
+    assert metrics["base-only", "all"].patch_tokens == 40
+
+
+def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
+    metrics = metrics_rows(*four_rows)
+    write_metrics(tmp_path / "metrics.csv", metrics)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == (
+        "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,prefill_ms"
+    )
+    low, high = wilson_interval(3, 4)
+    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6"
+    assert len(lines) == 1 + 9
+    write_predictions(tmp_path / "predictions.csv", *four_rows)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert len(predictions) == 16
+    assert list(predictions[6].values()) == [
+        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7")
+    ]
+    by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
+    assert by_row == sorted(by_row, key=lambda line: int(line[0]))
+    # What is added up there is what is here.
+    right = sum(int(line["correct"]) for line in predictions if line["method"] == "random")
+    assert right == next(row.correct for row in metrics if row.method == "random" and row.question_type == "all")
+
+
+def test_parts_come_together_in_the_order_of_the_rows():
+    plan = [Variant("none", Fraction(1))]
+    parts = [[ImageGroup("a", (0, 3)), ImageGroup("b", (1,))], [ImageGroup("c", (2,))]]
+    results = {
+        1: [{"answers": ["c2"], "patches": [30], "newlines": [3], "prefill_seconds": [0.3]}],
+        0: [{"answers": ["a0", "a3", "b1"], "patches": [10, 20], "newlines": [1, 2], "prefill_seconds": [0.1, 0.2]}],
+    }
+    (whole,) = answers_of_variants(plan, parts, results)
+    assert whole == VariantAnswers(["a0", "b1", "c2", "a3"], [10, 20, 30, 10], [1, 2, 3, 1], [0.1, 0.2, 0.3])
+
+
+def test_data_without_types_has_one_row(tmp_path):
+    rows = [Row(Image.new("RGB", (3, 2)), "one", "?", "red")]
+    data = checked_data("one", rows, None)
+    plan = [Variant("none", Fraction(1), VisualTokenPruningConfig(method="none"))]
+    metrics = metrics_rows(data, plan, [VariantAnswers(["red"], [1], [0], [0.5])])
+    assert [row.question_type for row in metrics] == ["all"]
+    assert math.isclose(metrics[0].prefill_ms, 500)
