@@ -1,0 +1,53 @@
+"""The trained model as files: a stock checkpoint in float16, with the pruning settings that fit its tower."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
+
+from .layer_table import LayerRow, layer_table, table_text
+from .scenes import make_scene
+from .splits import CALIBRATION
+
+# As many successive layers as HIVTP scores by default.
+_SCORED_LAYERS = 3
+
+
+def write_checkpoint(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, folder: Path) -> None:
+    """Writes weights, configuration and processor. Stock classes load them, and so do pruned ones."""
+    for part in (model, model.model.vision_tower, model.model.language_model):
+        part.set_attn_implementation("sdpa")
+    model.to("cpu", torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def choose_layers(folder: Path, num_scenes: int = 100) -> str:
+    """Looks which layers of a written checkpoint's tower attend to shapes, and writes the best ones into its settings.
+
+    The scenes are a split of their own, which no accuracy is measured on.
+
+    Returns:
+        The table, as Markdown.
+    """
+    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = LlavaNextProcessor.from_pretrained(folder)
+    rows = layer_table(model, processor, [make_scene((CALIBRATION, index)) for index in range(num_scenes)])
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    start = best_start(rows, last=model.config.vision_config.num_hidden_layers - 2)
+    config["pruning_config"] = {"method": "hivtp", "importance_start_layer": start, "importance_num_layers": _SCORED_LAYERS}
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+    return table_text(rows)
+
+
+def best_start(rows: Sequence[LayerRow], last: int) -> int:
+    """Where the successive layers begin whose received attention finds most of the shapes; `last` is the feature's layer."""
+    starts = range(last - _SCORED_LAYERS + 2)
+    return max(starts, key=lambda start: sum(row.received for row in rows[start : start + _SCORED_LAYERS]))

@@ -1,0 +1,173 @@
+"""Trains the reference model: python -m examples.shapes_vqa.train --output FOLDER
+
+Stopped at any time, the same command goes on from the last stored step. About two hours on two cores.
+"""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from .checkpoint import choose_layers, write_checkpoint
+from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
+from .model import PATCH, make_config, make_model, make_processor
+from .scenes import make_practice_scene
+from .splits import PRACTICE, TRAINING, VALIDATION
+from .stages import Stage, run_stage, store
+from .starting_point import patches_of, set_starting_point
+from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
+from .training_log import TrainingLog
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much is trained on what."""
+
+    practice_steps: int = 1200
+    tower_steps: int = 2200
+    tower_batch: int = 16
+    images: int = 10000
+    questions_of_a_type: int = 8
+    short_steps: int = 12000
+    full_steps: int = 3000
+    language_batch: int = 8
+    background_share: float = 0.08
+    validation_images: int = 300
+
+    def scaled(self, share: float) -> "Recipe":
+        """A share of everything, for a try."""
+        counts = ("practice_steps", "tower_steps", "images", "short_steps", "full_steps", "validation_images")
+        return Recipe(**{**vars(self), **{name: max(2, round(share * getattr(self, name))) for name in counts}})
+
+
+def train(folder: Path, device: torch.device, dtype: torch.dtype, seed: int, recipe: Recipe) -> None:
+    """Trains, or goes on training, and writes the checkpoint into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "state"
+    state.mkdir(exist_ok=True)
+    log = TrainingLog(folder / "training_log.csv")
+    config = make_config()
+    processor, model = make_processor(config), make_model(config, seed)
+    random = np.random.default_rng([PRACTICE, seed])
+    examples = tower_batch(processor, [make_practice_scene((PRACTICE, seed, index)) for index in range(64)])
+    set_starting_point(model, patches_of(examples.pixel_values, PATCH, 40000, random))
+    heads = TowerHeads(
+        config.vision_config.hidden_size, config.text_config.hidden_size, config.vision_config.image_size // PATCH
+    )
+    # On CPUs the fused attention's backward pass takes longer than all else at so few tokens a tile.
+    model.model.vision_tower.set_attn_implementation("eager")
+    model.to(device, dtype)
+    heads.to(device)
+    train_tower(model, heads, processor, state, log, recipe)
+    train_language_model(model, processor, state, log, recipe, seed)
+    write_checkpoint(model, processor, folder / "checkpoint")
+    print(choose_layers(folder / "checkpoint"))
+
+
+def train_tower(
+    model: LlavaNextForConditionalGeneration,
+    heads: TowerHeads,
+    processor: LlavaNextProcessor,
+    state: Path,
+    log: TrainingLog,
+    recipe: Recipe,
+) -> None:
+    """Both stages of the vision tower and the projector."""
+    trained = (model.model.vision_tower, model.model.multi_modal_projector, heads)
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+
+    def batches(split: int, steps: int, first: int) -> Iterator[TowerBatch]:
+        size = recipe.tower_batch
+        return iter(loader(TowerScenes(processor, range(first * size, steps * size), size, split, split == PRACTICE)))
+
+    for name, split, steps in (("practice", PRACTICE, recipe.practice_steps), ("tower", TRAINING, recipe.tower_steps)):
+        run_stage(
+            Stage(
+                name,
+                steps,
+                1e-3,
+                trained,
+                functools.partial(batches, split, steps),
+                lambda batch: dense_loss(model, heads, batch),
+                steps_between_checks=50,
+            ),
+            state,
+            log,
+        )
+
+
+def train_language_model(
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    state: Path,
+    log: TrainingLog,
+    recipe: Recipe,
+    seed: int,
+) -> None:
+    """Both stages of the language model: few background tokens first, then all of them, as in use."""
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    images, unseen = _images(model, processor, state, recipe)
+
+    def batches(name: str, share: float, first: int) -> Iterator[list[SeenImage]]:
+        size, step = recipe.language_batch, first
+        while True:
+            random = np.random.default_rng([seed, len(name), step])
+            chosen = [images[index] for index in random.choice(len(images), size, replace=False)]
+            yield [image.without_most_background(share, random) if share < 1 else image for image in chosen]
+            step += 1
+
+    def check() -> dict[str, float]:
+        counts = accuracy_by_type(model, unseen)
+        right, asked = (sum(count[index] for count in counts.values()) for index in range(2))
+        return {**{name: of_type[0] / of_type[1] for name, of_type in counts.items()}, "all": right / asked}
+
+    def loss(batch: list[SeenImage]) -> tuple[Tensor, dict[str, float]]:
+        return answer_loss(model, batch), {}
+
+    stages = (
+        ("language_short", recipe.short_steps, recipe.background_share, 1e-3),
+        ("language", recipe.full_steps, 1.0, 5e-4),
+    )
+    for name, steps, share, rate in stages:
+        of_stage = functools.partial(batches, name, share)
+        run_stage(Stage(name, steps, rate, (model.model.language_model,), of_stage, loss, check), state, log)
+
+
+def _images(
+    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, state: Path, recipe: Recipe
+) -> tuple[list[SeenImage], list[SeenImage]]:
+    """What the language model trains on, and what it is checked on; kept in a file, as the tower's pass takes minutes."""
+    file = state / "features.pt"
+    if not file.exists():
+        training = range(10**6, 10**6 + recipe.images)  # not those that the tower was trained on
+        images = list(tqdm(seen_images(model, processor, TRAINING, training, recipe.questions_of_a_type), total=len(training)))
+        unseen = list(seen_images(model, processor, VALIDATION, range(recipe.validation_images), 1))
+        store({"images": images, "unseen": unseen}, file)
+    stored = torch.load(file, weights_only=False)
+    return stored["images"], stored["unseen"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the folder for the checkpoint, its log and the state")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="of every stage, for a try (%(default)s)")
+    options = parser.parse_args()
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    train(options.output, torch.device(device), getattr(torch, options.dtype), options.seed, Recipe().scaled(options.share))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The words of the task: what shapes can be, and what answers there are."""
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (245, 215, 50),
+    "purple": (150, 50, 185),
+    "cyan": (70, 210, 220),
+}
+KINDS = ("circle", "square", "triangle", "star", "cross")
+# Not all ten: these look least alike at the size of a shape.
+DIGITS = ("0", "1", "2", "4", "5", "7")
+COUNTS = ("one", "two", "three", "four", "five")
+QUESTION_TYPES = ("colour", "shape", "presence", "count", "relation", "digit")
