@@ -42,7 +42,7 @@ def test_it_prints_a_table_and_the_folder(stock, tmp_path):
     assert [line[0] for line in shown] == ["none", "hivtp", "base-only"]
     for line, row in zip(shown, metrics, strict=True):
         tokens = f"{float(row['patch_tokens']):.0f} + {float(row['newline_tokens']):.0f}"
-        interval = f"{float(row['ci_low']):.3f} to {float(row['ci_high']):.3f}"
+        interval = f"{float(row['ci_low']):.3f}-{float(row['ci_high']):.3f}"
         cells = [f"{float(row['ratio']):.3f}", tokens, f"{float(row['accuracy']):.3f}", interval]
         assert " ".join(line[1:]).startswith(" ".join(cells))
     assert "…" not in done.stdout

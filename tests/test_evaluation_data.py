@@ -155,7 +155,8 @@ class FakeDataset(list):
 
     def cast_column(self, name, feature):
         assert (name, feature.decode) == ("image", False)
-        return FakeDataset([{**record, "image": record["image"].file} for record in self], {"image": feature})
+        cast = [{key: value.file if key == name else value for key, value in record.items()} for record in self]
+        return FakeDataset(cast, {"image": feature})
 
 
 class FakeImage:
@@ -217,6 +218,9 @@ def test_broken_rows_of_saved_datasets_are_named(saved):
         load_data(folder, None)
     records[1]["image"] = Decoded(b"no picture")
     with pytest.raises(ValueError, match=r"row 2: the image .* cannot be read"):
+        load_data(folder, None)
+    records[1] = {"picture": records[1]["image"]}
+    with pytest.raises(ValueError, match="row 2: there is no column 'image'"):
         load_data(folder, None)
     del records[0]["answer"]
     with pytest.raises(ValueError, match="row 1: there is no column 'answer'"):

@@ -9,6 +9,7 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, evaluated, table_of, without_times
 from hivtp_hf import selectors_uniform
+from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.evaluation import evaluate, part_work
 from hivtp_hf.evaluation.accuracy_plot import draw_accuracy
 from hivtp_hf.evaluation.finished_parts import FinishedParts
@@ -316,6 +317,23 @@ def test_methods_that_need_a_class_token_are_left_out_where_there_is_none(siglip
     assert methods == {"none", "hivtp", "hiprune", "gprune", "random", "uniform", "downsample"}
     with pytest.raises(ValueError, match="no class token"):
         evaluated(siglip, data, tmp_path / "runs", methods="cls_attention")
+
+
+@pytest.mark.parametrize("config_only", [False, True])
+def test_a_pruned_checkpoint_keeps_its_own_settings(stock, data, tmp_path, config_only):
+    own = {"method": "hiprune", "object_layer": 5, "keep_newlines": False, "token_budget": 40}
+    pruned = convert_checkpoint(str(stock), tmp_path / "pruned", own, config_only=config_only)
+    options = {"methods": "hiprune,uniform", "ratios": "1/4", "questions": 2}
+    run = evaluated(pruned, data, tmp_path / "runs", **options, changes=["hiprune.alpha=0.5"])
+    settings = json.loads((run.folder / "config.json").read_text())["settings"]
+    assert settings["uniform"] == {"exact_count": True, "keep_newlines": True}
+    ours = {**own, "alpha": 0.5, "deep_layer": None, "published_borders": False, "exact_count": True}
+    assert settings["hiprune"] == {name: value for name, value in ours.items() if name not in ("method", "token_budget")}
+    by_method = {row.method: row for row in run.metrics if row.question_type == "all"}
+    # Answers of the unpruned model are those of the stock checkpoint, newlines included.
+    plain = evaluated(stock, data, tmp_path / "runs", **options)
+    assert by_method["none"]._replace(prefill_ms=0) == plain.metrics[0]._replace(prefill_ms=0)
+    assert by_method["hiprune"].newline_tokens == 0 < by_method["uniform"].newline_tokens == by_method["none"].newline_tokens
 
 
 def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):

@@ -80,7 +80,7 @@ def _print_table(metrics: Sequence["MetricsRow"]) -> None:
     # The first is the unpruned model, which no seed multiplies.
     table = Table(box=box.SIMPLE, caption=f"{rows[0].n} questions. Tokens of an image: patches and newlines.")
     # With line breaks, as it is to fit into 80 columns.
-    for heading in ("method", "ratio", "tokens", "accuracy", "95 % interval", "agree-\nment", "prefill\nms"):
+    for heading in ("method", "ratio", "tokens", "accuracy", "95 %\ninterval", "agree-\nment", "prefill\nms"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -88,7 +88,7 @@ def _print_table(metrics: Sequence["MetricsRow"]) -> None:
             f"{row.ratio:.3f}",
             f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}",
             f"{row.accuracy:.3f}",
-            f"{row.ci_low:.3f} to {row.ci_high:.3f}",
+            f"{row.ci_low:.3f}-{row.ci_high:.3f}",
             f"{row.agreement:.3f}",
             f"{row.prefill_ms:.4g}",
         )

@@ -87,8 +87,7 @@ def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) ->
             axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
     # Where nothing is kept there is no logarithm.
     axes.set_xscale("symlog" if min(map(_tokens, rows)) < 1 else "log")
-    ticks = sorted({round(_tokens(row), 3) for row in rows if row.method in (UNPRUNED, rows[-1].method)})
-    axes.set_xticks(_apart(ticks))
+    axes.set_xticks(_apart(sorted(map(_tokens, rows))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(question_type, fontsize=9)
@@ -103,6 +102,6 @@ def _apart(ticks: Sequence[float]) -> list[float]:
     """Ticks whose labels do not run into each other on a logarithmic scale."""
     chosen: list[float] = []
     for tick in reversed(ticks):
-        if not chosen or tick <= 0.75 * chosen[-1]:
+        if not chosen or tick <= 0.7 * chosen[-1]:
             chosen.append(tick)
     return chosen[::-1]

@@ -68,14 +68,19 @@ def type_of(index: int, record: Mapping[str, Any]) -> str:
     return question_type.strip()
 
 
-def text_of(index: int, record: Mapping[str, Any], name: str) -> str:
-    """The text in a column of a row; a ValueError where there is none."""
+def value_of(index: int, record: Mapping[str, Any], name: str) -> Any:
+    """What a row has in a column; a ValueError where there is no such column."""
     if name not in record:
         known = ", ".join(map(repr, record)) or "none"
         raise ValueError(
             f"{numbered(index)}: there is no column {name!r} (there are: {known}). A row needs {', '.join(map(repr, COLUMNS))}."
         )
-    value = record[name]
+    return record[name]
+
+
+def text_of(index: int, record: Mapping[str, Any], name: str) -> str:
+    """The text that a row has in a column; a ValueError where there is none."""
+    value = value_of(index, record, name)
     if not isinstance(value, str):
         raise ValueError(f"{numbered(index)}: {name!r} is {shown(value)}; it must be text. Write it in quotes.")
     return value

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..checked_values import shown
 from .evaluation_data import numbered
-from .question_tables import COLUMNS, image_path, text_of, type_of
+from .question_tables import COLUMNS, image_path, text_of, type_of, value_of
 from .rows import Row
 
 # What `save_to_disk` leaves beside the data of one split, and above those of several.
@@ -64,7 +64,7 @@ def _image_at(dataset: Any, folder: Path, index: int) -> Image.Image:
 
 def _image_file(folder: Path, record: Mapping[str, Any], index: int) -> bytes:
     """The bytes of the file that a row's image is."""
-    value = record.get("image")
+    value = value_of(index, record, "image")
     content = value.get("bytes") if isinstance(value, Mapping) else None
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(content, bytes):
