@@ -50,4 +50,4 @@ build: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output
+	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
