@@ -8,12 +8,11 @@ from torch import Tensor
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 
-from .model import PATCH
+from .model import PATCH, PINPOINTS
 from .scenes import TILE, Scene
 from .vocabulary import COLOURS, DIGITS, KINDS
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
-_PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 # A cell is looked at in so many points a side.
 _POINTS = 4
 
@@ -21,7 +20,7 @@ _POINTS = 4
 def layout_of(scene: Scene) -> TokenLayout:
     """How the visual tokens of a scene's image lie in the stock model."""
     return TokenLayout.from_image_size(
-        scene.height, scene.width, _UNPRUNED, tile_size=TILE, patch_size=PATCH, pinpoints=_PINPOINTS
+        scene.height, scene.width, _UNPRUNED, tile_size=TILE, patch_size=PATCH, pinpoints=PINPOINTS
     )
 
 

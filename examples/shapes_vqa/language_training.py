@@ -47,7 +47,7 @@ def seen_images(
 ) -> Iterator[SeenImage]:
     """Runs the tower once over the images of a range of seeds, and asks balanced questions about each."""
     balance, random = Balance(), np.random.default_rng([split, seeds.start])
-    for batch in loader(TowerScenes(processor, seeds, batch_size, split, practice=False)):
+    for batch in loader(TowerScenes(processor, seeds, batch_size, split)):
         pixel_values = batch.pixel_values.to(model.device, model.dtype)
         encoded = model.model.get_image_features(pixel_values, batch.image_sizes, return_dict=True).pooler_output
         for scene, targets, features in zip(batch.scenes, batch.targets, encoded, strict=True):

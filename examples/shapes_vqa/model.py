@@ -1,9 +1,5 @@
 """The reference model before training: a small LLaVA-NeXT of stock transformers classes, its tokenizer and its processor."""
 
-import json
-import tempfile
-from pathlib import Path
-
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -15,9 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# The top-level name is a placeholder on transformers 5.6 without torchvision; the class itself needs none.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
+from ..tiny_checkpoint import tiny_processor
 from .scenes import TILE
 from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS
 
@@ -28,13 +22,7 @@ _FUNCTION_WORDS = (
     *("shapes", "the", "there", "what", "which"),
 )
 _MARKS = ("USER:", "ASSISTANT:", "?", "\n")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 
 
 def words() -> list[str]:
@@ -65,7 +53,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_config() -> LlavaNextConfig:
     """3.6 million parameters; heads of 32 in the tower and 64 in the language model, which serving kernels take."""
-    pinpoints = [[rows * TILE, columns * TILE] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     vision = CLIPVisionConfig(
         image_size=TILE,
         patch_size=PATCH,
@@ -93,7 +80,7 @@ def make_config() -> LlavaNextConfig:
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_index=_SPECIAL.index("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=(TILE // PATCH) ** 2,
@@ -103,24 +90,7 @@ def make_config() -> LlavaNextConfig:
 
 def make_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
     """The stock processor of the model."""
-    square = {"height": TILE, "width": TILE}
-    settings = {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "size": {"shortest_edge": TILE},
-        "crop_size": square,
-        "image_grid_pinpoints": config.image_grid_pinpoints,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "preprocessor_config.json").write_text(json.dumps(settings))
-        image_processor = AutoImageProcessor.from_pretrained(folder)
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=make_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return tiny_processor(config, make_tokenizer())
 
 
 def make_model(config: LlavaNextConfig, seed: int) -> LlavaNextForConditionalGeneration:

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from .questions import Question
 
-_BEFORE, _AFTER = "USER: ", "\n"
+# What the chat template writes before and behind an image, and behind a question.
+_BEFORE, _AFTER, _ASKED = "USER: ", "\n", " ASSISTANT:"
 
 
 def prompt_of(question: str) -> str:
     """What the chat template makes of an image and a question."""
-    return f"USER: <image>\n{question} ASSISTANT:"
+    return f"{_BEFORE}<image>{_AFTER}{question}{_ASKED}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def pack(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> P
 
     ids, numbers, places, labels = [], [], [], []
     for number, question in enumerate(questions):
-        asked = encoded(f"{question.text} ASSISTANT:")
+        asked = encoded(question.text + _ASKED)
         said = [*encoded(question.answer), tokenizer.eos_token_id]
         # The last word is predicted and never read.
         read = [*asked, *said[:-1]]

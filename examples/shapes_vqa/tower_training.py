@@ -17,6 +17,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from .dense_targets import DenseTargets, dense_targets
 from .model import words
 from .scenes import Scene, draw, make_practice_scene, make_scene
+from .splits import PRACTICE
 from .vocabulary import COLOURS, DIGITS, KINDS
 
 # Per cell: how long a component has to be, of an embedding's length, to count as there, and how sharply.
@@ -41,12 +42,12 @@ class TowerBatch:
 class TowerScenes(IterableDataset):
     """Batches of scenes from a range of seeds, made while the model trains."""
 
-    def __init__(self, processor: LlavaNextProcessor, seeds: range, batch_size: int, split: int, practice: bool):
+    def __init__(self, processor: LlavaNextProcessor, seeds: range, batch_size: int, split: int):
         self._processor = processor
-        self._seeds, self._batch_size, self._split, self._practice = seeds, batch_size, split, practice
+        self._seeds, self._batch_size, self._split = seeds, batch_size, split
 
     def __iter__(self) -> Iterator[TowerBatch]:
-        make = make_practice_scene if self._practice else make_scene
+        make = make_practice_scene if self._split == PRACTICE else make_scene
         for start in range(0, len(self._seeds), self._batch_size):
             scenes = [make((self._split, seed)) for seed in self._seeds[start : start + self._batch_size]]
             yield tower_batch(self._processor, scenes)

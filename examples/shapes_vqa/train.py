@@ -87,7 +87,7 @@ def train_tower(
 
     def batches(split: int, steps: int, first: int) -> Iterator[TowerBatch]:
         size = recipe.tower_batch
-        return iter(loader(TowerScenes(processor, range(first * size, steps * size), size, split, split == PRACTICE)))
+        return iter(loader(TowerScenes(processor, range(first * size, steps * size), size, split)))
 
     for name, split, steps in (("practice", PRACTICE, recipe.practice_steps), ("tower", TRAINING, recipe.tower_steps)):
         run_stage(
