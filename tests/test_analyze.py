@@ -510,7 +510,7 @@ def test_existing_files_stay_unless_forced(llava, images, tmp_path):
     lines = run(*arguments, "--force").output.splitlines()
     assert lines[-2:] == [str(tmp_path / "dispersion.png"), str(tmp_path / "dispersion.csv")]
     content = (tmp_path / "dispersion.png").read_bytes()
-    with pytest.raises(ValueError, match="is one of the images"):
+    with pytest.raises(ValueError, match="would replace the image"):
         run(llava, tmp_path / "dispersion.png", "-o", tmp_path, "--force")
     assert (tmp_path / "dispersion.png").read_bytes() == content
     run(*arguments, "--force")

@@ -1,41 +1,22 @@
 """Where a run took place: the columns that every row of its results repeats, and the name of its files."""
 
-import datetime
-import os
-import platform
-import re
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
-import transformers
 
-_REPOSITORY = Path(__file__).parents[2]
+from hivtp_hf.evaluation import run_environment
 
 
 @dataclass(frozen=True)
-class Environment:
-    """Machine, versions, and what was run on them."""
+class Environment(run_environment.RunEnvironment):
+    """Machine and versions as `hivtp evaluate` names them, and what was run on them."""
 
-    date: str
-    commit: str
     preset: str
-    device: str
-    cpu: str
-    cores: int
-    threads: int
-    dtype: str
-    torch: str
-    transformers: str
-    python: str
 
     @property
     def stem(self) -> str:
         """The name of the run's files, without a suffix."""
-        # A version says which build it is after a "+", and the device says that as well.
-        versions = f"torch{self.torch.partition('+')[0]}_transformers{self.transformers}"
-        return f"{self.date}_{_slug(self.device)}_{versions}_{self.preset}"
+        return f"{super().stem}_{self.preset}"
 
 
 def find_device(name: str, preset: str) -> torch.device:
@@ -67,45 +48,4 @@ def this_environment(device: torch.device, dtype: torch.dtype, preset: str, comm
         preset: its name.
         commit: of the code, for copies without a git folder; asked of git otherwise.
     """
-    cpu, cores = _cpu_name(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Environment(
-        date=datetime.date.today().isoformat(),
-        commit=commit or _commit(),
-        preset=preset,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {cpu}, {cores} cores",
-        cpu=cpu,
-        cores=cores,
-        threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        python=platform.python_version(),
-    )
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The short name of the commit, with "-dirty" where files differ from it; "unknown" outside git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        cwd=_REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() if described.returncode == 0 and described.stdout.strip() else "unknown"
+    return Environment(**asdict(run_environment.this_environment(device, dtype, commit)), preset=preset)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from hivtp_hf.visualization.plotting import METHOD_COLOURS, OTHER_COLOUR
+
 from .environment import Environment
 from .prefill import TIME_TO_FIRST_TOKEN
 from .rows import Row
@@ -10,25 +12,7 @@ from .sections import SCORING, SELECTION, TOWER
 from .summary import all_of, find, rows_image
 from .wording import share
 
-# Okabe and Ito's colours, which people tell apart however they see colours.
-_COLOURS = {
-    "limit": "#999999",
-    "hivtp": "#0072B2",
-    "hiprune": "#56B4E9",
-    "gprune": "#E69F00",
-    "cls_attention": "#009E73",
-    "random": "#CC79A7",
-    "uniform": "#F0E442",
-}
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+_COLOURS = {"limit": "#999999", **METHOD_COLOURS}
 
 
 def draw(path: Path, rows: Sequence[Row], environment: Environment) -> None:
@@ -69,7 +53,7 @@ def _draw_first_token(axes, rows: Sequence[Row]) -> None:
             [row.median for _, row in known],
             width,
             yerr=[[row.median - row.q25 for _, row in known], [row.q75 - row.median for _, row in known]],
-            color=_COLOURS.get(name, "#444444"),
+            color=_COLOURS.get(name, OTHER_COLOUR),
             label=name,
             error_kw={"linewidth": 0.8},
         )

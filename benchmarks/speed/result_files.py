@@ -1,11 +1,12 @@
 """The files of a run: each is whole or not there."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .plot import can_plot, draw
+from hivtp_hf.visualization.plotting import can_plot
+from hivtp_hf.whole_files import write_whole
+
+from .plot import draw
 from .rows import write_rows
 from .summary import Report, summary
 
@@ -22,15 +23,7 @@ def write_results(folder: Path, stem: str, report: Report) -> list[Path]:
     }
     if can_plot():
         writers[".png"] = lambda path: draw(path, report.rows, report.environment)
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, write in writers.items():
-        _write_whole(folder / (stem + suffix), write)
+        write_whole(folder / (stem + suffix), write)
     return [folder / (stem + suffix) for suffix in writers]
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, and puts it there once it is done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
-        unfinished = Path(folder, path.name)
-        write(unfinished)
-        os.replace(unfinished, path)

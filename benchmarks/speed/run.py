@@ -11,6 +11,7 @@ import transformers
 
 from hivtp_hf.methods import METHODS
 from hivtp_hf.pruning_config import checked_ratio
+from hivtp_hf.visualization.plotting import can_plot
 
 from .bench import Bench, Settings
 from .decode import measure_decode
@@ -19,7 +20,6 @@ from .environment import find_device, this_environment
 from .import_time import measure_import
 from .memory import measure_memory
 from .models import build_models
-from .plot import can_plot
 from .prefill import measure_prefill
 from .presets import PRESETS, Preset
 from .processor import measure_processor

@@ -1,12 +1,11 @@
 """`plot_dispersion`: the curve of dispersion over the layers of a vision encoder, as a matplotlib figure.
 
-Needs matplotlib (`pip install "hivtp-hf[plots]"`), which is imported when a figure is asked for. No pyplot, so neither a
-display nor state that outlives a call.
+Needs matplotlib.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from ..visualization.figures import DPI, check_matplotlib
+from ..visualization.plotting import DPI, check_matplotlib
 from .dispersion_report import DispersionReport
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """`analyze_layers`: for every layer of a vision encoder, how far apart its most attended cells lie in some images."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..pruned_features import feature_layer, gather_evidence
-from ..pruned_model import PrunedModelMixin
 from ..received_attention import ReceivedAttention
+from ..stock_pass import sizes_of, stock_pass
 from ..visual_evidence import VisualEvidence
 from .dispersion import attention_share, checked_share, mean_pairwise_distance, most_attended_cells
 
@@ -118,14 +117,10 @@ def evidence_of_all_layers(model: Any, inputs: Mapping[str, Any], from_class_tok
     if from_class_token and not base._has_cls_token:
         raise ValueError("the vision tower has no class token; leave `from_class_token` at False.")
     num_layers = base.config.vision_config.num_hidden_layers
-    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
-    layouts = base._layouts(inputs["pixel_values"], **sizes, retention_ratio=1.0)
-    # What comes behind the mixin is stock, which runs every layer, also those behind the feature.
-    stock = functools.partial(
-        super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes, return_dict=True
-    )
+    layouts = base._layouts(inputs["pixel_values"], **sizes_of(inputs), retention_ratio=1.0)
     collector = ReceivedAttention(range(num_layers), from_class_token)
-    output = base._received_attention_tap.call(stock, collector)
+    # Called like this, the tower runs every layer, also those behind the feature.
+    output = base._received_attention_tap.call(stock_pass(base, inputs), collector)
     layer = feature_layer(base.config.vision_feature_layer, num_layers)
     return gather_evidence(output.pooler_output, layouts, collector.by_layer(), layer)
 

@@ -7,9 +7,8 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -18,8 +17,11 @@ from rich.table import Table
 from ..analysis import DispersionReport, LayerRow, analyze_layers
 from ..analysis.dispersion import checked_share
 from ..checkpoints import open_source
+from .image_files import check_targets, read_image
+from .placing import placing
 from .printing import say
 
+_UNDONE = "analysed"
 _FILES = ("dispersion.png", "dispersion.csv")
 
 
@@ -47,9 +49,9 @@ def analyze(
     """
     # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.
     top_share = checked_share(top_share)
-    placing = _placing(device)
+    placed = placing(device)
     for path in images:
-        _read_image(path)
+        read_image(path, _UNDONE)
     targets = [] if output is None else _targets(output, images, force)
     source = open_source(checkpoint, revision=revision, cache_dir=cache_dir)
     settings = source.settings()
@@ -60,9 +62,9 @@ def analyze(
         source.folder, pruning_config=keep_all, trust_remote_code=False, local_files_only=True
     )
     model = source.family.model.from_pretrained(
-        source.folder, pruning_config=keep_all, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing
+        source.folder, pruning_config=keep_all, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placed
     )
-    analysis = analyze_layers(model, processor, map(_read_image, images), top_share)
+    analysis = analyze_layers(model, processor, (read_image(path, _UNDONE) for path in images), top_share)
     report = DispersionReport(source.name, source.config["model_type"], settings, analysis)
 
     if targets:
@@ -76,47 +78,13 @@ def analyze(
         say(str(target), "green")
 
 
-def _placing(device: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of a device; a ValueError for one that cannot be used here."""
-    if device == "auto":
-        # An accelerator that is too small for the whole language model shares it with the CPU.
-        return {"device_map": "auto"} if torch.cuda.is_available() else {}
-    try:
-        torch.zeros(1, device=device).item()  # not every device that has a name is there, or holds data
-    except Exception as error:  # each back end raises its own, some with many lines
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"`--device` is {device!r}, which cannot be used here: {reason}. Give auto, cpu, or another device of torch that "
-            "this machine has, such as cuda:0."
-        ) from None
-    return {"device_map": {"": device}}
-
-
-def _read_image(path: Path) -> Any:
-    """The image as transformers sees it, whole and in memory; a ValueError that names the file otherwise."""
-    from PIL import Image, ImageOps  # needed for images alone
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise whatever they meet in a broken file
-        raise ValueError(f"{path} cannot be read as an image: {error}. Nothing was analysed.") from None
-
-
 def _targets(folder: Path, images: Sequence[Path], force: bool) -> list[Path]:
     """The files to write; a ValueError where one would take another's place, and where matplotlib is missing."""
-    from ..visualization.figures import check_matplotlib
+    from ..visualization.plotting import check_matplotlib
 
     check_matplotlib()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`--output` is {folder}, which is no folder; give another one.")
     targets = [folder / name for name in _FILES]
-    for target in targets:
-        if any(target.exists() and target.samefile(image) for image in images):
-            raise ValueError(f"{target} is one of the images, and would be replaced; give another `--output`.")
-        if target.exists() and (target.is_dir() or not force):
-            advice = "give another `--output`" + ("" if target.is_dir() else ", or `--force` to replace it")
-            raise ValueError(f"{target} exists already; {advice}.")
+    check_targets(folder, {target: target.name for target in targets}, images, force)
     return targets
 
 

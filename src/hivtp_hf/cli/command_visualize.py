@@ -1,16 +1,16 @@
 """`hivtp visualize`."""
 
 import enum
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ..checkpoints import open_source
+from ..whole_files import write_whole
+from .image_files import check_targets, read_image
+from .placing import placing
 from .printing import say
 from .pruning_options import with_pruning_options
 
@@ -46,13 +46,14 @@ def visualize(
     Settings that are given are tried in place of the checkpoint's own.
     """
     # Imported here, as Pillow is needed for nothing else.
-    from ..visualization.figures import check_matplotlib, plot_kept_cells
+    from ..visualization.figures import plot_kept_cells
     from ..visualization.image_choice import choice_of_image
+    from ..visualization.plotting import check_matplotlib
 
     check_matplotlib()
     # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.
     for path in images:
-        _read_image(path)
+        read_image(path, "drawn")
     source = open_source(checkpoint, revision=revision, cache_dir=cache_dir)
     settings = source.settings().replace(**pruning)
     targets = _targets(images, output, f"_{settings.method}.{file_format.value}", force)
@@ -60,14 +61,12 @@ def visualize(
         source.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
     )
     source.weight_files()  # downloads them, its base's if it has none
-    # An accelerator that is too small for the whole language model shares it with the CPU.
-    placing = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = source.family.model.from_pretrained(
-        source.folder, pruning_config=settings, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing
+        source.folder, pruning_config=settings, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing("auto")
     )
 
     for path, target in zip(images, targets, strict=True):
-        image = _read_image(path)
+        image = read_image(path, "drawn")
         layout = processor.token_layout(image.height, image.width)
         inputs = processor(images=image, text=processor.image_token, return_tensors="pt").to(model.device)
         figure = plot_kept_cells(image, layout, *choice_of_image(model, inputs, layout))
@@ -75,32 +74,15 @@ def visualize(
         say(str(target), "green")
 
 
-def _read_image(path: Path) -> Any:
-    """The image as transformers sees it, whole and in memory; a ValueError that names the file otherwise."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise whatever they meet in a broken file
-        raise ValueError(f"{path} cannot be read as an image: {error}. Nothing was drawn.") from None
-
-
 def _targets(images: Sequence[Path], folder: Path, ending: str, force: bool) -> list[Path]:
     """The file of every figure; a ValueError where one would take another's place."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`--output` is {folder}, which is no folder; give another one.")
     targets = [folder / f"{path.stem}{ending}" for path in images]
     owners: dict[Path, Path] = {}
     for path, target in zip(images, targets, strict=True):
         if target in owners:
             raise ValueError(f"the figures of {owners[target]} and {path} would both be {target}; draw them in two calls.")
         owners[target] = path
-        if any(target.exists() and target.samefile(other) for other in images):
-            raise ValueError(f"the figure of {path} would replace the image {target}; give another `--output`.")
-        if target.exists() and (target.is_dir() or not force):
-            advice = "give another `--output`" + ("" if target.is_dir() else ", or `--force` to replace it")
-            raise ValueError(f"{target} exists already; {advice}.")
+    check_targets(folder, {target: f"the figure of {path}" for target, path in owners.items()}, images, force)
     return targets
 
 
@@ -109,8 +91,5 @@ def _save(figure: Any, target: Path, file_format: Format) -> None:
     import matplotlib
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.unfinished-", dir=target.parent) as stage:
-        unfinished = Path(stage, target.name)
-        with matplotlib.rc_context(_SAVING):
-            figure.savefig(unfinished, format=file_format.value, metadata=_METADATA[file_format])
-        os.replace(unfinished, target)
+    with matplotlib.rc_context(_SAVING):
+        write_whole(target, lambda path: figure.savefig(path, format=file_format.value, metadata=_METADATA[file_format]))

@@ -1,37 +1,17 @@
-"""accuracy.png: accuracy against the tokens that are kept, a line a method. Needs matplotlib, imported when it is drawn."""
+"""accuracy.png: accuracy against the tokens that are kept, a line a method. Needs matplotlib."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..visualization.plotting import METHOD_COLOURS, OTHER_COLOUR
 from .evaluation_data import ALL
 from .metrics import MetricsRow
 from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED
 
-# Okabe and Ito's colours, which people tell apart however they see colours.
-_COLOURS = {
-    UNPRUNED: "#000000",
-    "hivtp": "#0072B2",
-    "hiprune": "#56B4E9",
-    "gprune": "#E69F00",
-    "cls_attention": "#009E73",
-    "random": "#CC79A7",
-    "uniform": "#F0E442",
-    BASE_ONLY: "#999999",
-    DOWNSAMPLE: "#D55E00",
-}
-_OTHER_COLOUR = "#444444"
+_COLOURS = {UNPRUNED: "#000000", BASE_ONLY: "#999999", DOWNSAMPLE: "#D55E00", **METHOD_COLOURS}
 _COLUMNS = 3
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def draw_accuracy(path: Path, metrics: Sequence[MetricsRow], title: str) -> None:
@@ -71,7 +51,7 @@ def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) ->
     unpruned = next(row for row in rows if row.method == UNPRUNED)
     axes.axhline(unpruned.accuracy, color=_COLOURS[UNPRUNED], linestyle=":", linewidth=0.8)
     for method in dict.fromkeys(row.method for row in rows):
-        colour = _COLOURS.get(method, _OTHER_COLOUR)
+        colour = _COLOURS.get(method, OTHER_COLOUR)
         points = [row for row in rows if row.method == method]
         # What the base tile alone leaves out is not a matter of a ratio.
         if method not in (UNPRUNED, BASE_ONLY):

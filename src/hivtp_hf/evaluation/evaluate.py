@@ -10,7 +10,9 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
 from ..pruning_config import VisualTokenPruningConfig
-from .accuracy_plot import can_plot, draw_accuracy
+from ..visualization.plotting import can_plot
+from ..whole_files import write_whole
+from .accuracy_plot import draw_accuracy
 from .answer_text import RULE
 from .answers_table import answers_of_variants
 from .checkpoint_identity import checkpoint_identity
@@ -35,7 +37,6 @@ from .result_tables import write_metrics, write_predictions
 from .run_environment import code_sha256, slug, this_environment
 from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, check_output, run_folder
 from .variants import BASE_ONLY, SEEDS, Variant, chosen_methods, planned_variants
-from .whole_files import write_whole
 
 
 class Evaluation(NamedTuple):

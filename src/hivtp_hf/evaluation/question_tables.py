@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..checked_values import shown
 from .evaluation_data import numbered
@@ -33,17 +33,12 @@ def rows_of_table(path: Path) -> Iterator[Row]:
     for index, record in enumerate(records):
         text = {name: text_of(index, record, name) for name in COLUMNS}
         yield Row(
-            functools.partial(_read_image, image_path(path.parent, text["image"], index)),
+            functools.partial(Image.open, image_path(path.parent, text["image"], index)),
             text["image"],
             text["question"],
             text["answer"],
             type_of(index, record),
         )
-
-
-def _read_image(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def image_path(folder: Path, name: str, index: int) -> Path:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .answer_text import normalised
 from .answers_table import VariantAnswers
 from .evaluation_data import EvaluationData
 from .metrics import MetricsRow, ratios_of_variants
 from .variants import Variant
-from .whole_files import write_whole
 
 _PREDICTION_COLUMNS = (
     *("row", "image", "question_type", "question", "answer", "method", "ratio", "seed"),

@@ -25,5 +25,11 @@ class Row(NamedTuple):
 
     def open_image(self) -> Image.Image:
         """The image as transformers sees it, whole and in memory: turned as its metadata say, in RGB."""
-        image = self.image if isinstance(self.image, Image.Image) else self.image()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if isinstance(self.image, Image.Image):
+            return _as_seen(self.image)
+        with self.image() as image:
+            return _as_seen(image)
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")

@@ -50,13 +50,19 @@ class RunEnvironment:
         return f"{self.date}_{slug(self.device)}_{versions}"
 
 
-def this_environment(device: torch.device, dtype: torch.dtype) -> RunEnvironment:
-    """The environment of this process, whose model has a device and a dtype."""
+def this_environment(device: torch.device, dtype: torch.dtype, commit: str | None = None) -> RunEnvironment:
+    """The environment of this process.
+
+    Args:
+        device: that the model runs on.
+        dtype: of its weights.
+        commit: of the code, for copies without a git folder; asked of git otherwise.
+    """
     cpu = _cpu_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return RunEnvironment(
         date=datetime.date.today().isoformat(),
-        commit=_commit(),
+        commit=commit or _commit(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {cpu}, {cores} cores",
         cpu=cpu,
         cores=cores,

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .run_environment import RunEnvironment
-from .whole_files import write_whole
 
 CONFIG, ENVIRONMENT, PARTS = "config.json", "environment.json", "partial.jsonl"
 METRICS, PREDICTIONS, PLOT = "metrics.csv", "predictions.csv", "accuracy.png"

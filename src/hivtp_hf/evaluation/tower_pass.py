@@ -1,6 +1,5 @@
 """`see`: one pass of the vision tower, which all methods and ratios share."""
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +8,9 @@ from torch import Tensor
 
 from ..encoder_layers import EncoderLayers, ending_early, wanting_features_only
 from ..methods import pruning_method
-from ..pruned_model import PrunedModelMixin
 from ..pruning_config import VisualTokenPruningConfig
 from ..received_attention import ReceivedAttention
+from ..stock_pass import stock_pass
 
 
 class SeenImages(NamedTuple):
@@ -59,14 +58,9 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
         read = from_class_token if pruning_method(pruning.method).reads_class_attention else received
         read.update(pruning.scored_layers(layer))
 
-    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
-    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
-    stock = functools.partial(
-        super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes, return_dict=True
-    )
     with wanting_features_only():
         scored = sorted(received | from_class_token)
-        shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, scored)
+        shorter = ending_early(stock_pass(base, inputs), base.config.vision_config, base.config.vision_feature_layer, scored)
         collector = ReceivedAttention(received)
         # Newer releases keep no states but the feature's, unless they are asked to.
         keywords = {"output_hidden_states": True} if from_class_token else {}

@@ -1,7 +1,6 @@
 """`plot_kept_cells`: the kept cells of one image and the scores that chose them, as a matplotlib figure for a paper.
 
-Needs matplotlib (`pip install "hivtp-hf[plots]"`), which is imported when a figure is asked for. No pyplot, so neither a
-display nor state that outlives a call.
+Needs matplotlib.
 """
 
 import functools
@@ -17,13 +16,13 @@ from torch import Tensor
 from ..methods import pruning_method
 from ..token_layout import TokenLayout
 from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
+from .plotting import DPI, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Figures are laid out in pixels at this resolution, so that a PNG shows every pixel of a panel as it was drawn. Two panels
+# Figures are laid out in pixels at their resolution, so that a PNG shows every pixel of a panel as it was drawn. Two panels
 # and their margins are then as wide as a page's text.
-DPI = 300
 PANEL_SIDE = 960
 _MARGIN, _COLUMN_GAP, _ROW_GAP = 30, 50, 24
 _BAR_HEIGHT, _BAR_GAP, _BAR_TEXT_HEIGHT = 32, 20, 100
@@ -71,15 +70,6 @@ _WORDS = {
     "gprune": _Words("Mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
 }
 _PLAIN_WORDS = _Words("Scores", lambda pruning: "")
-
-
-def check_matplotlib() -> None:
-    """A ValueError where matplotlib is missing."""
-    try:
-        # The package itself first: with a part of it imported before, the part alone would be found without it.
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError('figures need matplotlib, which is not installed: pip install "hivtp-hf[plots]".') from None
 
 
 def plot_kept_cells(

@@ -1,6 +1,5 @@
 """`choice_of_image`: what a model keeps of one image, and the scores that chose it."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ..methods import pruning_method
 from ..pruned_features import gather_evidence, prune_features
-from ..pruned_model import PrunedModelMixin
+from ..stock_pass import stock_pass
 from ..token_layout import TokenLayout
 
 
@@ -41,13 +40,8 @@ def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) 
     base, pruning = model.model, layout.pruning
     if len(inputs["pixel_values"]) != 1:
         raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
-    sizes = {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}
-    # What comes behind the mixin is stock, whose pass the model itself runs, in this way.
-    stock = functools.partial(
-        super(PrunedModelMixin, base).get_image_features, inputs["pixel_values"], **sizes, return_dict=True
-    )
     layer = base._feature_layer(pruning)
-    output, collector = base._scored_pass(stock, pruning, layer)
+    output, collector = base._scored_pass(stock_pass(base, inputs), pruning, layer)
     evidence = gather_evidence(output.pooler_output, [layout], collector.by_layer(), layer)
     _, (kept_indices,) = prune_features(evidence)
     scores = pruning_method(pruning.method).load_selector().scores
