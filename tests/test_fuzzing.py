@@ -16,8 +16,8 @@ from transformers import LlavaNextProcessor
 
 from fed import check_indices
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.layout_arguments import LARGEST_SIDE, MOST_CELLS
 from hivtp_hf.methods import METHODS
-from hivtp_hf.token_layout import LARGEST_SIDE, MOST_CELLS
 from hivtp_hf.visual_evidence import VisualEvidence
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deep
     from .checkpoint_keys import take_stock_keys  # noqa: F401
     from .encoder_layers import EncoderLayers  # noqa: F401
     from .generation_limits import repeats_images_by_prompt  # noqa: F401
+    from .layout_arguments import positive_integer  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .pruned_features import feature_layer  # noqa: F401
     from .pruned_generation import PrunedGenerationMixin  # noqa: F401

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import LlavaConfig, LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
+from .layout_arguments import positive_integer
 from .pruned_processing import PrunedProcessorMixin, side_of
 from .pruning_config import VisualTokenPruningConfig
 from .supported_transformers import check_transformers_version  # noqa: F401
-from .token_layout import TokenLayout, positive_integer
+from .token_layout import TokenLayout
 
 if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
     from .call_budget import CallBudget  # noqa: F401

@@ -14,6 +14,7 @@ from .token_layout import TokenLayout
 if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
     from .call_budget import CallBudget  # noqa: F401
     from .checked_values import shown  # noqa: F401
+    from .layout_arguments import positive_integer  # noqa: F401
     from .methods import Hyperparameter  # noqa: F401
     from .ranking import descending_rank  # noqa: F401
     from .retained_share import rounded_share  # noqa: F401

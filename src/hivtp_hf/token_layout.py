@@ -11,26 +11,19 @@ Source of the geometry: transformers' LLaVA-NeXT (`pack_image_features`, `unpad_
 """
 
 import functools
-import math
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from .checked_values import shown
+from .layout_arguments import MOST_CELLS, checked_image_size, checked_pinpoints, checked_view, positive_integer
 from .methods import pruning_method
 from .pruning_config import VisualTokenPruningConfig
 from .retention_bits import SMALLEST_RATIO, bits_of_ratio, ratio_of_bits
 
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-
-# Bounds on time and memory, far from any model: LLaVA-NeXT's largest image has 2880 cells. A side is what image libraries hold.
-LARGEST_SIDE = 2**31 - 1
-MOST_CELLS = 2**17
-
 
 # What packed positions show that is no cell.
 _NEWLINE = -1
@@ -123,7 +116,7 @@ class TokenLayout:
             VisualTokenPruningConfig.coerce(pruning),
             positive_integer("tile_size", tile_size),
             positive_integer("patch_size", patch_size),
-            _checked_pinpoints(pinpoints),
+            checked_pinpoints(pinpoints),
         )
 
     @staticmethod
@@ -156,14 +149,14 @@ class TokenLayout:
         if isinstance(extra_tokens, bool) or not isinstance(extra_tokens, int) or extra_tokens not in (-1, 0, 1):
             raise ValueError(f"`extra_tokens` is {shown(extra_tokens)}; it must be -1, 0 or 1.")
         if image_size is not None:
-            image_size = _checked_image_size(image_size)
+            image_size = checked_image_size(image_size)
             view = (0, 0, image_size[1], image_size[0]) if view is None else view
         return _single_tile_layout(
             grid,
             VisualTokenPruningConfig.coerce(pruning),
             extra_tokens,
             image_size,
-            None if view is None else _checked_view(view),
+            None if view is None else checked_view(view),
         )
 
     @property
@@ -383,43 +376,3 @@ def _unpadded_ranges(height: int, width: int, rows: int, columns: int) -> tuple[
         return (padding, rows - padding), (0, columns)
     padding = (columns - int(round(width * (rows / height), 7))) // 2
     return (0, rows), (padding, columns - padding)
-
-
-def positive_integer(field: str, value: Any, unit: str = "pixels") -> int:
-    """`value` as an int if it is a whole number from 1 to `LARGEST_SIDE`; a ValueError that names the field otherwise."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except (TypeError, RuntimeError):  # the latter from tensors that hold no data
-        number = 0
-    if not 1 <= number <= LARGEST_SIDE:
-        raise ValueError(f"`{field}` is {shown(value)}; it must be a whole number of {unit} from 1 to {LARGEST_SIDE}.")
-    return number
-
-
-def _checked_image_size(image_size: Any) -> tuple[int, int]:
-    try:
-        height, width = image_size
-    except (TypeError, ValueError):
-        raise ValueError(f"`image_size` is {shown(image_size)}; it must be (height, width) in pixels.") from None
-    return positive_integer("height", height), positive_integer("width", width)
-
-
-def _checked_view(view: Any) -> tuple[float, float, float, float]:
-    try:
-        left, top, right, bottom = map(float, view)
-    except (TypeError, ValueError):
-        left = top = right = bottom = math.nan
-    if not (left < right and top < bottom and all(map(math.isfinite, (left, top, right, bottom)))):
-        raise ValueError(f"`view` is {shown(view)}; it must be (left, top, right, bottom) in pixels of the image.")
-    return left, top, right, bottom
-
-
-def _checked_pinpoints(pinpoints: Any) -> tuple[tuple[int, int], ...]:
-    try:
-        # A length first: what has none need not end.
-        pairs = tuple((height, width) for height, width in pinpoints) if len(pinpoints) else ()
-    except (TypeError, ValueError):
-        pairs = ()
-    if not pairs:
-        raise ValueError(f"`pinpoints` is {shown(pinpoints)}; it must be a list of (height, width) in pixels.")
-    return tuple((positive_integer("pinpoints", height), positive_integer("pinpoints", width)) for height, width in pairs)
