@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.shapes_vqa import stages
 from examples.shapes_vqa.language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
@@ -14,6 +15,7 @@ from examples.shapes_vqa.stages import Stage, run_stage
 from examples.shapes_vqa.starting_point import _NEIGHBOURS, patches_of, set_starting_point
 from examples.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
 from examples.shapes_vqa.training_log import TrainingLog
+from examples.shapes_vqa.training_plot import plot_training
 
 GRID = 12
 
@@ -196,3 +198,18 @@ def test_a_stored_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room"):
         stages.store({"step": 2}, file)
     assert torch.load(file)["step"] == 1
+
+
+def test_the_figure_of_a_training(tmp_path):
+    log = TrainingLog(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match="no rows"):
+        plot_training(log, tmp_path / "empty.png")
+    log.add("tower", 50, 1.0, {"loss": 3.0, "kind": 0.2, "colour": 0.5, "digit": 0.1, "tile": 0.3, "place": 0.4})
+    log.add("tower", 100, 1.0, {"loss": 2.0, "kind": 0.4, "colour": 0.7, "digit": 0.2, "tile": 0.6, "place": 0.2})
+    log.add("features", 10, 0.5, {"questions": 300})
+    log.add("language", 200, 2.0, {"loss": 1.0, "colour": 0.9, "all": 0.8})
+    plot_training(log, tmp_path / "training.png")
+    with Image.open(tmp_path / "training.png") as figure:
+        figure.load()
+        assert figure.width > figure.height  # a column for each of two stages
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "training.png"]

@@ -5,6 +5,7 @@ Stopped at any time, the same command goes on from the last stored step. About t
 
 import argparse
 import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from hivtp_hf.visualization.plotting import can_plot
+
 from .checkpoint import choose_layers, write_checkpoint
 from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
 from .model import PATCH, make_config, make_model, make_processor
@@ -24,6 +27,7 @@ from .stages import Stage, run_stage, store
 from .starting_point import patches_of, set_starting_point
 from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
 from .training_log import TrainingLog
+from .training_plot import plot_training
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def train(folder: Path, device: torch.device, dtype: torch.dtype, seed: int, rec
     train_tower(model, heads, processor, state, log, recipe)
     train_language_model(model, processor, state, log, recipe, seed)
     write_checkpoint(model, processor, folder / "checkpoint")
+    if can_plot():
+        plot_training(log, folder / "training.png")
     print(choose_layers(folder / "checkpoint"))
 
 
@@ -116,7 +122,7 @@ def train_language_model(
     """Both stages of the language model: few background tokens first, then all of them, as in use."""
     model.requires_grad_(False)
     model.model.language_model.requires_grad_(True)
-    images, unseen = _images(model, processor, state, recipe)
+    images, unseen = _images(model, processor, state, log, recipe)
 
     def batches(name: str, share: float, first: int) -> Iterator[list[SeenImage]]:
         size, step = recipe.language_batch, first
@@ -144,15 +150,18 @@ def train_language_model(
 
 
 def _images(
-    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, state: Path, recipe: Recipe
+    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, state: Path, log: TrainingLog, recipe: Recipe
 ) -> tuple[list[SeenImage], list[SeenImage]]:
     """What the language model trains on, and what it is checked on; kept in a file, as the tower's pass takes minutes."""
     file = state / "features.pt"
     if not file.exists():
+        started = time.perf_counter()
         training = range(10**6, 10**6 + recipe.images)  # not those that the tower was trained on
         images = list(tqdm(seen_images(model, processor, TRAINING, training, recipe.questions_of_a_type), total=len(training)))
         unseen = list(seen_images(model, processor, VALIDATION, range(recipe.validation_images), 1))
         store({"images": images, "unseen": unseen}, file)
+        questions = sum(len(image.questions) for image in images)
+        log.add("features", len(images), (time.perf_counter() - started) / 60, {"questions": questions})
     stored = torch.load(file, weights_only=False)
     return stored["images"], stored["unseen"]
 
