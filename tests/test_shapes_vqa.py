@@ -1,17 +1,17 @@
 """The Shapes-VQA task: scenes, questions and their balance, labels of cells, and questions packed behind one image."""
 
-from collections import Counter, defaultdict
-
 import numpy as np
 import pytest
 import torch
 
 from examples.shapes_vqa import splits
+from examples.shapes_vqa.blind_floor import blind_floor, training_questions
 from examples.shapes_vqa.dense_targets import dense_targets, layout_of
+from examples.shapes_vqa.held_out import held_out_questions
 from examples.shapes_vqa.language_training import answer_logits, seen_images
 from examples.shapes_vqa.model import make_config, make_model, make_processor, words
 from examples.shapes_vqa.packed_questions import prompt_of
-from examples.shapes_vqa.questions import Balance, questions_about
+from examples.shapes_vqa.questions import Question, questions_about
 from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, make_scene
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
 
@@ -101,24 +101,21 @@ def test_a_kind_that_occurs_twice_is_not_named():
 
 
 def test_an_image_blind_answer_is_near_chance():
-    """The most frequent answer to each wording, learnt on one half of the questions, tried on the other."""
-    balance, random = Balance(), np.random.default_rng(0)
-    asked = [
-        question for index in range(1500) for question in balance.choose(make_scene((splits.VALIDATION, index)), 1, random)
-    ]
-    half = len(asked) // 2
-    seen: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in asked[:half]:
-        seen[question.text][question.answer] += 1
-    right, chance, number = Counter(), Counter(), Counter()
-    for question in asked[half:]:
-        guess = seen[question.text].most_common(1)
-        right[question.type] += bool(guess) and guess[0][0] == question.answer
-        chance[question.type] += 1 / len(question.choices)
-        number[question.type] += 1
-    assert set(number) == set(QUESTION_TYPES)
-    for question_type in QUESTION_TYPES:
-        assert right[question_type] / number[question_type] < chance[question_type] / number[question_type] + 0.07
+    asked = (held_out.question for held_out in held_out_questions(4000))
+    rows = {row.question_type: row for row in blind_floor(training_questions(1500), asked)}
+    assert set(rows) == {"all", *QUESTION_TYPES}
+    assert rows["all"].n == 4000
+    for row in rows.values():
+        assert 0 < row.correct / row.n < row.chance + 0.07
+
+
+def test_a_floor_by_hand():
+    def asked(text, answer):
+        return Question("presence", text, answer, "presence", ("yes", "no"))
+
+    known = [asked("a?", "yes"), asked("a?", "no"), asked("a?", "yes"), asked("b?", "no")]
+    rows = blind_floor(known, [asked("a?", "yes"), asked("a?", "no"), asked("b?", "no"), asked("never met?", "yes")])
+    assert rows == [("all", 4, 2, 0.5), ("presence", 4, 2, 0.5)]
 
 
 def test_labels_of_cells():

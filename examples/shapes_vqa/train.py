@@ -35,7 +35,7 @@ class Recipe:
     """How much is trained on what."""
 
     practice_steps: int = 1200
-    tower_steps: int = 2200
+    tower_steps: int = 1400
     tower_batch: int = 16
     images: int = 10000
     questions_of_a_type: int = 8

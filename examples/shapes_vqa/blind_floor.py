@@ -1,0 +1,72 @@
+"""What can be answered without looking: python -m examples.shapes_vqa.blind_floor
+
+The guess is the answer that was right most often for the same words, in questions of the training split. It is what a model
+that is blind to the image can learn at best, and the floor under every accuracy.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from hivtp_hf.evaluation.wilson import wilson_interval
+
+from .held_out import held_out_questions
+from .questions import Balance, Question
+from .scenes import make_scene
+from .splits import TRAINING
+from .vocabulary import QUESTION_TYPES
+
+HELD_OUT = 2000
+_TRAINING_SCENES = 6000
+_MOST_OF_A_TYPE = 2
+
+
+class FloorRow(NamedTuple):
+    """Of a question type, or of "all": how many questions there are, how many blind guesses are right, and chance."""
+
+    question_type: str
+    n: int
+    correct: int
+    chance: float
+
+
+def blind_floor(known: Iterable[Question], asked: Iterable[Question]) -> list[FloorRow]:
+    """A row for all questions and one for each type.
+
+    Args:
+        known: questions whose answers are learnt, without their images.
+        asked: questions to guess; one that was never met counts as wrong.
+    """
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in known:
+        answers[question.text][question.answer] += 1
+    n, right, chance = Counter[str](), Counter[str](), Counter[str]()
+    for question in asked:
+        guesses = answers[question.text].most_common(1)
+        for kind in ("all", question.type):
+            n[kind] += 1
+            right[kind] += bool(guesses) and guesses[0][0] == question.answer
+            chance[kind] += 1 / len(question.choices)  # type: ignore[assignment]
+    return [FloorRow(kind, n[kind], right[kind], chance[kind] / n[kind]) for kind in ("all", *QUESTION_TYPES) if n[kind]]
+
+
+def training_questions(scenes: int) -> Iterable[Question]:
+    """Questions about the first scenes of the training split, balanced as those that are trained on."""
+    balance, random = Balance(), np.random.default_rng([TRAINING])
+    for index in range(scenes):
+        yield from balance.choose(make_scene((TRAINING, index)), _MOST_OF_A_TYPE, random)
+
+
+def main() -> None:
+    rows = blind_floor(training_questions(_TRAINING_SCENES), (asked.question for asked in held_out_questions(HELD_OUT)))
+    print("| questions | n | blind guess, 95 % interval | chance |\n|---|---|---|---|")
+    for row in rows:
+        low, high = wilson_interval(row.correct, row.n)
+        share = f"{row.correct / row.n:.1%} ({low:.1%} to {high:.1%})"
+        print(f"| {row.question_type} | {row.n} | {share} | {row.chance:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
