@@ -304,7 +304,7 @@ def test_an_unfinished_figure_does_not_stay(llava, images, tmp_path, monkeypatch
     def fail(*arguments, **keywords):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hivtp_hf.whole_files.os.replace", fail)
+    monkeypatch.setattr("hivtp_hf.files.whole_files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         run(llava, images[1], "-o", tmp_path / "figures")
     assert not list((tmp_path / "figures").iterdir())

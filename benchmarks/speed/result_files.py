@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from hivtp_hf.files import write_whole
 from hivtp_hf.visualization.plotting import can_plot
-from hivtp_hf.whole_files import write_whole
 
 from .plot import draw
 from .rows import write_rows

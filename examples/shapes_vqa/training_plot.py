@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from hivtp_hf.files import write_whole
 from hivtp_hf.visualization.plotting import check_matplotlib
-from hivtp_hf.whole_files import write_whole
 
 from .training_log import TrainingLog
 from .vocabulary import QUESTION_TYPES

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..pruned_features import feature_layer, gather_evidence
 from ..received_attention import ReceivedAttention
-from ..stock_pass import sizes_of, stock_pass
 from ..visual_evidence import VisualEvidence
+from ..visualization.stock_pass import sizes_of, stock_pass
 from .dispersion import attention_share, checked_share, mean_pairwise_distance, most_attended_cells
 
 

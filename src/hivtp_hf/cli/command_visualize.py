@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoints import open_source
-from ..whole_files import write_whole
+from ..files import write_whole
 from .image_files import check_targets, read_image
 from .placing import placing
 from .printing import say

@@ -13,9 +13,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..base_checkpoint import BaseCheckpoint
 from ..cards import PLACEHOLDER_OWNER, model_card
 from ..checkpoints import CheckpointSource, open_source
+from ..files import staged_folder
 from ..pruning_config import VisualTokenPruningConfig
 from .file_copies import copy_files
-from .staging import staged_folder
 
 # Beside weights, configuration and processor, as they are.
 _COPIED = ("generation_config.json", "LICENSE*")

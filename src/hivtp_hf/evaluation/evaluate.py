@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
+from ..files import write_whole
 from ..pruning_config import VisualTokenPruningConfig
 from ..visualization.plotting import can_plot
-from ..whole_files import write_whole
 from .accuracy_plot import draw_accuracy
 from .answer_text import RULE
 from .answers_table import answers_of_variants

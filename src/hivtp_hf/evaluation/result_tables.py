@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
+from ..files import write_whole
 from .answer_text import normalised
 from .answers_table import VariantAnswers
 from .evaluation_data import EvaluationData

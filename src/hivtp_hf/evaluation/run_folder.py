@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
+from ..files import write_whole
 from .run_environment import RunEnvironment
 
 CONFIG, ENVIRONMENT, PARTS = "config.json", "environment.json", "partial.jsonl"

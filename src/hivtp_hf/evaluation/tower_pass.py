@@ -10,7 +10,7 @@ from ..encoder_layers import EncoderLayers, ending_early, wanting_features_only
 from ..methods import pruning_method
 from ..pruning_config import VisualTokenPruningConfig
 from ..received_attention import ReceivedAttention
-from ..stock_pass import stock_pass
+from ..visualization.stock_pass import stock_pass
 
 
 class SeenImages(NamedTuple):

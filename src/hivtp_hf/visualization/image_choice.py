@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..methods import pruning_method
 from ..pruned_features import gather_evidence, prune_features
-from ..stock_pass import stock_pass
 from ..token_layout import TokenLayout
+from .stock_pass import stock_pass
 
 
 class ImageChoice(NamedTuple):
