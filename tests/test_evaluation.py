@@ -113,7 +113,7 @@ def test_the_published_selection_enters_without_its_surplus():
 
 def test_a_layer_that_does_not_report_is_an_error(monkeypatch):
     pair = twins({"method": "none"})
-    monkeypatch.setattr(ReceivedAttention, "add", lambda self, layer, received: None)
+    monkeypatch.setattr(ReceivedAttention, "reduce", lambda self, *attention: None)
     with pytest.raises(ValueError, match="without reporting"):
         see(pair.pruned, inputs_of(pair), [VisualTokenPruningConfig()])
     with pytest.raises(ValueError, match="without reporting"):

@@ -15,7 +15,8 @@ from .scenes import Scene, draw, make_scene
 from .splits import TEST
 from .vocabulary import QUESTION_TYPES
 
-_MOST_OF_A_TYPE = 2
+# One question of a type about an image, so that an interval rests on as many images as it counts questions.
+_MOST_OF_A_TYPE = 1
 
 
 class HeldOut(NamedTuple):

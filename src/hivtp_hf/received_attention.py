@@ -47,9 +47,10 @@ class ReceivedAttention:
         self.from_class_token = from_class_token
         self._by_layer: dict[int, Tensor] = {}
 
-    def add(self, layer: int, received: Tensor) -> None:
-        """Takes the scores of one layer: float32 (tiles, tokens)."""
-        self._by_layer[layer] = received
+    def reduce(self, layer: int, query: Tensor, key: Tensor, scaling: float, num_heads: int) -> None:
+        """Takes queries and keys of a wanted layer, (tiles, heads, tokens, head_dim), and keeps its scores."""
+        rows = query[:, :, :1] if self.from_class_token else query
+        self._by_layer[layer] = received_attention(rows, key, scaling, num_heads)
 
     def by_layer(self) -> dict[int, Tensor]:
         """The scores of every wanted layer: float32 (tiles, tokens).
@@ -219,8 +220,7 @@ def _attention_with_scores(
             raise ValueError("the vision tower masks its attention; scores of masked towers are not supported.")
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows = query[:, :, :1] if collector.from_class_token else query
-        collector.add(view._hivtp_layer, received_attention(rows, key, scaling, view.num_attention_heads))
+        collector.reduce(view._hivtp_layer, query, key, scaling, view.num_attention_heads)
     config = view._hivtp_config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
     return implementation(_ModuleView(module, config), query, key, value, attention_mask, *args, **kwargs)

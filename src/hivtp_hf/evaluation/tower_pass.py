@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..encoder_layers import EncoderLayers, ending_early, wanting_features_only
+from ..encoder_layers import ending_early, wanting_features_only
 from ..methods import pruning_method
 from ..pruning_config import VisualTokenPruningConfig
 from ..received_attention import ReceivedAttention
@@ -59,36 +59,30 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
         read.update(pruning.scored_layers(layer))
 
     with wanting_features_only():
-        scored = sorted(received | from_class_token)
-        shorter = ending_early(stock_pass(base, inputs), base.config.vision_config, base.config.vision_feature_layer, scored)
-        collector = ReceivedAttention(received)
-        # Newer releases keep no states but the feature's, unless they are asked to.
-        keywords = {"output_hidden_states": True} if from_class_token else {}
-        output = base._received_attention_tap.call(shorter, collector, **keywords) if received else shorter(**keywords)
+        both = _BothAttentions(received, from_class_token)
+        stock = stock_pass(base, inputs)
+        shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, both.layers)
+        output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
     features = list(output.pooler_output)
     _check_finite("visual features", features)
-    by_layer = {
-        "received": collector.by_layer(),
-        "from_class_token": _class_token_attention(base, output.hidden_states, sorted(from_class_token)),
-    }
+    by_layer = {"received": both.received.by_layer(), "from_class_token": both.from_class_token.by_layer()}
     for scores in by_layer.values():
         _check_finite("attention scores", list(scores.values()))
     return SeenImages(features, **by_layer, feature_layer=layer)
 
 
-def _class_token_attention(base: Any, hidden_states: Sequence[Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
-    """What the class token attends to in some layers, float32 (tiles, tokens).
+class _BothAttentions:
+    """Collects what `ReceivedAttention` collects in either way, from one pass: methods may want one layer in both."""
 
-    A pass reports each layer's attention in one way, and methods may want one layer in both. So these layers, usually one, run
-    a second time on the very states that entered them, which takes as long as the layers that the pass leaves out.
-    """
-    if not layers:
-        return {}
-    stack = next(module for module in base.vision_tower.modules() if isinstance(module, EncoderLayers))
-    collector = ReceivedAttention(layers, from_class_token=True)
-    for layer in layers:
-        base._received_attention_tap.call(stack[layer], collector, hidden_states[layer], attention_mask=None)
-    return collector.by_layer()
+    def __init__(self, received: Iterable[int], from_class_token: Iterable[int]):
+        self.received = ReceivedAttention(received)
+        self.from_class_token = ReceivedAttention(from_class_token, from_class_token=True)
+        self.layers = tuple(sorted({*self.received.layers, *self.from_class_token.layers}))
+
+    def reduce(self, layer: int, query: Tensor, key: Tensor, scaling: float, num_heads: int) -> None:
+        for kind in (self.received, self.from_class_token):
+            if layer in kind.layers:
+                kind.reduce(layer, query, key, scaling, num_heads)
 
 
 def _check_finite(what: str, values: Sequence[Tensor]) -> None:
