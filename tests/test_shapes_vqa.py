@@ -7,13 +7,15 @@ import torch
 from examples.shapes_vqa import splits
 from examples.shapes_vqa.blind_floor import blind_floor, training_questions
 from examples.shapes_vqa.dense_targets import dense_targets, layout_of
-from examples.shapes_vqa.held_out import held_out_questions
+from examples.shapes_vqa.export import export
+from examples.shapes_vqa.held_out import held_out_questions, held_out_rows
 from examples.shapes_vqa.language_training import answer_logits, seen_images
 from examples.shapes_vqa.model import make_config, make_model, make_processor, words
 from examples.shapes_vqa.packed_questions import prompt_of
 from examples.shapes_vqa.questions import Question, questions_about
 from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, make_scene
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
+from hivtp_hf.evaluation.data_source import load_data
 
 SCENES = [make_scene((splits.VALIDATION, index)) for index in range(400)]
 
@@ -167,3 +169,16 @@ def test_packed_questions_are_single_prompts(model, processor):
                 assert processor.tokenizer.decode(labels[2 * row : 2 * row + 1]) == question.answer
                 row += 1
     assert row == len(first)
+
+
+def test_exported_questions_are_the_held_out_ones(tmp_path):
+    export(tmp_path / "data", 20, "test")
+    exported = load_data(tmp_path / "data", None)
+    rows = list(held_out_rows(20))
+    assert [row[2:] for row in exported.rows] == [row[2:] for row in rows]
+    for theirs, ours in zip(exported.rows, rows, strict=True):
+        assert np.array_equal(theirs.open_image(), ours.open_image())
+    with pytest.raises(ValueError, match="exists already"):
+        export(tmp_path / "data", 20, "test")
+    export(tmp_path / "other", 20, "calibration")
+    assert (tmp_path / "other" / "images" / "calibration-0.png").is_file()

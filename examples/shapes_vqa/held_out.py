@@ -27,12 +27,12 @@ class HeldOut(NamedTuple):
     question: Question
 
 
-def held_out_questions(number: int) -> Iterator[HeldOut]:
-    """So many questions about scenes of the test split, as many of each type as of another: the same ones each time."""
-    balance, random, asked = Balance(), np.random.default_rng([TEST]), Counter[str]()
+def held_out_questions(number: int, split: int = TEST) -> Iterator[HeldOut]:
+    """So many questions about scenes of a split, as many of each type as of another: the same ones each time."""
+    balance, random, asked = Balance(), np.random.default_rng([split]), Counter[str]()
     most, index = math.ceil(number / len(QUESTION_TYPES)), 0
     while sum(asked.values()) < number:
-        scene = make_scene((TEST, index))
+        scene = make_scene((split, index))
         for question in balance.choose(scene, _MOST_OF_A_TYPE, random):
             if asked[question.type] < most and sum(asked.values()) < number:
                 asked[question.type] += 1
