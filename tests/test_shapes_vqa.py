@@ -155,7 +155,7 @@ def test_the_chat_template_writes_the_prompt_of_training(processor):
 
 def test_packed_questions_are_single_prompts(model, processor):
     """The logits where an answer begins, for a question behind its image alone and among others, in a padded batch."""
-    images = list(seen_images(model, processor, splits.VALIDATION, range(3), most_of_a_type=2))
+    images = list(seen_images(model, processor, splits.VALIDATION, range(3), most=dict.fromkeys(QUESTION_TYPES, 2)))
     assert sum(len(image.questions) for image in images) > 6
     with torch.no_grad():
         logits, labels = answer_logits(model, images)

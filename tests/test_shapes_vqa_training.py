@@ -8,7 +8,8 @@ from PIL import Image
 from examples.shapes_vqa import stages
 from examples.shapes_vqa.language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
 from examples.shapes_vqa.mixed_precision import MasterWeights
-from examples.shapes_vqa.model import PATCH, make_config, make_model, make_processor
+from examples.shapes_vqa.model import PATCH, make_config, make_model, make_processor, words
+from examples.shapes_vqa.places import scale_places
 from examples.shapes_vqa.scenes import make_practice_scene
 from examples.shapes_vqa.splits import PRACTICE, VALIDATION
 from examples.shapes_vqa.stages import Stage, run_stage
@@ -16,6 +17,7 @@ from examples.shapes_vqa.starting_point import _NEIGHBOURS, patches_of, set_star
 from examples.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
 from examples.shapes_vqa.training_log import TrainingLog
 from examples.shapes_vqa.training_plot import plot_training
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 
 GRID = 12
 
@@ -90,7 +92,7 @@ def test_a_few_steps_learn_the_same_batch(model, practice):
 
 
 def test_a_few_steps_learn_the_same_questions(model, processor):
-    images = list(seen_images(model, processor, VALIDATION, range(2), most_of_a_type=2))
+    images = list(seen_images(model, processor, VALIDATION, range(2), most=dict.fromkeys(QUESTION_TYPES, 2)))
     before = answer_loss(model, images).item()
     weights = MasterWeights([model.model.language_model], 1e-3)
     for _ in range(15):
@@ -103,7 +105,7 @@ def test_a_few_steps_learn_the_same_questions(model, processor):
 
 
 def test_background_is_left_out_and_shapes_are_not(model, processor):
-    image: SeenImage = next(seen_images(model, processor, VALIDATION, range(1), most_of_a_type=1))
+    image: SeenImage = next(seen_images(model, processor, VALIDATION, range(1), most=dict.fromkeys(QUESTION_TYPES, 1)))
     shorter = image.without_most_background(0.1, np.random.default_rng(0))
     assert int(shorter.is_shape.sum()) == int(image.is_shape.sum()) > 0
     assert len(shorter.features) == len(shorter.is_shape) < 0.6 * len(image.features)
@@ -213,3 +215,21 @@ def test_the_figure_of_a_training(tmp_path):
         figure.load()
         assert figure.width > figure.height  # a column for each of two stages
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "training.png"]
+
+
+@torch.no_grad()
+def test_places_are_told_louder_and_nothing_else(model, practice):
+    def features():
+        encoded = model.model.get_image_features(practice.pixel_values, practice.image_sizes, return_dict=True).pooler_output
+        is_cell = [targets.positions for targets in practice.targets]
+        return torch.cat([image[positions] for image, positions in zip(encoded, is_cell, strict=True)])
+
+    embeddings = model.get_input_embeddings().weight
+    of_word = dict(zip(words(), embeddings, strict=True))
+    axes = torch.stack([of_word["right"] - of_word["left"], of_word["below"] - of_word["above"]])
+    before = features()
+    scale_places(model, 3.0)
+    after = features()
+    torch.testing.assert_close(after @ axes.T, 3 * before @ axes.T, rtol=1e-3, atol=1e-4)
+    places = before @ axes.T @ axes / 2
+    torch.testing.assert_close(after, before + 2 * places, rtol=1e-3, atol=1e-4)

@@ -20,7 +20,7 @@ from .vocabulary import QUESTION_TYPES
 
 HELD_OUT = 2000
 _TRAINING_SCENES = 6000
-_MOST_OF_A_TYPE = 2
+_MOST = dict.fromkeys(QUESTION_TYPES, 2)
 
 
 class FloorRow(NamedTuple):
@@ -56,7 +56,7 @@ def training_questions(scenes: int) -> Iterable[Question]:
     """Questions about the first scenes of the training split, balanced as those that are trained on."""
     balance, random = Balance(), np.random.default_rng([TRAINING])
     for index in range(scenes):
-        yield from balance.choose(make_scene((TRAINING, index)), _MOST_OF_A_TYPE, random)
+        yield from balance.choose(make_scene((TRAINING, index)), _MOST, random)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from .splits import TEST
 from .vocabulary import QUESTION_TYPES
 
 # One question of a type about an image, so that an interval rests on as many images as it counts questions.
-_MOST_OF_A_TYPE = 1
+_MOST = dict.fromkeys(QUESTION_TYPES, 1)
 
 
 class HeldOut(NamedTuple):
@@ -33,7 +33,7 @@ def held_out_questions(number: int, split: int = TEST) -> Iterator[HeldOut]:
     most, index = math.ceil(number / len(QUESTION_TYPES)), 0
     while sum(asked.values()) < number:
         scene = make_scene((split, index))
-        for question in balance.choose(scene, _MOST_OF_A_TYPE, random):
+        for question in balance.choose(scene, _MOST, random):
             if asked[question.type] < most and sum(asked.values()) < number:
                 asked[question.type] += 1
                 yield HeldOut(index, scene, question)

@@ -1,7 +1,7 @@
 """Second stage: the language model learns to answer, on features of the trained tower, which does not change any more."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,10 +42,10 @@ def seen_images(
     processor: LlavaNextProcessor,
     split: int,
     seeds: range,
-    most_of_a_type: int,
+    most: Mapping[str, int],
     batch_size: int = 16,
 ) -> Iterator[SeenImage]:
-    """Runs the tower once over the images of a range of seeds, and asks balanced questions about each."""
+    """Runs the tower once over the images of a range of seeds, and asks of each at most so many questions of each type."""
     balance, random = Balance(), np.random.default_rng([split, seeds.start])
     for batch in loader(TowerScenes(processor, seeds, batch_size, split)):
         pixel_values = batch.pixel_values.to(model.device, model.dtype)
@@ -53,7 +53,7 @@ def seen_images(
         for scene, targets, features in zip(batch.scenes, batch.targets, encoded, strict=True):
             is_shape = torch.zeros(len(features), dtype=torch.bool)
             is_shape[targets.positions] = targets.shape >= 0
-            questions = tuple(balance.choose(scene, most_of_a_type, random))
+            questions = tuple(balance.choose(scene, most, random))
             yield SeenImage(features.cpu().clone(), is_shape, questions, pack(questions, processor.tokenizer))
 
 

@@ -1,13 +1,13 @@
 """Questions about a scene, and their balance: without the image, every answer to a question is about as likely as another."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from .scenes import Scene, Shape
-from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS, QUESTION_TYPES
+from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS, PLACE
 
 # Two shapes lie left and right of each other, or above and below, if their centres are so far apart, in pixels.
 _CLEARLY_APART = 24
@@ -19,7 +19,7 @@ class Question(NamedTuple):
     """A question about an image.
 
     Attributes:
-        type: one of `QUESTION_TYPES`.
+        type: one of `QUESTION_TYPES`, or `PLACE`.
         text, answer: as the model reads and says them; the answer is one word.
         form: what questions have in common that have the same answers to choose from.
         choices: those answers.
@@ -34,7 +34,7 @@ class Question(NamedTuple):
 
 def questions_about(scene: Scene) -> list[Question]:
     """All questions that a scene answers, without any balance."""
-    return [question for ask in (_colour, _shape, _presence, _count, _relation, _digit) for question in ask(scene)]
+    return [question for ask in (_colour, _shape, _presence, _count, _relation, _digit, _place) for question in ask(scene)]
 
 
 def _only(scene: Scene, attribute: str) -> Iterator[Shape]:
@@ -94,6 +94,18 @@ def _digit(scene: Scene) -> Iterator[Question]:
             yield Question("digit", f"Which digit is on the {shape.kind}?", shape.digit, "digit", DIGITS)
 
 
+def _place(scene: Scene) -> Iterator[Question]:
+    for shape in _only(scene, "kind"):
+        for axis, middle, (before, behind) in (
+            ("x", scene.width / 2, ("left", "right")),
+            ("y", scene.height / 2, ("above", "below")),
+        ):
+            distance = getattr(shape, axis) - middle
+            if abs(distance) >= _CLEARLY_APART / 2:
+                answer = before if distance < 0 else behind
+                yield Question(PLACE, f"Is the {shape.kind} {before} or {behind}?", answer, f"place {axis}", (before, behind))
+
+
 class Balance:
     """Chooses questions so that types, and within each form the answers, stay equally frequent.
 
@@ -103,18 +115,18 @@ class Balance:
     def __init__(self) -> None:
         self._answers: dict[str, Counter[str]] = {}
 
-    def choose(self, scene: Scene, most_of_a_type: int, random: np.random.Generator) -> list[Question]:
-        """Questions about a scene, at most so many of each type, in the order of `QUESTION_TYPES`."""
+    def choose(self, scene: Scene, most: Mapping[str, int], random: np.random.Generator) -> list[Question]:
+        """Questions about a scene: of each type that is named at most so many."""
         asked = questions_about(scene)
         chosen: list[Question] = []
-        for question_type in QUESTION_TYPES:
+        for question_type, number in most.items():
             of_type = [question for question in asked if question.type == question_type]
             of_type = [of_type[index] for index in random.permutation(len(of_type))]
             taken: list[Question] = []
             for question in of_type:
                 given = self._answers.setdefault(question.form, Counter())
                 rarest = min(given[answer] for answer in question.choices)
-                if len(taken) < most_of_a_type and given[question.answer] <= rarest + _MOST_AHEAD:
+                if len(taken) < number and given[question.answer] <= rarest + _MOST_AHEAD:
                     given[question.answer] += 1
                     taken.append(question)
             chosen += taken

@@ -118,6 +118,8 @@ def _set_matching_heads(language_model: torch.nn.Module) -> None:
     slow = [*range(half // 2, half), *range(half + half // 2, 2 * half)]
     for layer in range(2):
         attention = language_model.layers[layer].self_attn
+        # Parts of one basis: all heads together copy what they attend to as it is.
+        basis = torch.linalg.qr(torch.randn(config.hidden_size, config.num_attention_heads * config.head_dim))[0].T
         for head in range(config.num_attention_heads):
             start = head * config.head_dim
             directions = torch.linalg.qr(torch.randn(config.hidden_size, len(slow)))[0].T
@@ -126,9 +128,8 @@ def _set_matching_heads(language_model: torch.nn.Module) -> None:
                 projection.weight[start : start + config.head_dim].mul_(0.1)
                 projection.weight[rows] = 1.5 * directions
             rows = slice(start, start + config.head_dim)
-            values = torch.linalg.qr(torch.randn(config.hidden_size, config.head_dim))[0].T
-            attention.v_proj.weight[rows] = 0.5 * values
-            attention.o_proj.weight[:, rows] = 0.5 * values.T
+            attention.v_proj.weight[rows] = 0.5 * basis[rows]
+            attention.o_proj.weight[:, rows] = 0.5 * basis[rows].T
 
 
 def _named(module: torch.nn.Module, ending: str) -> Tensor:

@@ -21,6 +21,7 @@ from hivtp_hf.visualization.plotting import can_plot
 from .checkpoint import choose_layers, write_checkpoint
 from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
 from .model import PATCH, make_config, make_model, make_processor
+from .places import scale_places
 from .scenes import make_practice_scene
 from .splits import PRACTICE, TRAINING, VALIDATION
 from .stages import Stage, run_stage, store
@@ -28,6 +29,10 @@ from .starting_point import patches_of, set_starting_point
 from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
 from .training_log import TrainingLog
 from .training_plot import plot_training
+from .vocabulary import PLACE, QUESTION_TYPES
+
+# About one image. There are many that ask for presence, and they are learnt soon.
+_MOST_QUESTIONS = {**dict.fromkeys(QUESTION_TYPES, 8), "presence": 3, PLACE: 2}
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,10 @@ class Recipe:
     practice_steps: int = 1200
     tower_steps: int = 1400
     tower_batch: int = 16
+    place_factor: float = 3.0
     images: int = 10000
-    questions_of_a_type: int = 8
-    short_steps: int = 12000
-    full_steps: int = 3000
+    short_steps: int = 4000
+    full_steps: int = 2000
     language_batch: int = 8
     background_share: float = 0.08
     validation_images: int = 300
@@ -70,6 +75,7 @@ def train(folder: Path, device: torch.device, dtype: torch.dtype, seed: int, rec
     model.to(device, dtype)
     heads.to(device)
     train_tower(model, heads, processor, state, log, recipe)
+    scale_places(model, recipe.place_factor)
     train_language_model(model, processor, state, log, recipe, seed)
     write_checkpoint(model, processor, folder / "checkpoint")
     if can_plot():
@@ -146,7 +152,8 @@ def train_language_model(
     )
     for name, steps, share, rate in stages:
         of_stage = functools.partial(batches, name, share)
-        run_stage(Stage(name, steps, rate, (model.model.language_model,), of_stage, loss, check), state, log)
+        stage = Stage(name, steps, rate, (model.model.language_model,), of_stage, loss, check, steps_between_checks=250)
+        run_stage(stage, state, log)
 
 
 def _images(
@@ -157,8 +164,10 @@ def _images(
     if not file.exists():
         started = time.perf_counter()
         training = range(10**6, 10**6 + recipe.images)  # not those that the tower was trained on
-        images = list(tqdm(seen_images(model, processor, TRAINING, training, recipe.questions_of_a_type), total=len(training)))
-        unseen = list(seen_images(model, processor, VALIDATION, range(recipe.validation_images), 1))
+        images = list(tqdm(seen_images(model, processor, TRAINING, training, _MOST_QUESTIONS), total=len(training)))
+        unseen = list(
+            seen_images(model, processor, VALIDATION, range(recipe.validation_images), dict.fromkeys(QUESTION_TYPES, 1))
+        )
         store({"images": images, "unseen": unseen}, file)
         questions = sum(len(image.questions) for image in images)
         log.add("features", len(images), (time.perf_counter() - started) / 60, {"questions": questions})

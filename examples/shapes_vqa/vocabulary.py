@@ -13,3 +13,5 @@ KINDS = ("circle", "square", "triangle", "star", "cross")
 DIGITS = ("0", "1", "2", "4", "5", "7")
 COUNTS = ("one", "two", "three", "four", "five")
 QUESTION_TYPES = ("colour", "shape", "presence", "count", "relation", "digit")
+# Asked in training alone: where a shape lies, as a step towards relations.
+PLACE = "place"
