@@ -1,5 +1,5 @@
 # Each target makes the virtual environment that it needs, and does nothing twice.
-#   make demo        the main job on real photographs, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
+#   make demo        stock beside pruned, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
 #   make test        all tests, on the newest transformers that the package allows
 #   make test-floor  the same tests on the oldest one
 #   make lint        formatting, lint, types
@@ -14,7 +14,7 @@ BENCH_ARGS ?= --preset cpu
 .PHONY: demo test test-floor lint format build bench clean
 
 demo: .venv/installed
-	.venv/bin/python examples/demo.py $(ARGS)
+	.venv/bin/python -m examples.demo $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(PYTEST_ARGS)

@@ -1,8 +1,8 @@
 """A stock model beside the same weights with pruned visual tokens: token counts, prefill time, KV cache, and what each
 method keeps of a photograph.
 
-python examples/demo.py                          a tiny model with random weights on real photographs, offline
-python examples/demo.py MODEL IMAGE "QUESTION"   your own checkpoint, stock or pruned, on your own image
+python -m examples.demo                          a small trained model on drawn scenes, and a tiny one on photographs, offline
+python -m examples.demo MODEL IMAGE "QUESTION"   your own checkpoint, stock or pruned, on your own image
 """
 
 import argparse
@@ -32,12 +32,16 @@ from hivtp_hf import (
 )
 from hivtp_hf.methods import METHODS
 from hivtp_hf.visualization import draw_comparison, draw_kept_cells
-from tiny_checkpoint import build_stock_checkpoint
+
+from .shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
+from .tiny_checkpoint import build_stock_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
 TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
 RATIOS = {"50 %": 1 / 2, "22 %": 2 / 9, "11 %": 1 / 9}
+# Of the patch tokens, where answers are compared.
+KEPT_SHARE = 2 / 9
 # By the model type of a stock checkpoint, stock's classes and ours.
 FAMILIES = {
     "llava_next": (
@@ -104,9 +108,17 @@ def load_photographs(image_path: str | None) -> dict[str, Image.Image]:
     return {path.stem: load_image(str(path)) for path in files}
 
 
+def ask(image: Image.Image, question: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
 def prepare(pipe, messages: list[dict]):
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return pipe.processor.apply_chat_template(messages, **settings).to(pipe.device, dtype=pipe.model.dtype)
+
+
+def image_tokens(pipe, inputs) -> int:
+    return int((inputs["input_ids"] == pipe.model.config.image_token_id).sum())
 
 
 @torch.inference_mode()
@@ -118,8 +130,7 @@ def run_prefill(pipe, inputs) -> Prefill:
     cache = pipe.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
     synchronize()
     seconds = time.perf_counter() - start
-    image_tokens = int((inputs["input_ids"] == pipe.model.config.image_token_id).sum())
-    return Prefill(image_tokens, seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    return Prefill(image_tokens(pipe, inputs), seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
 
 
 def measure(pipes: list, messages: list[dict], repeats: int) -> list[Prefill]:
@@ -146,7 +157,8 @@ def compare_methods(pipe, image: Image.Image) -> Image.Image:
         columns[method] = []
         for ratio in RATIOS.values():
             # Stock has one panel, since it keeps everything.
-            pruning = {"method": method} if METHODS[method].keeps_everything else {"method": method, "retention_ratio": ratio}
+            budget = {} if METHODS[method].keeps_everything else {"retention_ratio": ratio}
+            pruning = settings.replace(method=method, **budget)
             pipe.model.config.pruning_config = pipe.processor.pruning_config = pruning
             try:
                 shown = None if columns[method] and METHODS[method].keeps_everything else encode(pipe, image)
@@ -163,23 +175,45 @@ def answer(pipe, messages: list[dict]) -> str:
     return pipe(text=messages, max_new_tokens=16, do_sample=False, return_full_text=False)[0]["generated_text"]
 
 
-def report(stock, pruned, photographs: dict[str, Image.Image], question: str, folder: Path, repeats: int) -> None:
-    """Prints the table and both models' answers, and saves the pictures."""
+def report_answers(stock, pruned, folder: Path) -> None:
+    """Prints what the trained model answers with all its visual tokens and with few, and saves pictures of what it kept."""
+    settings = pruned.model.config.pruning_config.replace(retention_ratio=KEPT_SHARE)
+    pruned.model.config.pruning_config = pruned.processor.pruning_config = settings
+    print("\nA model of 3.6 million parameters, trained on drawn scenes, and the same weights under HIVTP.\n")
+    print(f"{'':12}{'image tokens':>17}{'answer':>24}")
+    print(f"{'':12}{'stock':>9}{'kept':>8}{'right':>12}{'stock':>12}{'pruned':>12}   question")
+    for row in a_question_of_each_type():
+        image = row.open_image()
+        messages = ask(image, row.question)
+        tokens = [image_tokens(pipe, prepare(pipe, messages)) for pipe in (stock, pruned)]
+        answers = [row.answer, *(answer(pipe, messages).strip() for pipe in (stock, pruned))]
+        cells = f"{tokens[0]:9}{tokens[1]:8}" + "".join(f"{said:>12}" for said in answers)
+        print(f"{row.image_name:12}{cells}   {row.question}", flush=True)
+        draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{row.image_name}_kept.png")
+    methods = folder / f"{row.image_name}_methods.png"
+    compare_methods(pruned, image).save(methods)
+    print(f"\nThe kept cells are drawn in {folder / 'test-*_kept.png'}, and what all methods keep of one scene in {methods}.")
+
+
+def report(stock, pruned, photographs: dict[str, Image.Image], question: str, folder: Path, repeats: int, sees: bool) -> None:
+    """Prints the table and, of models that see, the answers of both; saves the pictures."""
     print("\nPrefill is one forward pass over image and question (vision tower, projector, language model), the median of")
     print(f"{repeats} after a warm-up, stock and pruned in turn. KV cache is the size of its tensors after that pass.\n")
     print(f"{'':23}{'image tokens':>17}{'prefill':>23}{'KV cache':>24}")
     print(f"{'':12}{'size':>11}{'stock':>9}{'kept':>8}{'stock':>12}{'pruned':>11}{'stock':>12}{'pruned':>12}")
     answers = []
     for name, image in photographs.items():
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
+        messages = ask(image, question)
         before, after = measure([stock, pruned], messages, repeats)
         row = f"{name[:12]:12}{f'{image.width}x{image.height}':>11}{before.image_tokens:9}{after.image_tokens:8}"
         row += "".join(f"{run.seconds * 1e3:{width}.0f} ms" for run, width in ((before, 9), (after, 8)))
         print(row + "".join(f"{run.cache_bytes / 2**20:8.2f} MiB" for run in (before, after)), flush=True)
         draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{name}_kept.png")
-        answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
-    print(f"\n{question}", *answers, f"\nThe kept cells are drawn in {folder / '*_kept.png'}.", sep="\n")
+        if sees:
+            answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
+    if sees:
+        print(f"\n{question}", *answers, sep="\n")
+    print(f"\nThe kept cells are drawn in {folder / '*_kept.png'}.")
     name, image = next(iter(photographs.items()))
     compare_methods(pruned, image).save(folder / f"{name}_methods.png")
     print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
@@ -209,7 +243,11 @@ def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> N
     transformers.logging.disable_progress_bar()
     stock_name = pruned_name = options.model
     if options.model is None:
-        print("A tiny LLaVA-NeXT with random weights: its answers are nonsense. Counts, times and sizes are real, for it only.")
+        report_answers(*load_pair(str(CHECKPOINT), str(CHECKPOINT)), options.output)
+        print(
+            "\nA tiny LLaVA-NeXT of real geometry with random weights: its answers would be nonsense. Counts, times and sizes"
+        )
+        print("are real, for it only.")
         stock_name, pruned_name = build_checkpoints(options.output, tiny_model)
     try:
         stock, pruned = load_pair(stock_name, pruned_name)
@@ -217,7 +255,7 @@ def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> N
         parser.error(f"cannot load the model {pruned_name!r}: {error}")
     for pipe in (stock, pruned):
         print(f"{type(pipe.model).__name__} from {type(pipe.model).__module__}")
-    report(stock, pruned, photographs, options.question, options.output, options.repeats)
+    report(stock, pruned, photographs, options.question, options.output, options.repeats, options.model is not None)
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 

@@ -7,8 +7,8 @@ import pytest
 import transformers
 from PIL import Image
 
-import demo
 from checkpoints import GEOMETRY, build_pruned_checkpoint
+from examples import demo
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint

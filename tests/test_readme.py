@@ -17,6 +17,8 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encodi
 STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
 STOCK_LLAVA_NAME = "llava-hf/llava-1.5-7b-hf"
 PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
+# What lies in a clone, for a reader in its folder.
+IN_A_CLONE = ("examples/shapes_vqa/shapes-llava-next", "examples/shapes_vqa/scene.png")
 # These need a Hub to publish to and to load from: test_readme_hub.py has one.
 WITH_A_HUB = ("publish.py", "load_published.py")
 
@@ -52,7 +54,8 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     stock = build_stock_checkpoint(folder / "stock", **GEOMETRY)
     llava = build_stock_checkpoint(folder / "llava", family="llava", **GEOMETRY)
-    return {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), PRUNED_NAME: str(build_pruned_checkpoint(folder, {}))}
+    ours = {name: str(ROOT / name) for name in IN_A_CLONE}
+    return {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), PRUNED_NAME: str(build_pruned_checkpoint(folder, {})), **ours}
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -1,7 +1,6 @@
 """The trained model as files: a stock checkpoint in float16, with the pruning settings that fit its tower."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
+from hivtp_hf.files import write_whole
 
 from .layer_table import LayerRow, layer_table, table_text
 from .scenes import make_scene
@@ -37,13 +37,12 @@ def choose_layers(folder: Path, num_scenes: int = 100) -> str:
     model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = LlavaNextProcessor.from_pretrained(folder)
     rows = layer_table(model, processor, [make_scene((CALIBRATION, index)) for index in range(num_scenes)])
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
     start = best_start(rows, last=model.config.vision_config.num_hidden_layers - 2)
-    config["pruning_config"] = {"method": "hivtp", "importance_start_layer": start, "importance_num_layers": _SCORED_LAYERS}
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    pruning = {"method": "hivtp", "importance_start_layer": start, "importance_num_layers": _SCORED_LAYERS}
+    for name in ("config.json", "processor_config.json"):
+        file = folder / name
+        text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), "pruning_config": pruning}, indent=2) + "\n"
+        write_whole(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return table_text(rows)
 
 

@@ -45,7 +45,7 @@ class Recipe:
     place_factor: float = 3.0
     images: int = 10000
     short_steps: int = 4000
-    full_steps: int = 2000
+    full_steps: int = 1500
     language_batch: int = 8
     background_share: float = 0.08
     validation_images: int = 300
