@@ -211,7 +211,7 @@ def report(stock, pruned, photographs: dict[str, Image.Image], question: str, fo
         draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{name}_kept.png")
         if sees:
             answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
-    if sees:
+    if answers:
         print(f"\n{question}", *answers, sep="\n")
     print(f"\nThe kept cells are drawn in {folder / '*_kept.png'}.")
     name, image = next(iter(photographs.items()))

@@ -61,6 +61,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def five_pinpoints(tile_size: int) -> list[list[int]]:
+    """LLaVA-NeXT's five pinpoints, for tiles of so many pixels."""
+    return [[rows * tile_size, columns * tile_size] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
 def tiny_config(
     *,
     family: str = "llava_next",
@@ -84,7 +89,7 @@ def tiny_config(
     if vision_feature_select_strategy is None:
         vision_feature_select_strategy = "default" if vision_type == "clip_vision_model" else "full"
     if pinpoints is None:
-        pinpoints = [[h * tile_size, w * tile_size] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+        pinpoints = five_pinpoints(tile_size)
     vision_config = AutoConfig.for_model(
         vision_type,
         image_size=tile_size,

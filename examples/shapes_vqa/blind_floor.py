@@ -42,13 +42,13 @@ def blind_floor(known: Iterable[Question], asked: Iterable[Question]) -> list[Fl
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question in known:
         answers[question.text][question.answer] += 1
-    n, right, chance = Counter[str](), Counter[str](), Counter[str]()
+    n, right, chance = Counter[str](), Counter[str](), defaultdict[str, float](float)
     for question in asked:
         guesses = answers[question.text].most_common(1)
         for kind in ("all", question.type):
             n[kind] += 1
             right[kind] += bool(guesses) and guesses[0][0] == question.answer
-            chance[kind] += 1 / len(question.choices)  # type: ignore[assignment]
+            chance[kind] += 1 / len(question.choices)
     return [FloorRow(kind, n[kind], right[kind], chance[kind] / n[kind]) for kind in ("all", *QUESTION_TYPES) if n[kind]]
 
 

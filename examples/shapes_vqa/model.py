@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..tiny_checkpoint import tiny_processor
+from ..tiny_checkpoint import five_pinpoints, tiny_processor
 from .scenes import TILE
 from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS
 
@@ -22,7 +22,7 @@ _FUNCTION_WORDS = (
     *("shapes", "the", "there", "what", "which"),
 )
 _MARKS = ("USER:", "ASSISTANT:", "?", "\n")
-PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+PINPOINTS = five_pinpoints(TILE)
 
 
 def words() -> list[str]:

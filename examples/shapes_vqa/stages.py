@@ -1,7 +1,6 @@
 """Training in stages that can be stopped at any time: each goes on from its last stored step."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from hivtp_hf.files import write_whole
 
 from .mixed_precision import MasterWeights
 from .training_log import TrainingLog
@@ -86,6 +87,4 @@ def _mean(values: Iterator[float]) -> float:
 
 def store(state: dict[str, Any], file: Path) -> None:
     """Writes a file that is there whole or as it was before."""
-    unfinished = file.with_suffix(".unfinished")
-    torch.save(state, unfinished)
-    os.replace(unfinished, file)
+    write_whole(file, lambda unfinished: torch.save(state, unfinished))

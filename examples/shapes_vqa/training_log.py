@@ -4,6 +4,8 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
+from hivtp_hf.files import write_whole
+
 _COLUMNS = ("stage", "step", "minutes", "figure", "value")
 
 
@@ -35,7 +37,10 @@ class TrainingLog:
         self._write()
 
     def _write(self) -> None:
-        with self._file.open("w", newline="") as lines:
+        write_whole(self._file, self._write_to)
+
+    def _write_to(self, path: Path) -> None:
+        with path.open("w", newline="") as lines:
             writer = csv.writer(lines)
             writer.writerow(_COLUMNS)
             writer.writerows(self.rows)
