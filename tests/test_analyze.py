@@ -259,16 +259,16 @@ def test_scores_are_those_that_pruning_reads(tower, monkeypatch):
             pair.pruned.model.get_image_features(**image_inputs(inputs))
         return seen.pop()
 
-    expected, got = evidence_of_pruning(), evidence_of_all_layers(pair.pruned, inputs)
+    expected, (got, of_class_token) = evidence_of_pruning(), evidence_of_all_layers(pair.pruned, inputs)
     assert sorted(got.scores) == sorted(expected.scores) == list(range(LAYERS))
     assert all(torch.equal(got.scores[layer], expected.scores[layer]) for layer in range(LAYERS))
     assert torch.equal(got.valid, expected.valid)
     assert got.feature_layer == expected.feature_layer == FEATURE_LAYER
     if "SigLIP" in tower:
-        with pytest.raises(ValueError, match="no class token"):
-            evidence_of_all_layers(pair.pruned, inputs, from_class_token=True)
+        assert of_class_token is None
         return
-    got = evidence_of_all_layers(pair.pruned, inputs, from_class_token=True)
+    got = of_class_token
+    assert torch.equal(got.valid, expected.valid)
     for layer in (0, FEATURE_LAYER, LAYERS - 1):
         pair.pruned.config.pruning_config = {"method": "cls_attention", "layer": layer}
         expected = evidence_of_pruning()
@@ -282,12 +282,12 @@ def test_an_analysis_equals_plain_loops(tower):
     images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
     analysis = analyze_layers(pair.pruned, pair.processor, iter(images), 0.3)
     inputs = [pair.processor(images=image, text="<image>", return_tensors="pt") for image in images]
-    valid = torch.cat([evidence_of_all_layers(pair.pruned, of_image).valid for of_image in inputs])
-    kinds = {False: analysis.received, True: analysis.class_token}
+    received, class_token = zip(*(evidence_of_all_layers(pair.pruned, of_image) for of_image in inputs), strict=True)
+    valid = torch.cat([of_image.valid for of_image in received])
+    kinds = [(received, analysis.received), (class_token, analysis.class_token)]
     if "SigLIP" in tower:
-        assert kinds.pop(True) is None
-    for from_class_token, curve in kinds.items():
-        evidence = [evidence_of_all_layers(pair.pruned, of_image, from_class_token) for of_image in inputs]
+        assert kinds.pop() == ((None,) * len(SIZES), None)
+    for evidence, curve in kinds:
         for layer in range(LAYERS):
             scores = torch.cat([of_image.scores[layer] for of_image in evidence])
             assert curve.dispersion[layer] == pytest.approx(reference_curve(scores, valid, 0.3), abs=1e-12)
@@ -322,10 +322,11 @@ def test_evidence_of_several_images():
     images = [photo(*size) for size in SIZES]
     batch = pair.processor(images=images, text=["<image>"] * 3, return_tensors="pt", padding=True)
     singles = [pair.processor(images=image, text="<image>", return_tensors="pt") for image in images]
-    got, expected = evidence_of_all_layers(pair.pruned, batch), [evidence_of_all_layers(pair.pruned, one) for one in singles]
-    assert torch.equal(got.valid, torch.cat([one.valid for one in expected]))
-    for layer in range(LAYERS):
-        torch.testing.assert_close(got.scores[layer], torch.cat([one.scores[layer] for one in expected]))
+    kinds = zip(*(evidence_of_all_layers(pair.pruned, one) for one in singles), strict=True)
+    for got, expected in zip(evidence_of_all_layers(pair.pruned, batch), kinds, strict=True):
+        assert torch.equal(got.valid, torch.cat([one.valid for one in expected]))
+        for layer in range(LAYERS):
+            torch.testing.assert_close(got.scores[layer], torch.cat([one.scores[layer] for one in expected]))
 
 
 # The command

@@ -36,20 +36,19 @@ def layer_table(
 ) -> list[LayerRow]:
     """A row for every encoder layer, over all tiles that show a shape; chance is 0.2."""
     layers = range(model.config.vision_config.num_hidden_layers)
-    hits = {False: torch.zeros(len(layers)), True: torch.zeros(len(layers))}
+    hits = torch.zeros(2, len(layers))
     number = 0
     for scene in scenes:
         inputs = processor.image_processor(draw(scene), return_tensors="pt").to(model.device, model.dtype)
         targets = dense_targets(scene)
-        for from_class_token, found in hits.items():
-            evidence = evidence_of_all_layers(model, inputs, from_class_token)
+        for evidence, found in zip(evidence_of_all_layers(model, inputs), hits, strict=True):
             on_shape = torch.zeros_like(evidence.valid)
             on_shape[targets.tile, targets.row, targets.column] = targets.shape.to(on_shape.device) >= 0
             for layer, scores in evidence.scores.items():
                 most_attended = most_attended_cells(scores, evidence.valid, _MOST_ATTENDED)
                 found[layer] += int((most_attended & on_shape).sum())
         number += int(on_shape.sum())
-    return [LayerRow(layer, float(hits[False][layer]) / number, float(hits[True][layer]) / number) for layer in layers]
+    return [LayerRow(layer, *share) for layer, share in enumerate((hits / number).T.tolist())]
 
 
 def table_text(rows: Sequence[LayerRow]) -> str:

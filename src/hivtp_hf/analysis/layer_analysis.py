@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pruned_features import feature_layer, gather_evidence
-from ..received_attention import ReceivedAttention
+from ..tower_passes.both_attentions import BothAttentions
+from ..tower_passes.stock_pass import sizes_of, stock_pass
 from ..visual_evidence import VisualEvidence
-from ..visualization.stock_pass import sizes_of, stock_pass
 from .dispersion import attention_share, checked_share, mean_pairwise_distance, most_attended_cells
 
 
@@ -65,16 +65,16 @@ def analyze_layers(model: Any, processor: Any, images: Iterable[Any], top_share:
         ValueError: for a share out of range, where there is no image, and where no tile has two valid cells.
     """
     top_share = checked_share(top_share)
-    kinds = (False, True) if model.model._has_cls_token else (False,)
     references: list[Tensor] = []
-    measured: dict[bool, list[Tensor]] = {from_class_token: [] for from_class_token in kinds}
+    measured: tuple[list[Tensor], list[Tensor]] = ([], [])
     for image in images:
         # At a ratio of 1, as a token budget among the settings may be too small for an image.
         inputs = processor(images=image, text=processor.image_token, retention_ratio=1.0, return_tensors="pt").to(model.device)
-        for from_class_token, found in measured.items():
-            evidence = evidence_of_all_layers(model, inputs, from_class_token)
-            found.append(_measured(evidence, top_share))
-        references.append(mean_pairwise_distance(evidence.valid.cpu()))
+        kinds = evidence_of_all_layers(model, inputs)
+        for evidence, found in zip(kinds, measured, strict=True):
+            if evidence is not None:
+                found.append(_measured(evidence, top_share))
+        references.append(mean_pairwise_distance(kinds.received.valid.cpu()))
     if not references:
         raise ValueError("`images` holds no image; give at least one.")
 
@@ -86,43 +86,54 @@ def analyze_layers(model: Any, processor: Any, images: Iterable[Any], top_share:
             "vision tower has smaller patches."
         )
     curves = []
-    for found in measured.values():
+    for found in filter(None, measured):
         dispersion, share = torch.cat(found, dim=2)[:, :, counted].mean(2).tolist()
         curves.append(LayerCurve(tuple(dispersion), tuple(share)))
     return LayerAnalysis(
         top_share=top_share,
         num_images=len(references),
         num_tiles=int(counted.sum()),
-        feature_layer=evidence.feature_layer,
+        feature_layer=kinds.received.feature_layer,
         random_dispersion=float(reference[counted].mean()),
         received=curves[0],
         class_token=curves[1] if len(curves) > 1 else None,
     )
 
 
+class EvidenceOfAllLayers(NamedTuple):
+    """What `evidence_of_all_layers` returns: the same evidence twice, but for its scores.
+
+    Attributes:
+        received: scored by what every cell receives from all tokens.
+        class_token: scored by what the class token attends to; None where the encoder has none.
+    """
+
+    received: VisualEvidence
+    class_token: VisualEvidence | None
+
+
 @torch.no_grad()
-def evidence_of_all_layers(model: Any, inputs: Mapping[str, Any], from_class_token: bool = False) -> VisualEvidence:
+def evidence_of_all_layers(model: Any, inputs: Mapping[str, Any]) -> EvidenceOfAllLayers:
     """What pruning methods look at, with scores of every encoder layer, from one pass of the vision tower.
 
     Args:
         model: one of ours with a language modelling head. Its pruning settings play no part.
         inputs: what the processor returned for some images: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
-        from_class_token: whether the scores say what the class token attends to, in place of what every cell receives. One
-            pass reports one of the two.
 
     Raises:
-        ValueError: for inputs that do not fit each other, and for a class token that does not exist.
+        ValueError: for inputs that do not fit each other.
     """
     base = model.model
-    if from_class_token and not base._has_cls_token:
-        raise ValueError("the vision tower has no class token; leave `from_class_token` at False.")
     num_layers = base.config.vision_config.num_hidden_layers
     layouts = base._layouts(inputs["pixel_values"], **sizes_of(inputs), retention_ratio=1.0)
-    collector = ReceivedAttention(range(num_layers), from_class_token)
+    both = BothAttentions(range(num_layers), range(num_layers) if base._has_cls_token else ())
     # Called like this, the tower runs every layer, also those behind the feature.
-    output = base._received_attention_tap.call(stock_pass(base, inputs), collector)
+    features = base._received_attention_tap.call(stock_pass(base, inputs), both).pooler_output
     layer = feature_layer(base.config.vision_feature_layer, num_layers)
-    return gather_evidence(output.pooler_output, layouts, collector.by_layer(), layer)
+    received = gather_evidence(features, layouts, both.received.by_layer(), layer)
+    if not base._has_cls_token:
+        return EvidenceOfAllLayers(received, None)
+    return EvidenceOfAllLayers(received, gather_evidence(features, layouts, both.from_class_token.by_layer(), layer))
 
 
 def _measured(evidence: VisualEvidence, top_share: float) -> Tensor:

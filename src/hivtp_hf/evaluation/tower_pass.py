@@ -9,8 +9,8 @@ from torch import Tensor
 from ..encoder_layers import ending_early, wanting_features_only
 from ..methods import pruning_method
 from ..pruning_config import VisualTokenPruningConfig
-from ..received_attention import ReceivedAttention
-from ..visualization.stock_pass import stock_pass
+from ..tower_passes.both_attentions import BothAttentions
+from ..tower_passes.stock_pass import stock_pass
 
 
 class SeenImages(NamedTuple):
@@ -59,7 +59,7 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
         read.update(pruning.scored_layers(layer))
 
     with wanting_features_only():
-        both = _BothAttentions(received, from_class_token)
+        both = BothAttentions(received, from_class_token)
         stock = stock_pass(base, inputs)
         shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, both.layers)
         output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
@@ -69,20 +69,6 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
     for scores in by_layer.values():
         _check_finite("attention scores", list(scores.values()))
     return SeenImages(features, **by_layer, feature_layer=layer)
-
-
-class _BothAttentions:
-    """Collects what `ReceivedAttention` collects in either way, from one pass: methods may want one layer in both."""
-
-    def __init__(self, received: Iterable[int], from_class_token: Iterable[int]):
-        self.received = ReceivedAttention(received)
-        self.from_class_token = ReceivedAttention(from_class_token, from_class_token=True)
-        self.layers = tuple(sorted({*self.received.layers, *self.from_class_token.layers}))
-
-    def reduce(self, layer: int, query: Tensor, key: Tensor, scaling: float, num_heads: int) -> None:
-        for kind in (self.received, self.from_class_token):
-            if layer in kind.layers:
-                kind.reduce(layer, query, key, scaling, num_heads)
 
 
 def _check_finite(what: str, values: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..methods import pruning_method
 from ..pruned_features import gather_evidence, prune_features
 from ..token_layout import TokenLayout
-from .stock_pass import stock_pass
+from ..tower_passes.stock_pass import stock_pass
 
 
 class ImageChoice(NamedTuple):
