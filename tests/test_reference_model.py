@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from typer.testing import CliRunner
 
 from examples.shapes_vqa.model import make_config
 from examples.shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, cli
 from hivtp_hf.evaluation import evaluate_checkpoint
 
 
@@ -57,6 +58,25 @@ def test_stock_classes_load_it_and_agree_with_ours():
         assert few.input_ids.shape[1] < whole.input_ids.shape[1] / 3
         right += processor.decode(logits[0, -1].argmax()).strip() == row.answer
     assert right >= 5
+
+
+def test_commands_take_the_settings_that_it_names(tmp_path):
+    """Though its model type is stock's, as the classes do."""
+    named = HIVTPLlavaNextConfig.from_pretrained(CHECKPOINT).pruning_config
+    assert named.importance_start_layer != HIVTPLlavaNextConfig().pruning_config.importance_start_layer
+
+    def output_of(*arguments):
+        result = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.stdout
+
+    assert json.loads(output_of("inspect", CHECKPOINT, "--json", "--size", "96x96"))["pruning_config"] == named.to_dict()
+    output_of("convert", CHECKPOINT, tmp_path / "converted", "--config-only", "--retention-ratio", 0.25)
+    converted = HIVTPLlavaNextConfig.from_pretrained(tmp_path / "converted").pruning_config
+    assert converted == named.replace(retention_ratio=0.25)
+    run = evaluate_checkpoint(str(CHECKPOINT), methods="hivtp", ratios="1/2", questions=6, output=tmp_path / "evaluation")
+    settings = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["settings"]["hivtp"]
+    assert settings["importance_start_layer"] == named.importance_start_layer
 
 
 def test_it_sees(metrics):

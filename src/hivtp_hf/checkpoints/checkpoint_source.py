@@ -48,12 +48,12 @@ class CheckpointSource(NamedTuple):
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it names pruning settings already."""
+        """Whether it is of our model type, and so loads into our classes by itself."""
         return self.config["model_type"] == self.family.config.model_type
 
     def settings(self) -> VisualTokenPruningConfig:
-        """Its pruning settings: those that it names, or the defaults of a stock checkpoint."""
-        return VisualTokenPruningConfig.coerce(self.config.get("pruning_config") if self.is_pruned else None)
+        """The pruning settings that it names, as a stock checkpoint may too, or the defaults: those it would be loaded with."""
+        return VisualTokenPruningConfig.coerce(self.config.get("pruning_config"))
 
     def origin(self) -> BaseCheckpoint:
         """The checkpoint that has its weights: its base, or else itself, at the commit that was opened."""
