@@ -1,0 +1,60 @@
+"""Overlays of what a run got wrong: python -m examples.shapes_vqa.failures RUN FOLDER
+
+For each type of question the first ones that the unpruned model answers right and a method does not, drawn with what every
+method keeps and says.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from hivtp_hf.visualization import draw_comparison
+
+from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
+from .scenes import draw
+
+
+def failed_questions(run: RecordedRun, chosen: Chosen, most: int) -> Iterator[int]:
+    """Indices of the first questions, so many of each type, that a method gets wrong and the unpruned model does not."""
+    met = Counter[str]()
+    for index, (asked, answers) in enumerate(zip(run.asked, run.answers, strict=True)):
+        if answers[Chosen(UNPRUNED, 1.0)].correct and not answers[chosen].correct and met[asked.question.type] < most:
+            met[asked.question.type] += 1
+            yield index
+
+
+def draw_failures(run: RecordedRun, folder: Path, chosen: Chosen, most: int) -> None:
+    """Draws the failures of a method at a ratio, a file each, and prints what was asked and said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {other: pruning for other, pruning in run.settings.items() if other.ratio == chosen.ratio}
+    for index in failed_questions(run, chosen, most):
+        asked, answers = run.asked[index], run.answers[index]
+        ((_, kept),) = kept_of_scenes({asked.number: asked.scene}, settings)
+        columns = {f"{other.method}: {answers[other].prediction}": [shown] for other, shown in kept.items()}
+        path = folder / f"{chosen.method}_{asked.question.type}_{index + 1}.png"
+        draw_comparison(draw(asked.scene), [f"{chosen.ratio:.0%}"], columns).save(path)
+        print(f"{path}: {asked.question.text} {asked.question.answer}, not {answers[chosen].prediction}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a run of `hivtp evaluate` on the project's own questions")
+    parser.add_argument("folder", type=Path, help="where pictures go")
+    parser.add_argument("--method", default="hivtp", help="(%(default)s)")
+    parser.add_argument("--ratio", type=float, default=2 / 9, help="one of the run's (2/9)")
+    parser.add_argument("--number", type=int, default=2, help="so many of each type (%(default)s)")
+    options = parser.parse_args()
+    try:
+        run = RecordedRun(options.run)
+    except ValueError as error:
+        parser.error(str(error))
+    near = [chosen for chosen in run.settings if abs(chosen.ratio - options.ratio) < 1e-3 and chosen.method == options.method]
+    if not near:
+        known = ", ".join(f"{chosen.method} at {chosen.ratio:.4g}" for chosen in run.settings)
+        parser.error(f"the run has no {options.method!r} at {options.ratio:.4g}; it has {known}.")
+    draw_failures(run, options.folder, near[0], options.number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""How much of the shapes methods keep, beside how a run counts them: python -m examples.shapes_vqa.kept_shapes RUN"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .dense_targets import dense_targets
+from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
+from .vocabulary import COUNTS
+
+
+class KeptShapes(NamedTuple):
+    """What a method at a ratio keeps of the shapes in some scenes.
+
+    Attributes:
+        lost: the share of shapes of which no cell is kept.
+        kept_of_shape: the share of shapes' cells that is kept.
+        on_shapes: the share of kept cells that show a shape.
+    """
+
+    lost: float
+    kept_of_shape: float
+    on_shapes: float
+
+
+def kept_shapes(run: RecordedRun, number: int) -> dict[Chosen, KeptShapes]:
+    """What the methods of a run keep of the shapes in so many of its scenes, the first ones."""
+    numbers = dict.fromkeys(asked.number for asked in run.asked)
+    scenes = {index: next(asked.scene for asked in run.asked if asked.number == index) for index in list(numbers)[:number]}
+    # Of each method: shapes without a kept cell, kept cells on shapes, kept cells.
+    found = {chosen: [0, 0, 0] for chosen in run.settings}
+    shapes = cells = 0
+    for index, kept in kept_of_scenes(scenes, run.settings):
+        targets = dense_targets(scenes[index])
+        on_shape = targets.shape >= 0
+        shapes += len(scenes[index].shapes)
+        cells += int(on_shape.sum())
+        for chosen, (_, indices) in kept.items():
+            is_kept = torch.isin(targets.positions, indices)
+            met = set(targets.shape[is_kept & on_shape].tolist())
+            for place, value in enumerate(
+                (len(scenes[index].shapes) - len(met), int((is_kept & on_shape).sum()), int(is_kept.sum()))
+            ):
+                found[chosen][place] += value
+    return {chosen: KeptShapes(lost / shapes, on / cells, on / every) for chosen, (lost, on, every) in found.items()}
+
+
+class CountErrors(NamedTuple):
+    """Of the counts that the unpruned model gets right, the shares that come out too low and too high."""
+
+    too_low: float
+    too_high: float
+
+
+def count_errors(run: RecordedRun) -> dict[Chosen, CountErrors]:
+    """How every method of a run miscounts; words that are no number are neither."""
+    errors: dict[Chosen, list[int]] = {chosen: [] for chosen in run.settings}
+    for asked, answers in zip(run.asked, run.answers, strict=True):
+        if asked.question.type != "count" or not answers[Chosen(UNPRUNED, 1.0)].correct:
+            continue
+        right = COUNTS.index(asked.question.answer)
+        for chosen, of_method in errors.items():
+            said = answers[chosen].prediction.strip().lower()
+            of_method.append(COUNTS.index(said) - right if said in COUNTS else 0)
+    return {
+        chosen: CountErrors(_share([error < 0 for error in of_method]), _share([error > 0 for error in of_method]))
+        for chosen, of_method in errors.items()
+    }
+
+
+def _share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def table_text(kept: dict[Chosen, KeptShapes], errors: dict[Chosen, CountErrors]) -> str:
+    """Both as one Markdown table, in percent."""
+    lines = ["| method | ratio | shapes lost | of a shape kept | of what is kept, on shapes | counts too low | too high |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for chosen, of_shapes in kept.items():
+        shares = " | ".join(f"{100 * share:.0f}" for share in (*of_shapes, *errors[chosen]))
+        lines.append(f"| {chosen.method} | {chosen.ratio:.3f} | {shares} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run of `hivtp evaluate` on the project's own questions")
+    parser.add_argument("--scenes", type=int, default=200, help="so many scenes for what is kept (%(default)s)")
+    options = parser.parse_args()
+    if options.scenes < 1:
+        parser.error(f"--scenes is {options.scenes}; it must be 1 or more.")
+    try:
+        run = RecordedRun(options.run)
+    except ValueError as error:
+        parser.error(str(error))
+    print(table_text(kept_shapes(run, options.scenes), count_errors(run)))
+
+
+if __name__ == "__main__":
+    main()
