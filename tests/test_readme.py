@@ -1,5 +1,6 @@
 """The README's code is the files in examples/, and those run."""
 
+import csv
 import re
 import runpy
 from pathlib import Path
@@ -36,9 +37,31 @@ def test_every_block_is_an_example():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_of_methods(method):
-    (row,) = re.findall(rf"^\| `{method}` \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Methods\n")
+    (row,) = re.findall(rf"^\| `{method}` \|.*$", section.partition("\n## ")[0], flags=re.MULTILINE)
     for setting in METHODS[method].hyperparameters:
         assert f"`{setting.name}` {setting.default}" in row
+
+
+def measured_accuracy():
+    """The accuracy and interval of every method and ratio of the committed runs, as tables write them."""
+    for metrics in sorted((ROOT / "benchmarks" / "accuracy").glob("*/metrics.csv")):
+        with metrics.open(newline="", encoding="utf-8") as table:
+            for row in csv.DictReader(table):
+                if row["question_type"] == "all":
+                    value, low, high = (100 * float(row[name]) for name in ("accuracy", "ci_low", "ci_high"))
+                    yield row["method"], f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/accuracy/README.md"])
+def test_tables_of_accuracy_are_what_was_measured(name):
+    measured, text = list(measured_accuracy()), (ROOT / name).read_text(encoding="utf-8")
+    one = r"\d+\.\d \(\d+\.\d to \d+\.\d\)"
+    assert set(re.findall(one, text)) == {value for _, value in measured}
+    rows = re.findall(rf"^\| `(\w+)`[^|\n]* (?:\|[^|\n]*)?((?:\| {one} ){{4}})\|$", text, flags=re.MULTILINE)
+    assert len(rows) == 8
+    for method, values in rows:
+        assert set(re.findall(one, values)) <= {value for of_method, value in measured if of_method == method}
 
 
 def test_contributing_names_what_exists():
