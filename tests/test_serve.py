@@ -19,6 +19,7 @@ from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, cli
 from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.evaluation import Row
+from hivtp_hf.serving import transformers_server
 from served import Answer, Served, bytes_part, image_part, png_of, serving, text_part
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
@@ -231,6 +232,13 @@ def test_a_stock_checkpoint_is_refused(hivtp, tmp_path):
     assert "Traceback" not in err
 
 
+def test_missing_packages_are_named(hivtp, monkeypatch):
+    monkeypatch.setattr(transformers_server, "is_serve_available", lambda: False)
+    status, out, err = hivtp("serve")
+    assert (status, out) == (1, "")
+    assert "pip install 'hivtp-hf[serving]'" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "named"),
     [
@@ -238,7 +246,7 @@ def test_a_stock_checkpoint_is_refused(hivtp, tmp_path):
         (["{folder}"], 1, "has no config.json"),
         (["{folder}/a@b"], 1, "has an @ in its path"),
         (["{folder}", "--no-such-option"], 2, "--no-such-option"),
-        (["--port", "many"], 2, "many"),
+        (["--port", "many"], 2, "Invalid value"),
     ],
 )
 def test_errors_of_the_command(hivtp, tmp_path, arguments, status, named):

@@ -5,9 +5,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import image_utils
 
-# What our checks, decoding or fetching an image, finding a checkpoint and applying a chat template raise on bad input.
-# The library by which transformers fetches images differs between its releases.
-_BAD_INPUT = (ValueError, OSError, TemplateError, image_utils.httpx.HTTPError, image_utils.httpx.InvalidURL)
+# What our checks, decoding or fetching an image, finding a checkpoint and applying a chat template raise on bad input. Pillow
+# calls some broken PNG files a SyntaxError, and the library by which transformers fetches images differs between its releases.
+_BAD_INPUT = (ValueError, OSError, SyntaxError, TemplateError, image_utils.httpx.HTTPError, image_utils.httpx.InvalidURL)
 _LONGEST = 500
 
 

@@ -16,12 +16,14 @@ def check_servable(name: str) -> None:
         OSError, huggingface_hub.errors.HfHubHTTPError: where its configuration cannot be downloaded.
     """
     repository, _, revision = name.partition("@")
-    if revision and Path(name).is_dir():
-        raise ValueError(f"{name} has an @ in its path, which the server takes for a revision's. Rename the folder or link to it.")
+    if "@" in name and Path(name).is_dir():
+        raise ValueError(
+            f"{name} has an @ in its path, which the server takes for a revision's. Rename the folder or link to it."
+        )
     source = open_source(repository, revision=revision or None)
     if not source.is_pruned:
         raise ValueError(
-            f"{name} is a stock checkpoint (model type {source.config['model_type']!r}), which would be served unpruned. Make a "
-            f"pruned one of it, which takes no weights: hivtp convert --config-only {repository} TARGET --retention-ratio RATIO. "
-            "Then serve TARGET."
+            f"{name} is a stock checkpoint (model type {source.config['model_type']!r}), which would be served unpruned. "
+            f"Make a pruned one of it, which takes no weights: hivtp convert --config-only {repository} TARGET "
+            "--retention-ratio RATIO. Then serve TARGET."
         )
