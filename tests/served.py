@@ -67,17 +67,20 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *arguments: object) -> Iterator[Served]:
+def serving(folder: Path, *arguments: object, environment: dict[str, str] | None = None) -> Iterator[Served]:
     """A server that listens by the time this is entered, and has ended in order once it is left.
 
     Args:
         folder: where it runs and logs.
         arguments: of `hivtp serve`, without its address.
+        environment: of its process, if not this one's.
     """
     log = folder / "server.log"
     command = [sys.executable, "-m", "hivtp_hf.cli", "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         yield Served(_address(process, log), log)
         assert process.poll() is None, log.read_text()

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProce
 from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
+from hub_commands import contents
+from hub_server import HubServer
 from served import Answer, Served, bytes_part, image_part, png_of, serving, text_part
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
@@ -175,7 +178,21 @@ def test_a_checkpoint_named_in_a_request(server_on_request, config_only, referen
     llava = build_pruned_checkpoint(tmp_path, {"retention_ratio": 0.25}, "llava", vision_layers=9)
     answer = server_on_request.ask(llava, [image_part(photo(60, 100)), text_part("What is shown?")])
     assert answer.prompt_tokens < GEOMETRY["tile_size"] ** 2 // GEOMETRY["patch_size"] ** 2
-    assert "no such folder" not in refused(server_on_request, tmp_path / "missing", "What?", stream=False)
+    assert "missing" in refused(server_on_request, tmp_path / "missing", "What?", stream=False)
+
+
+def test_a_revision_on_the_hub(config_only, reference, rows, tmp_path):
+    """Of a checkpoint whose weights are in another repository."""
+    files, stock = contents(config_only), contents(CHECKPOINT)
+    config = json.loads(files["config.json"])
+    with HubServer() as hub:
+        config["base_model"] = {"name": "owner/stock", "revision": hub.add_repository("owner/stock", stock)}
+        main = hub.add_repository("owner/pruned", {"README.md": b"# On a branch\n"})
+        hub.repository("owner/pruned").refs["refs/heads/branch"] = main
+        hub.commit("owner/pruned", {**files, "config.json": json.dumps(config).encode()}, revision="branch")
+        name, environment = "owner/pruned@branch", hub.environment(tmp_path / "home", token=False)
+        with serving(tmp_path, name, *ON_CPU, environment=environment) as server:
+            assert server.ask(name, content_of(rows[0])) == reference.answer(rows[0].question, rows[0].open_image())
 
 
 @pytest.mark.parametrize("stream", [False, True])
