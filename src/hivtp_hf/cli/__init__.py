@@ -11,6 +11,7 @@ from .command_convert import convert
 from .command_evaluate import evaluate
 from .command_inspect import inspect
 from .command_push import push
+from .command_serve import PASSED_ON, serve
 from .command_visualize import visualize
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(push)
+app.command(add_help_option=False, context_settings=PASSED_ON)(serve)
 app.command()(visualize)
 
 
