@@ -3,8 +3,8 @@
 #
 #     examples/lmms_eval.sh [CHECKPOINT] [FOLDER]
 #
-# It needs `pip install "hivtp-hf[lmms-eval]"`, the network and GPUs, and has not been run as a whole here: only its parts, on a
-# task of the project's own. What is finished in FOLDER is not run again. Settings, with their defaults:
+# It needs `pip install "hivtp-hf[lmms-eval]"`, `hf auth login`, the network and GPUs. The eight benchmarks have not been run with it
+# yet; the tests run it on a task of the project's own. What is finished in FOLDER is not run again. Settings, with their defaults:
 #     MODEL=hivtp_llava_next   or hivtp_llava for LLaVA-1.5
 #     METHODS="hivtp random"   RATIOS="1/2 2/9 1/9"
 #     PROCESSES=1              one GPU each

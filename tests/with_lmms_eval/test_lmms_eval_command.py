@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_results_say_method_settings_and_tokens(pruned, evaluation, rows):
     settings = own.replace(retention_ratio=2 / 9).to_dict()
     assert written.pop(f"avg_method_{settings.pop('method')}") == 1
     assert {name: written[f"avg_{name}"] for name, value in settings.items() if value is not None} == {
-        name: pytest.approx(value) for name, value in settings.items() if value is not None
+        name: pytest.approx(float(value)) for name, value in settings.items() if value is not None
     }
     of_method = [row for row in evaluation if row["method"] == "hivtp"]
     for name in ("patch", "newline"):
@@ -120,6 +121,7 @@ def test_two_processes_answer_as_one(task, pruned, tmp_path):
         launcher=launcher,
     )
     assert run.status == 0, run.output
+    assert "Running on rank 1 " in run.output
     assert run.answers() == pruned.answers()[:17]
     written = run.results()["throughput"]
     # Of 17 rows one process gets 9, and the other has one asked twice to have as many.
@@ -175,7 +177,7 @@ def test_the_script_makes_the_table(task, tmp_path):
     """Of the local task, in place of the eight that need the network."""
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join([str(Path(os.sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "huggingface"),

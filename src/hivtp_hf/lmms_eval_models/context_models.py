@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from .. import FAMILIES
+from .. import family_of_model_type
 from .prompts import RowPrompt, messages_of_context, prompt_of_messages
-from .pruned_lmms import PrunedLmms, TaskRow, _rows
+from .pruned_lmms import PrunedLmms, TaskRow, rows_of
 from .run_failure import failing_with_the_row
 from .token_sums import TokenSums
 
@@ -34,7 +34,7 @@ class _FromContext(PrunedLmms):
             RunFailure: where a row goes wrong; names it.
         """
         results = [(0.0, False)] * len(requests)
-        for row in _rows(requests):
+        for row in rows_of(requests):
             results[row.index], sums = failing_with_the_row([row], self._score)
             self._sums.add(sums)
         return results
@@ -76,10 +76,10 @@ class _FromContext(PrunedLmms):
 class HIVTPLlavaNextFromContext(_FromContext):
     """LLaVA-NeXT with pruned visual tokens; arguments as `PrunedLmms`."""
 
-    family = FAMILIES[0]
+    family = family_of_model_type("llava_next", "LLaVA-NeXT")
 
 
 class HIVTPLlavaFromContext(_FromContext):
     """LLaVA-1.5 with pruned visual tokens; arguments as `PrunedLmms`."""
 
-    family = FAMILIES[1]
+    family = family_of_model_type("llava", "LLaVA-1.5")

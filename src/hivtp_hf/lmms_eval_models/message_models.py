@@ -4,7 +4,7 @@ from typing import Any
 
 from lmms_eval.protocol import ChatMessages
 
-from .. import FAMILIES
+from .. import family_of_model_type
 from .pruned_lmms import PrunedLmms, TaskRow
 from .run_failure import RunFailure
 
@@ -28,10 +28,10 @@ class _FromMessages(PrunedLmms):
 class HIVTPLlavaNextFromMessages(_FromMessages):
     """LLaVA-NeXT with pruned visual tokens; arguments as `PrunedLmms`."""
 
-    family = FAMILIES[0]
+    family = family_of_model_type("llava_next", "LLaVA-NeXT")
 
 
 class HIVTPLlavaFromMessages(_FromMessages):
     """LLaVA-1.5 with pruned visual tokens; arguments as `PrunedLmms`."""
 
-    family = FAMILIES[1]
+    family = family_of_model_type("llava", "LLaVA-1.5")

@@ -109,6 +109,9 @@ class PrunedLmms(lmms):
         self.pruning_config = self._model.config.pruning_config
         self.chat_template = checked_template(chat_template, self.processor)
         self._use_cache = use_cache
+        ends = self._model.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        self._ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self._sums = TokenSums()
 
     @classmethod
@@ -136,7 +139,7 @@ class PrunedLmms(lmms):
         # Rows that only even out the number of rows among processes are asked of nobody: no process waits for another here.
         results = [GenerationResult("") for _ in requests]
         groups: dict[str, list[TaskRow]] = defaultdict(list)
-        for row in _rows(requests):
+        for row in rows_of(requests):
             groups[json.dumps(self._generation_kwargs(row.request.args), sort_keys=True, default=str)].append(row)
         with tqdm(total=sum(map(len, groups.values())), disable=self.rank != 0, desc="Model responding") as progress:
             for rows in groups.values():
@@ -159,15 +162,13 @@ class PrunedLmms(lmms):
         prompts = [prompt_of_messages(self.processor, self._messages(row), self.chat_template) for row in rows]
         inputs = self._inputs(prompts)
         tokenizer = self.processor.tokenizer
-        ends = self._model.generation_config.eos_token_id or tokenizer.eos_token_id
-        ends = ends if isinstance(ends, (list, tuple)) else [ends]
         started = time.perf_counter()
         with torch.inference_mode():
             output = self._model.generate(
                 **inputs,
                 **how.of_generate,
                 use_cache=self._use_cache,
-                eos_token_id=list(ends),
+                eos_token_id=self._ends,
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
@@ -175,7 +176,7 @@ class PrunedLmms(lmms):
         sums.seconds = time.perf_counter() - started
         answers = []
         for tokens, length in zip(new, inputs["attention_mask"].sum(1).tolist(), strict=True):
-            ended = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+            ended = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), len(tokens))
             sums.generated_tokens += ended
             text = how.cut(tokenizer.decode(tokens[:ended], skip_special_tokens=True))
             answers.append(GenerationResult(text, TokenCounts(input_tokens=length, output_tokens=ended)))
@@ -235,7 +236,7 @@ class PrunedLmms(lmms):
         return RunFailure(f"{task} needs {what}, which this model does not support. Leave the task out.")
 
 
-def _rows(requests: Sequence[Any]) -> list[TaskRow]:
+def rows_of(requests: Sequence[Any]) -> list[TaskRow]:
     """The rows of requests, but for those that are only there so that each process has as many."""
     rows = []
     for index, request in enumerate(requests):
