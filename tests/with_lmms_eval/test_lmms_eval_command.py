@@ -107,19 +107,15 @@ def test_results_say_method_settings_and_tokens(pruned, evaluation, rows):
         assert 1 <= counts["output_tokens"] <= 8
 
 
-def test_two_processes_answer_as_one(task, pruned, tmp_path):
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lmms_eval")
-    run = run_lmms_eval(
-        task,
-        tmp_path,
-        "hivtp_llava_next",
-        f"{EXACT},retention_ratio=2/9",
-        "--batch_size",
-        "4",
-        "--limit",
-        "17",
-        launcher=launcher,
-    )
+def launched(port, *what):
+    """Two processes. accelerate has no other launcher for them on one machine, with accelerators or without."""
+    return "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port), *what
+
+
+def test_two_processes_answer_as_one(task, pruned, tmp_path, free_port):
+    limit = ("--batch_size", "4", "--limit", "17")
+    launcher = launched(free_port, "-m", "lmms_eval")
+    run = run_lmms_eval(task, tmp_path, "hivtp_llava_next", f"{EXACT},retention_ratio=2/9", *limit, launcher=launcher)
     assert run.status == 0, run.output
     assert "Running on rank 1 " in run.output
     assert run.answers() == pruned.answers()[:17]
@@ -148,14 +144,17 @@ def test_a_mismatch_in_a_row_ends_the_run(task, rows, tmp_path):
     assert not list(tmp_path.rglob("*_results.json"))
 
 
-def test_a_mismatch_in_one_of_two_processes_ends_both(task, rows, tmp_path):
+def test_a_mismatch_in_one_of_two_processes_ends_both(task, rows, tmp_path, free_port):
     sizes = [row.open_image().size[::-1] for row in rows]
+    # Every other row goes to the first process.
+    alone = next(size for size in sizes if len({index % 2 for index, other in enumerate(sizes) if other == size}) == 1)
     program = tmp_path / "planted.py"
-    program.write_text(PLANTED.format(size=sizes[7]))
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(program))
+    program.write_text(PLANTED.format(size=alone))
+    launcher = launched(free_port, str(program))
     run = run_lmms_eval(task, tmp_path / "results", "hivtp_llava_next", EXACT, "--batch_size", "4", launcher=launcher)
     assert run.status != 0
-    assert "of the task 'shapes_vqa' (split 'test'): ValueError: " in run.output
+    assert "Running on rank 1 " in run.output
+    assert f"row {sizes.index(alone)} of the task 'shapes_vqa' (split 'test'): ValueError: " in run.output
     assert not list(tmp_path.rglob("*_results.json"))
 
 

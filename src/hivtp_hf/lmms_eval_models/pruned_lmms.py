@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -86,7 +85,9 @@ class PrunedLmms(lmms):
         super().__init__()
         self.batch_size = _checked_batch_size(batch_size)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # Not accelerate's numbers: without an accelerator it starts processes that it then counts as one each.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if device_map and self._world_size > 1:
             raise ValueError(
                 f"`device_map` is {device_map!r}, and each of {self._world_size} processes has a device of its own. Leave it "
@@ -208,9 +209,13 @@ class PrunedLmms(lmms):
     def clean(self) -> None:
         """As lmms-eval's own, which every process calls once when all answers are there; adds what goes into the results."""
         # Not while answering: from a cache, one process may have nothing to answer, and another would wait for it.
-        total = summed(gather_object([self._sums]))
+        all_sums: list[Any] = [self._sums]
+        if self._world_size > 1:
+            all_sums = [None] * self._world_size
+            torch.distributed.all_gather_object(all_sums, self._sums)
+        total = summed(all_sums)
         self._sums = TokenSums()
-        if self.accelerator.is_main_process and total.rows:
+        if self._rank == 0 and total.rows:
             log_metrics(
                 total_elapsed_time=total.seconds,
                 total_gen_tokens=total.generated_tokens,
