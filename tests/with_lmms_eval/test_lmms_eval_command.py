@@ -78,7 +78,7 @@ def answers_under(evaluation, method):
 def test_answers_are_those_of_hivtp_evaluate(pruned, evaluation):
     answers = pruned.answers()
     assert [answer.strip() for answer in answers] == answers_under(evaluation, "hivtp")
-    assert len(set(answers)) > 5
+    assert answers_under(evaluation, "hivtp") != answers_under(evaluation, "none")
     scores = [float(row["correct"]) for row in evaluation if row["method"] == "hivtp"]
     assert pruned.results()["results"]["shapes_vqa"]["accuracy,none"] == pytest.approx(sum(scores) / len(scores))
 

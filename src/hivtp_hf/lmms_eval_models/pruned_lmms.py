@@ -86,7 +86,7 @@ class PrunedLmms(lmms):
         self.batch_size = _checked_batch_size(batch_size)
         self.accelerator = Accelerator()
         # Not accelerate's numbers: without an accelerator it starts processes that it then counts as one each.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _has_other_processes():
             self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if device_map and self._world_size > 1:
             raise ValueError(
@@ -210,8 +210,8 @@ class PrunedLmms(lmms):
         """As lmms-eval's own, which every process calls once when all answers are there; adds what goes into the results."""
         # Not while answering: from a cache, one process may have nothing to answer, and another would wait for it.
         all_sums: list[Any] = [self._sums]
-        if self._world_size > 1:
-            all_sums = [None] * self._world_size
+        if _has_other_processes():
+            all_sums = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(all_sums, self._sums)
         total = summed(all_sums)
         self._sums = TokenSums()
@@ -249,6 +249,10 @@ def rows_of(requests: Sequence[Any]) -> list[TaskRow]:
             split = str(request.metadata.get("split"))
             rows.append(TaskRow(index, request, str(request.task_name), split, request.doc_id))
     return rows
+
+
+def _has_other_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _batches(rows: Sequence[TaskRow], size: int) -> Iterable[Sequence[TaskRow]]:
