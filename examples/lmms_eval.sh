@@ -29,9 +29,9 @@ run() { # a name, and further model arguments
     touch "$folder/$1/finished"
 }
 
-run stock method=none
+run stock method=none,keep_newlines=true,exact_count=true
 # Nothing is kept of any image, and so the model guesses by the words of a question.
-run blind method=uniform,retention_ratio=1e-9,keep_newlines=false
+run blind method=uniform,retention_ratio=1e-9,keep_newlines=false,exact_count=true
 for method in ${METHODS:-hivtp random}; do
     for ratio in ${RATIOS:-1/2 2/9 1/9}; do
         run "$method-${ratio/\//of}" "method=$method,retention_ratio=$ratio"

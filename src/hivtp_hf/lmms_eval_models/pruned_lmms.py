@@ -51,7 +51,7 @@ class PrunedLmms(lmms):
     Args:
         pretrained: a stock, pruned or config-only checkpoint: a folder, or owner/name on the Hub.
         revision: a branch, tag or commit on the Hub.
-        device: of torch; by default what accelerate names for this process.
+        device: of torch; by default, and where it is no more than a kind, what accelerate names for this process.
         device_map: in place of a device, for one process only.
         dtype: "auto" is the checkpoint's own.
         attn_implementation, trust_remote_code: as for `from_pretrained`.
@@ -93,7 +93,10 @@ class PrunedLmms(lmms):
                 f"`device_map` is {device_map!r}, and each of {self._world_size} processes has a device of its own. Leave it "
                 "out, or run one process."
             )
-        placing = {"device_map": device_map or {"": str(device or self.accelerator.device)}}
+        own = self.accelerator.device
+        # "cuda" alone means the one of this process.
+        place = own if device is None or str(device) == own.type else device
+        placing = {"device_map": device_map or {"": str(place)}}
         self._model, self.processor = loaded_checkpoint(
             str(pretrained),
             self.family,
