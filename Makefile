@@ -2,6 +2,7 @@
 #   make demo        stock beside pruned, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
 #   make test        all tests, on the newest transformers that the package allows
 #   make test-floor  the same tests on the oldest one
+#   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
 #   make lint        formatting, lint, types
 #   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
 
@@ -10,8 +11,9 @@ FLOOR_TRANSFORMERS ?= 5.6.0
 ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?= --preset cpu
+LMMS_EVAL ?= 0.7.3
 
-.PHONY: demo test test-floor lint format build bench clean
+.PHONY: demo test test-floor test-lmms-eval lint format build bench clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -21,6 +23,9 @@ test: .venv/installed
 
 test-floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS)
+
+test-lmms-eval: .venv-lmms-eval/installed
+	.venv-lmms-eval/bin/python -m pytest tests/with_lmms_eval
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -49,5 +54,11 @@ build: .venv/installed
 	.venv-floor/bin/pip install --quiet -c constraints.txt -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
 	touch $@
 
+.venv-lmms-eval/installed: pyproject.toml constraints.txt tests/with_lmms_eval/requirements.txt
+	test -x .venv-lmms-eval/bin/python || $(PYTHON) -m venv .venv-lmms-eval
+	.venv-lmms-eval/bin/pip install --quiet -c constraints.txt -e ".[demo]" pytest -r tests/with_lmms_eval/requirements.txt
+	.venv-lmms-eval/bin/pip install --quiet --no-deps "lmms_eval==$(LMMS_EVAL)"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
+	rm -rf .venv .venv-floor .venv-lmms-eval build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
