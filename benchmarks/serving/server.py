@@ -35,7 +35,7 @@ def engine_environment(work_folder: Path) -> dict[str, str]:
     return environment | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(work_folder / "modules"),
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
 

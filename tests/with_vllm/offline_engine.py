@@ -1,7 +1,6 @@
 """Answers of vLLM's offline engine, in a process without this project: python offline_engine.py TASK.json ANSWERS.json
 
-TASK holds `engine` (arguments of `LLM`), `prompts`, `images` (a list of paths for each prompt), `max_tokens` and, if wanted,
-`mm_processor_kwargs` of each prompt.
+TASK holds `engine` (arguments of `LLM`), `prompts`, `images` (a list of paths for each prompt) and `max_tokens`.
 """
 
 import json
@@ -22,8 +21,6 @@ def main(task: str, answers: str) -> None:
         {"prompt": prompt, "multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in paths]}}
         for prompt, paths in zip(given["prompts"], given["images"], strict=True)
     ]
-    for request, keywords in zip(requests, given.get("mm_processor_kwargs") or [{}] * len(requests), strict=True):
-        request["mm_processor_kwargs"] = keywords
     outputs = engine.generate(requests, SamplingParams(temperature=0.0, max_tokens=given["max_tokens"]), use_tqdm=False)
     result = [
         {"prompt_tokens": len(output.prompt_token_ids), "token_ids": list(output.outputs[0].token_ids)} for output in outputs
