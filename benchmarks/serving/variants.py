@@ -1,4 +1,4 @@
-"""What is served side by side: the stock checkpoint in both of vLLM's ways, and pruned ones."""
+"""What is served side by side: the stock checkpoint and pruned ones, all in the back end that runs transformers' classes."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,17 +26,16 @@ class Variant(NamedTuple):
 
 
 def variants(folder: Path, method: str, ratios: list[float]) -> list[Variant]:
-    """The stock model by vLLM's own LLaVA-NeXT and by its transformers back end, and the method at every ratio.
+    """The stock checkpoint, and the method at every ratio.
+
+    vLLM's own LLaVA-NeXT is not among them: it needs torchvision, which has no build for a torch without CUDA.
 
     Args:
         folder: an existing one, for the pruned checkpoints.
         method: of hivtp_hf.
         ratios: of the pruned checkpoints.
     """
-    found = [
-        Variant("stock, vLLM's own model", 1.0, CHECKPOINT, ("--model-impl", "vllm")),
-        Variant("stock, transformers back end", 1.0, CHECKPOINT, ("--model-impl", "transformers")),
-    ]
+    found = [Variant("stock", 1.0, CHECKPOINT, ("--model-impl", "transformers"))]
     for number, ratio in enumerate(ratios):
         settings = {"method": method, "retention_ratio": ratio}
         checkpoint = convert_checkpoint(str(CHECKPOINT), folder / f"pruned-{number}", settings, show_progress=False)
