@@ -5,7 +5,7 @@ import io
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import openai
 from PIL import Image
@@ -57,13 +57,9 @@ def ask(address: str, questions: Sequence[Asked], concurrency: int, max_tokens: 
         def answer(asked: Asked) -> Answered:
             parts = [{"type": "image_url", "image_url": {"url": image}} for image in asked.images]
             content = [*parts, {"type": "text", "text": asked.question}]
+            messages: Any = [{"role": "user", "content": content}]
             start = time.perf_counter()
-            reply = client.chat.completions.create(
-                model=MODEL,
-                messages=[{"role": "user", "content": content}],
-                temperature=0.0,
-                max_tokens=max_tokens,
-            )
+            reply: Any = client.chat.completions.create(model=MODEL, messages=messages, temperature=0.0, max_tokens=max_tokens)
             seconds = time.perf_counter() - start
             return Answered(reply.choices[0].message.content or "", reply.usage.prompt_tokens, seconds)
 

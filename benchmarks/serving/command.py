@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant, concurrency in itertools.product(served, options.concurrency)
     ]
     command = " ".join(("python -m benchmarks.serving", *given))
-    print(*write_results(options.output, rows, environment, _engine_version(), command), sep="\n")
+    paths = write_results(options.output, rows, environment, _engine_version(), command, options.note)
+    print(*paths, sep="\n")
 
 
 def _measure(served: list[Variant], folder: Path, options: argparse.Namespace) -> dict[tuple[Variant, int], list[Round]]:
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="of each round (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("bench_output"), metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument("--note", default="", help="what else the reader must know, such as other work on the same cores")
     parser.add_argument("--commit", help="of the code, where there is no git folder to ask")
     return parser
 

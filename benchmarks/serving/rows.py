@@ -37,7 +37,9 @@ class Row:
     correct: float
 
 
-def write_results(folder: Path, rows: Sequence[Row], environment: Environment, vllm: str, command: str) -> list[Path]:
+def write_results(
+    folder: Path, rows: Sequence[Row], environment: Environment, vllm: str, command: str, note: str
+) -> list[Path]:
     """Writes CSV and Markdown, named by the environment; returns their paths. Older files of these names are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{environment.stem}_vllm{vllm}"
@@ -51,7 +53,7 @@ def write_results(folder: Path, rows: Sequence[Row], environment: Environment, v
             writer.writerows({**_rounded(row), **where} for row in rows)
 
     write_whole(paths[0], write_csv)
-    write_whole(paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, command), encoding="utf-8"))
+    write_whole(paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, command, note), encoding="utf-8"))
     return paths
 
 
@@ -59,7 +61,7 @@ def _rounded(row: Row) -> dict[str, object]:
     return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
 
 
-def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: str) -> str:
+def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: str, note: str) -> str:
     headings = ("variant", "kept", "prompt tokens", "at once", "requests a second", "slowest to fastest", "latency", "right")
     lines = [
         "# Requests a second of `vllm serve`",
@@ -71,6 +73,7 @@ def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: 
         "The trained model of examples/shapes_vqa, one question about one drawn image a request. All servers were up at once,",
         "and only one was asked at a time, in another random order each round; every image was new to its server. Medians of",
         f"{rows[0].repeats} rounds of {rows[0].requests} requests. Definitions and limits: benchmarks/README.md.",
+        *([note] if note else []),
         "",
         _line(headings),
         _line(["---"] * len(headings)),
