@@ -64,7 +64,7 @@ def _rounded(row: Row) -> dict[str, object]:
 def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: str, note: str) -> str:
     headings = ("variant", "kept", "prompt tokens", "at once", "requests a second", "slowest to fastest", "latency", "right")
     lines = [
-        "# Requests a second of `vllm serve`",
+        "# Requests a second of vLLM's server",
         "",
         f"{environment.device}; {environment.dtype}, vLLM {vllm} (a build for CPUs), torch {environment.torch}, transformers",
         f"{environment.transformers}, Python {environment.python}; {environment.date}, commit {environment.commit}.",
