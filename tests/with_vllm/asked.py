@@ -1,0 +1,50 @@
+"""Questions about drawn scenes of many sizes, and what transformers' `generate` answers to them."""
+
+import functools
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.serving.questions import about_different_images
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from hivtp_hf.evaluation import Row
+
+NUMBER = 32
+# Answers are a word and the end of the text; more would run on from there.
+MAX_TOKENS = 3
+
+
+class Expected(NamedTuple):
+    """What `generate` makes of a prompt: how long it is, and the new tokens as ids and as text."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """The questions; their images have many sizes."""
+    return tuple(itertools.islice(about_different_images(), NUMBER))
+
+
+def prompt_of(processor, row: Row) -> str:
+    """A question as the chat template writes it, with one placeholder for its image."""
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True)
+
+
+@torch.no_grad()
+def generated(checkpoint: Path) -> list[Expected]:
+    """The greedy answers of a checkpoint, one question after another, in float32 on the CPU."""
+    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
+    expected = []
+    for row in rows():
+        inputs = processor(images=row.open_image(), text=prompt_of(processor, row), return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)[0, length:].tolist()
+        expected.append(Expected(length, tokens, processor.decode(tokens, skip_special_tokens=True)))
+    return expected

@@ -1,0 +1,83 @@
+"""vLLM with several images in a prompt, with heads sharded over ranks, and with checkpoints that cannot be served."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from asked import MAX_TOKENS, rows
+from engine_runs import run_engine
+from examples.shapes_vqa.reference import CHECKPOINT
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from hivtp_hf.conversion import convert_checkpoint
+from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
+from tiny_models import SMALL, photo, pruned_config, pruned_processor
+
+PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
+
+
+@torch.no_grad()
+def generated(checkpoint, prompts, images, tokens):
+    """What `generate` makes of each prompt: its length and the new tokens."""
+    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
+    expected = []
+    for prompt, paths in zip(prompts, images, strict=True):
+        inputs = processor(images=[Image.open(path) for path in paths], text=prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        new = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, length:].tolist()
+        expected.append({"prompt_tokens": length, "token_ids": new})
+    return expected
+
+
+def saved(folder, images):
+    paths = [folder / f"{index}.png" for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    return paths
+
+
+def test_two_images_in_a_prompt(tmp_path):
+    checkpoint = convert_checkpoint(str(CHECKPOINT), tmp_path / "pruned", {"retention_ratio": 2 / 9}, show_progress=False)
+    paths = saved(tmp_path, [row.open_image() for row in rows()[:12]])
+    prompts = [f"USER: <image>\n<image>\n{row.question} ASSISTANT:" for row in rows()[:6]]
+    pairs = list(zip(paths[::2], paths[1::2], strict=True))
+    run = run_engine(tmp_path, checkpoint, prompts, pairs, MAX_TOKENS, limit_mm_per_prompt={"image": 2})
+    assert run.answers == generated(checkpoint, prompts, pairs, MAX_TOKENS), run.output[-8000:]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="every rank needs a core of its own")
+def test_two_ranks_keep_what_one_keeps(tmp_path):
+    config = tiny_config(**SMALL, text_width=128)
+    # Two heads for two ranks, of a size that the engine takes.
+    config.text_config.head_dim = 64
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 2
+    pruning = {"retention_ratio": 0.3}
+    model = HIVTPLlavaNextForConditionalGeneration(pruned_config(config, pruning))
+    model.load_state_dict(tiny_model(config).state_dict())
+    model.save_pretrained(tmp_path / "pruned")
+    pruned_processor(tiny_processor(config), pruning).save_pretrained(tmp_path / "pruned")
+    paths = [[path] for path in saved(tmp_path, [photo(60, 100), photo(100, 60, 1), photo(170, 50, 2), photo(90, 90, 3)])]
+    prompts = [PROMPT] * len(paths)
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
+    run = run_engine(tmp_path, tmp_path / "pruned", prompts, paths, 8, cores, tensor_parallel_size=2)
+    assert run.answers == generated(tmp_path / "pruned", prompts, paths, 8), run.output[-8000:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "config_only", "message"),
+    [
+        ({"retention_ratio": 2 / 9}, True, "make a complete checkpoint with `hivtp convert CHECKPOINT TARGET`"),
+        ({"exact_count": False}, False, "Set `exact_count=True` in the pruning_config of model and processor."),
+    ],
+    ids=["config-only", "exact_count=False"],
+)
+def test_a_checkpoint_that_cannot_be_served(settings, config_only, message, tmp_path):
+    target = tmp_path / "checkpoint"
+    checkpoint = convert_checkpoint(str(CHECKPOINT), target, settings, config_only=config_only, show_progress=False)
+    paths = saved(tmp_path, [photo(96, 96)])
+    run = run_engine(tmp_path, checkpoint, [PROMPT], [paths], 1)
+    assert run.answers is None
+    assert message in run.output
