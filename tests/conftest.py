@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import socket
+import sys
+from typing import NamedTuple
 
 # Read by transformers and huggingface_hub when they are imported: nothing may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,3 +27,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def hivtp(monkeypatch, capsys):
+    """Runs the command line in this process, which spares every case the imports."""
+    from hivtp_hf import cli  # which most tests do without
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(ended.value.code or 0, *capsys.readouterr())
+
+    return run

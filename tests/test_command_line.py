@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 
 from checkpoints import GEOMETRY
-from hivtp_hf import TokenLayout, cli
+from hivtp_hf import TokenLayout
 from hivtp_hf.inspection import inspect_checkpoint, kv_cache_bytes, prefill_flops
 from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
@@ -25,28 +24,6 @@ def stock(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     return build_stock_checkpoint(tmp_path_factory.mktemp("llava") / "checkpoint", family="llava", **GEOMETRY)
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def hivtp(monkeypatch, capsys):
-    """Runs the command line in this process, which spares every case the imports."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(ended.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_it_runs_as_a_module(stock):

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, cli
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
@@ -217,20 +216,6 @@ def test_the_server_does_not_know_our_classes_by_itself(complete):
     """Where this fails, transformers has learnt to: make_classes_known can be deleted, once our oldest release has."""
     with pytest.raises(AttributeError, match="HIVTPLlavaNext"):
         ModelManager(device="cpu").load_model_and_processor(f"{complete}@main")
-
-
-@pytest.fixture
-def hivtp(monkeypatch, capsys):
-    """Runs the command line in this process; how it ended, and what it wrote to both streams."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

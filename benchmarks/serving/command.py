@@ -11,12 +11,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.ratio_argument import ratio
 from benchmarks.speed.environment import this_environment
 
 from .client import Answered, Asked, ask
@@ -106,7 +106,7 @@ def _engine_version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--method", default="hivtp", help="of hivtp_hf (%(default)s)")
-    parser.add_argument("--ratios", nargs="+", type=_ratio, default=[0.5, 2 / 9], metavar="RATIO", help="such as 0.5 or 2/9")
+    parser.add_argument("--ratios", nargs="+", type=ratio, default=[0.5, 2 / 9], metavar="RATIO", help="such as 0.5 or 2/9")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="requests at once")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="of each round (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds (%(default)s)")
@@ -114,10 +114,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--note", default="", help="what else the reader must know, such as other work on the same cores")
     parser.add_argument("--commit", help="of the code, where there is no git folder to ask")
     return parser
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio such as 0.5 or 2/9") from None

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
+
+from benchmarks.ratio_argument import ratio
 
 from .dtype_choice import DTYPE_NAMES
 from .presets import PRESETS
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", help=f"one of {', '.join(DTYPE_NAMES)}; auto is the faster one (%(default)s)"
     )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="of hivtp_hf; the first one leads")
-    parser.add_argument("--ratios", nargs="+", type=_ratio, metavar="RATIO", help="such as 0.5 or 2/9")
+    parser.add_argument("--ratios", nargs="+", type=ratio, metavar="RATIO", help="such as 0.5 or 2/9")
     parser.add_argument("--images", nargs="+", type=_size, metavar="HEIGHTxWIDTH", help="such as 672x672; the first one leads")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="of the throughput")
     parser.add_argument("--new-tokens", nargs="+", type=int, metavar="N", help="of decode and throughput")
@@ -61,13 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("bench_output"), metavar="FOLDER", help="(%(default)s)")
     parser.add_argument("--commit", help="of the code, where there is no git folder to ask")
     return parser
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio such as 0.5 or 2/9") from None
 
 
 def _size(text: str) -> tuple[int, int]:

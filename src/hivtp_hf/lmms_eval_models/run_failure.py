@@ -4,6 +4,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from ..evaluation.named_errors import failing_by_row
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -26,18 +28,7 @@ def failing_with_the_row(rows: Sequence[Row], work: Callable[[Sequence[Row]], Re
     Raises:
         RunFailure: from whatever went wrong. It names the first row that goes wrong by itself, or else the whole batch.
     """
-    try:
-        return work(rows)
-    except Exception as error:
-        if len(rows) > 1:
-            for row in rows:
-                try:
-                    work([row])
-                except Exception as alone:
-                    raise _failure(str(row), alone) from alone
-            names = f"{rows[0]} to {rows[-1]}, each of which goes well by itself (a smaller `--batch_size` may do)"
-            raise _failure(names, error) from error
-        raise _failure(str(rows[0]), error) from error
+    return failing_by_row(rows, work, str, _failure, "--batch_size")
 
 
 def _failure(name: str, error: Exception) -> RunFailure:
