@@ -28,10 +28,11 @@ def draw_failures(run: RecordedRun, folder: Path, chosen: Chosen, most: int) -> 
     """Draws the failures of a method at a ratio, a file each, and prints what was asked and said."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {other: pruning for other, pruning in run.settings.items() if other.ratio == chosen.ratio}
-    for index in failed_questions(run, chosen, most):
+    failed = list(failed_questions(run, chosen, most))
+    kept = dict(kept_of_scenes({run.asked[index].number: run.asked[index].scene for index in failed}, settings))
+    for index in failed:
         asked, answers = run.asked[index], run.answers[index]
-        ((_, kept),) = kept_of_scenes({asked.number: asked.scene}, settings)
-        columns = {f"{other.method}: {answers[other].prediction}": [shown] for other, shown in kept.items()}
+        columns = {f"{other.method}: {answers[other].prediction}": [shown] for other, shown in kept[asked.number].items()}
         path = folder / f"{chosen.method}_{asked.question.type}_{index + 1}.png"
         draw_comparison(draw(asked.scene), [f"{chosen.ratio:.0%}"], columns).save(path)
         print(f"{path}: {asked.question.text} {asked.question.answer}, not {answers[chosen].prediction}")

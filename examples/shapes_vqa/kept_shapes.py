@@ -1,6 +1,8 @@
 """How much of the shapes methods keep, beside how a run counts them: python -m examples.shapes_vqa.kept_shapes RUN"""
 
 import argparse
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,24 +30,23 @@ class KeptShapes(NamedTuple):
 
 def kept_shapes(run: RecordedRun, number: int) -> dict[Chosen, KeptShapes]:
     """What the methods of a run keep of the shapes in so many of its scenes, the first ones."""
-    numbers = dict.fromkeys(asked.number for asked in run.asked)
-    scenes = {index: next(asked.scene for asked in run.asked if asked.number == index) for index in list(numbers)[:number]}
-    # Of each method: shapes without a kept cell, kept cells on shapes, kept cells.
-    found = {chosen: [0, 0, 0] for chosen in run.settings}
+    scenes = dict(itertools.islice(run.scenes.items(), number))
+    met, on_shapes, every = Counter[Chosen](), Counter[Chosen](), Counter[Chosen]()
     shapes = cells = 0
     for index, kept in kept_of_scenes(scenes, run.settings):
         targets = dense_targets(scenes[index])
-        on_shape = targets.shape >= 0
         shapes += len(scenes[index].shapes)
-        cells += int(on_shape.sum())
+        cells += int((targets.shape >= 0).sum())
         for chosen, (_, indices) in kept.items():
-            is_kept = torch.isin(targets.positions, indices)
-            met = set(targets.shape[is_kept & on_shape].tolist())
-            for place, value in enumerate(
-                (len(scenes[index].shapes) - len(met), int((is_kept & on_shape).sum()), int(is_kept.sum()))
-            ):
-                found[chosen][place] += value
-    return {chosen: KeptShapes(lost / shapes, on / cells, on / every) for chosen, (lost, on, every) in found.items()}
+            kept_shape = targets.shape[torch.isin(targets.positions, indices)]
+            on_shape = kept_shape[kept_shape >= 0]
+            met[chosen] += len(on_shape.unique())
+            on_shapes[chosen] += len(on_shape)
+            every[chosen] += len(kept_shape)
+    return {
+        chosen: KeptShapes(1 - met[chosen] / shapes, on_shapes[chosen] / cells, on_shapes[chosen] / every[chosen])
+        for chosen in run.settings
+    }
 
 
 class CountErrors(NamedTuple):

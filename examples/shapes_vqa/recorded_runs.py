@@ -11,13 +11,12 @@ from torch import Tensor
 
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.evaluation.tower_pass import see
-from hivtp_hf.pruned_features import gather_evidence, prune_features
+from hivtp_hf.evaluation.variants import SEEDS, UNPRUNED
+from hivtp_hf.pruned_features import prune_features
 
 from .held_out import HeldOut, held_out_questions
 from .reference import CHECKPOINT
 from .scenes import Scene, draw
-
-UNPRUNED = "none"
 
 
 class Chosen(NamedTuple):
@@ -43,6 +42,7 @@ class RecordedRun:
     Attributes:
         settings: by method and ratio, for all methods that choose among tokens; "random" with its first seed.
         asked: the questions.
+        scenes: that they are about, by number, in the order of the questions.
         answers: for every question of `asked` the answers by method and ratio; (UNPRUNED, 1.0) is the unpruned model's.
 
     Raises:
@@ -67,12 +67,13 @@ class RecordedRun:
             if ratio < 1
         }
         self.asked: list[HeldOut] = list(held_out_questions(config["data"]["questions"]))
+        self.scenes = {asked.number: asked.scene for asked in self.asked}
         self.answers: list[dict[Chosen, RecordedAnswer]] = [{} for _ in self.asked]
         # Tables round ratios.
         by_text = {(method, f"{ratio:.6g}"): Chosen(method, ratio) for method, ratio in (*self.settings, (UNPRUNED, 1.0))}
         for line in lines:
             chosen = by_text.get((line["method"], line["ratio"]))
-            if chosen is not None and line["seed"] in ("", "0"):
+            if chosen is not None and line["seed"] in ("", str(SEEDS[0])):
                 answer = RecordedAnswer(line["prediction"], line["correct"] == "1")
                 self.answers[int(line["row"]) - 1][chosen] = answer
 
@@ -90,6 +91,6 @@ def kept_of_scenes(
         kept = {}
         for chosen, pruning in settings.items():
             layout = processor._token_layout(scene.height, scene.width, pruning)
-            evidence = gather_evidence(seen.features, [layout], seen.scores_for(pruning), seen.feature_layer)
-            kept[chosen] = layout, prune_features(evidence)[1][0]
+            _, (indices,) = prune_features(seen.evidence_for([layout]))
+            kept[chosen] = layout, indices
         yield number, kept

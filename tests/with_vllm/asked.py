@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from benchmarks.serving.questions import about_different_images
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
@@ -37,14 +39,16 @@ def prompt_of(processor, row: Row) -> str:
 
 
 @torch.no_grad()
-def generated(checkpoint: Path) -> list[Expected]:
-    """The greedy answers of a checkpoint, one question after another, in float32 on the CPU."""
+def generated(
+    checkpoint: Path, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_tokens: int
+) -> list[Expected]:
+    """The greedy answers of a checkpoint, one prompt with its images after another, in float32 on the CPU."""
     model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
     expected = []
-    for row in rows():
-        inputs = processor(images=row.open_image(), text=prompt_of(processor, row), return_tensors="pt")
+    for prompt, of_prompt in zip(prompts, images, strict=True):
+        inputs = processor(images=list(of_prompt), text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
-        tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)[0, length:].tolist()
+        tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, length:].tolist()
         expected.append(Expected(length, tokens, processor.decode(tokens, skip_special_tokens=True)))
     return expected

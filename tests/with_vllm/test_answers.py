@@ -36,17 +36,21 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint):
-    return generated(checkpoint)
+def prompts(checkpoint):
+    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
+    return [prompt_of(processor, row) for row in rows()]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, prompts):
+    return generated(checkpoint, prompts, [[row.open_image()] for row in rows()], MAX_TOKENS)
 
 
 def test_the_images_have_many_sizes():
     assert len({row.open_image().size for row in rows()}) > NUMBER / 2
 
 
-def test_offline_engine(checkpoint, expected, image_paths, tmp_path):
-    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
-    prompts = [prompt_of(processor, row) for row in rows()]
+def test_offline_engine(checkpoint, prompts, expected, image_paths, tmp_path):
     run = run_engine(tmp_path, checkpoint, prompts, [[path] for path in image_paths], MAX_TOKENS)
     assert run.answers is not None, run.output[-8000:]
     assert list(tmp_path.glob("modules/**/modeling_hivtp_llava_next.py"))  # the code of the checkpoint, which ran

@@ -3,13 +3,12 @@
 import os
 
 import pytest
-import torch
 from PIL import Image
 
-from asked import MAX_TOKENS, rows
+from asked import MAX_TOKENS, generated, rows
 from engine_runs import run_engine
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
 from hivtp_hf.conversion import convert_checkpoint
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 from tiny_models import SMALL, photo, pruned_config, pruned_processor
@@ -17,18 +16,11 @@ from tiny_models import SMALL, photo, pruned_config, pruned_processor
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 
-@torch.no_grad()
-def generated(checkpoint, prompts, images, tokens):
-    """What `generate` makes of each prompt: its length and the new tokens."""
-    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
-    expected = []
-    for prompt, paths in zip(prompts, images, strict=True):
-        inputs = processor(images=[Image.open(path) for path in paths], text=prompt, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        new = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, length:].tolist()
-        expected.append({"prompt_tokens": length, "token_ids": new})
-    return expected
+def answers_of_generate(checkpoint, prompts, paths, tokens):
+    """What `generate` makes of each prompt, in the engine's words."""
+    images = [[Image.open(path) for path in of_prompt] for of_prompt in paths]
+    expected = generated(checkpoint, prompts, images, tokens)
+    return [{"prompt_tokens": answer.prompt_tokens, "token_ids": answer.token_ids} for answer in expected]
 
 
 def saved(folder, images):
@@ -44,7 +36,7 @@ def test_two_images_in_a_prompt(tmp_path):
     prompts = [f"USER: <image>\n<image>\n{row.question} ASSISTANT:" for row in rows()[:6]]
     pairs = list(zip(paths[::2], paths[1::2], strict=True))
     run = run_engine(tmp_path, checkpoint, prompts, pairs, MAX_TOKENS, limit_mm_per_prompt={"image": 2})
-    assert run.answers == generated(checkpoint, prompts, pairs, MAX_TOKENS), run.output[-8000:]
+    assert run.answers == answers_of_generate(checkpoint, prompts, pairs, MAX_TOKENS), run.output[-8000:]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="every rank needs a core of its own")
@@ -63,7 +55,7 @@ def test_two_ranks_keep_what_one_keeps(tmp_path):
     first, second, *_ = sorted(os.sched_getaffinity(0))
     cores = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
     run = run_engine(tmp_path, tmp_path / "pruned", prompts, paths, 8, cores, tensor_parallel_size=2)
-    assert run.answers == generated(tmp_path / "pruned", prompts, paths, 8), run.output[-8000:]
+    assert run.answers == answers_of_generate(tmp_path / "pruned", prompts, paths, 8), run.output[-8000:]
 
 
 @pytest.mark.parametrize(

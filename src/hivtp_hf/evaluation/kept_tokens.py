@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..pruned_features import gather_evidence, prune_features
+from ..pruned_features import prune_features
 from ..token_layout import TokenLayout
 from .tower_pass import SeenImages
 
@@ -36,10 +36,8 @@ def pruned_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[Kept
     Raises:
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
-    settings = layouts[0].pruning
-    evidence = gather_evidence(seen.features, layouts, seen.scores_for(settings), seen.feature_layer)
     kept_of_images = []
-    for features, kept, layout in zip(*prune_features(evidence), layouts, strict=True):
+    for features, kept, layout in zip(*prune_features(seen.evidence_for(layouts)), layouts, strict=True):
         patches = check_kept_indices(kept, layout)
         # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
         kept_of_images.append(KeptTokens(features[len(features) - len(kept) :], patches, layout.num_newlines))

@@ -42,11 +42,13 @@ def prompt_of(processor: Any, question: str) -> Prompt:
     return Prompt(ids[:place], ids[place + 1 :], _token_ids(processor, text.replace(processor.image_token, "")))
 
 
+def has_first_token(tokenizer: Any, text: str) -> bool:
+    """Whether a chat template has written the first token, so that no other is to be added, as `apply_chat_template` has it."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
 def _token_ids(processor: Any, text: str) -> list[int]:
-    # As the processor's own `apply_chat_template` does when it tokenises: a template that writes the first token gets no other.
-    first = processor.tokenizer.bos_token
-    has_first = first is not None and text.startswith(first)
-    return processor.tokenizer(text, add_special_tokens=not has_first)["input_ids"]
+    return processor.tokenizer(text, add_special_tokens=not has_first_token(processor.tokenizer, text))["input_ids"]
 
 
 @torch.no_grad()

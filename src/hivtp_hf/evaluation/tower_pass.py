@@ -8,9 +8,12 @@ from torch import Tensor
 
 from ..encoder_layers import ending_early, wanting_features_only
 from ..methods import pruning_method
+from ..pruned_features import gather_evidence
 from ..pruning_config import VisualTokenPruningConfig
+from ..token_layout import TokenLayout
 from ..tower_passes.both_attentions import BothAttentions
 from ..tower_passes.stock_pass import stock_pass
+from ..visual_evidence import VisualEvidence
 
 
 class SeenImages(NamedTuple):
@@ -28,10 +31,16 @@ class SeenImages(NamedTuple):
     from_class_token: Mapping[int, Tensor]
     feature_layer: int
 
-    def scores_for(self, settings: VisualTokenPruningConfig) -> dict[int, Tensor]:
-        """The scores that a method reads under its settings, and no others: methods average over all that they are given."""
+    def evidence_for(self, layouts: Sequence[TokenLayout]) -> VisualEvidence:
+        """What a method may look at: the scores that it reads under its settings, and no others, as methods average over all.
+
+        Args:
+            layouts: of every image, all under the method's settings.
+        """
+        settings = layouts[0].pruning
         scores = self.from_class_token if pruning_method(settings.method).reads_class_attention else self.received
-        return {layer: scores[layer] for layer in settings.scored_layers(self.feature_layer)}
+        read = {layer: scores[layer] for layer in settings.scored_layers(self.feature_layer)}
+        return gather_evidence(self.features, layouts, read, self.feature_layer)
 
 
 @torch.no_grad()

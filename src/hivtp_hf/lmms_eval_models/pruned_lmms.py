@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .. import Family
 from ..checked_values import checked_number, shown
+from ..evaluation.prompts import has_first_token
 from .generation_arguments import GenerationArguments, generation_arguments
 from .loaded_checkpoint import checked_template, loaded_checkpoint
 from .prompts import RowPrompt, prompt_of_messages
@@ -189,15 +190,12 @@ class PrunedLmms(lmms):
     def _inputs(self, prompts: Sequence[RowPrompt]) -> Any:
         """The model's inputs for some prompts, on its device and in its dtype."""
         images = [image for prompt in prompts for image in prompt.images]
-        # As the processor's own `apply_chat_template` does: a template that writes the first token gets no other.
-        first = self.processor.tokenizer.bos_token
-        has_first = first is not None and prompts[0].text.startswith(first)
         inputs = self.processor(
             images=images or None,
             text=[prompt.text for prompt in prompts],
             padding=True,
             return_tensors="pt",
-            **({"add_special_tokens": False} if has_first else {}),
+            **({"add_special_tokens": False} if has_first_token(self.processor.tokenizer, prompts[0].text) else {}),
         )
         return inputs.to(self._model.device, self._model.dtype)
 
