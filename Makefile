@@ -37,11 +37,9 @@ test-vllm: .venv-vllm/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python tests/travelling_files.py --check
 	.venv/bin/mypy
 
 format: .venv/installed
-	.venv/bin/python tests/travelling_files.py
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 

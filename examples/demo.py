@@ -30,6 +30,7 @@ from hivtp_hf import (
     HIVTPLlavaNextProcessor,
     HIVTPLlavaProcessor,
 )
+from hivtp_hf.compat import cache_of
 from hivtp_hf.methods import METHODS
 from hivtp_hf.visualization import draw_comparison, draw_kept_cells
 
@@ -127,7 +128,7 @@ def run_prefill(pipe, inputs) -> Prefill:
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
-    cache = pipe.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(pipe.model(**inputs, use_cache=True, logits_to_keep=1))
     synchronize()
     seconds = time.perf_counter() - start
     return Prefill(image_tokens(pipe, inputs), seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))

@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 
+from deprecations import watched_deprecations
+
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where workers share the cores
 
@@ -27,6 +29,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def deprecations():
+    """Fails a test in which our code uses what transformers calls deprecated: a later release will not know it."""
+    with watched_deprecations() as watch:
+        yield watch
+    assert not watch.found, "\n".join(watch.found)
 
 
 class Ended(NamedTuple):

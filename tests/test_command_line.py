@@ -8,6 +8,7 @@ import pytest
 
 from checkpoints import GEOMETRY
 from hivtp_hf import TokenLayout
+from hivtp_hf.compat import cache_of
 from hivtp_hf.inspection import inspect_checkpoint, kv_cache_bytes, prefill_flops
 from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
@@ -115,5 +116,5 @@ def test_costs_are_those_of_the_model():
         output = model(input_ids=torch.full((1, tokens), 7), use_cache=True, logits_to_keep=1)
     angles_of_positions = 2 * tokens * text_config.head_dim // 2  # a matrix product in older releases
     assert counter.get_total_flops() - prefill_flops(text_config, tokens) in (0, angles_of_positions)
-    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(output).layers)
     assert cached == kv_cache_bytes(text_config, tokens, torch.float32)

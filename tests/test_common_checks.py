@@ -10,7 +10,7 @@ from transformers import AutoConfig, CLIPVisionConfig, GenerationMixin, LlamaCon
 
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
-from tiny_models import LOW_RATIO, greedy, image_inputs, photo, pruned_config, twins
+from tiny_models import LOW_RATIO, greedy, image_features_of, image_inputs, photo, pruned_config, twins
 
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "<image> How many?"]
 SIZES = [(60, 100), (112, 112)]
@@ -208,7 +208,7 @@ def test_hidden_states_and_attentions_have_the_pruned_length(copied, inputs):
     batch, length = inputs["input_ids"].shape
     assert [tuple(states.shape) for states in output.hidden_states] == [(batch, length, 64)] * 3
     assert [tuple(maps.shape) for maps in output.attentions] == [(batch, 2, length, length)] * 2
-    assert output.image_hidden_states.shape[0] == sum(map(len, kept_indices(copied, inputs)))
+    assert len(torch.cat(image_features_of(output))) == sum(map(len, kept_indices(copied, inputs)))
 
 
 def test_hidden_states_and_attentions_of_the_tower_are_stocks(pair, copied, inputs):
@@ -228,7 +228,7 @@ def test_hidden_states_and_attentions_of_the_tower_are_stocks(pair, copied, inpu
 def test_hidden_states_and_attentions_retain_gradients(copied, inputs):
     copied.set_attn_implementation("eager")
     output = copied(**inputs, output_hidden_states=True, output_attentions=True)
-    retained = [output.hidden_states[0], output.attentions[0], output.image_hidden_states]
+    retained = [output.hidden_states[0], output.attentions[0], *image_features_of(output)]
     for tensor in retained:
         tensor.retain_grad()
     output.logits[0, -1].sum().backward()

@@ -21,11 +21,13 @@ from transformers import (
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from families import FAMILIES
-from hivtp_hf import generation_limits
+from hivtp_hf import pruned_generation
+from hivtp_hf.compat import prefills_images_in_chunks
 from oracle import oracle_inputs
-from tiny_models import COMMON, LOW_RATIO, NEW_TOKENS, image_inputs, photo, twins
+from tiny_models import CACHE_NAMES, COMMON, LOW_RATIO, NEW_TOKENS, image_inputs, photo, twins
 
 INSTALLED = Version(transformers.__version__)
+CHUNKED_PREFILL = "5.23.0"  # the first release that does not drop images there
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,6 @@ class Prompts:
     @property
     def has_images(self):
         return any(self.sizes)
-
-    @property
-    def has_several_in_a_row(self):
-        return any(len(row) > 1 for row in self.sizes)
 
 
 PROMPTS = [
@@ -89,14 +87,7 @@ class Setting:
 
     def first_release(self, prompts):
         """The first transformers release that does it right, or None where all do."""
-        repeated = max(self.changes.get("num_beams", 1), self.changes.get("num_return_sequences", 1)) > 1
-        if repeated and prompts.has_several_in_a_row:
-            return generation_limits.SEVERAL_IMAGES_REPEATED
-        if "prefill_chunk_size" in self.changes and prompts.has_images:
-            return generation_limits.CHUNKED_PREFILL
-        if self.assistant == "text-only" and prompts.has_images:
-            return generation_limits.TEXT_ONLY_ASSISTANT
-        return None
+        return CHUNKED_PREFILL if "prefill_chunk_size" in self.changes and prompts.has_images else None
 
 
 # Small, so that a short prompt reaches the quantised part of a cache.
@@ -199,7 +190,7 @@ def test_answers_are_the_oracles(pair, inputs_of, assistants, setting, prompts):
     skip_without_cache_backend(setting)
     inputs, for_oracle = inputs_of[prompts]
     oracle_changes = setting.changes if setting.oracle_changes is None else setting.oracle_changes
-    # Copied, as transformers 5.6 takes the backend out of the cache's configuration.
+    # Copied, as transformers may take the backend out of the cache's configuration.
     expected = generate(pair.stock, for_oracle, **copy.deepcopy(oracle_changes))
     sequences = generate(pair.pruned, inputs, **copy.deepcopy(setting.changes), **assistants[setting.assistant])
     returns = setting.changes.get("num_return_sequences", 1)
@@ -336,10 +327,11 @@ SECOND_TURNS = {
 
 @pytest.mark.parametrize("name", SECOND_TURNS)
 @pytest.mark.parametrize("sends", ["whole conversation", "new part"])
-def test_a_second_turn_with_a_second_image_goes_on_from_the_cache(pair, inputs_of, name, sends):
+@pytest.mark.parametrize("cache_name", CACHE_NAMES)
+def test_a_second_turn_with_a_second_image_goes_on_from_the_cache(pair, inputs_of, name, sends, cache_name):
     first, _ = inputs_of[BY_NAME[name]]
     cache = DynamicCache(config=pair.pruned.config.get_text_config())
-    answered = generate(pair.pruned, first, past_key_values=cache, return_dict_in_generate=True)
+    answered = generate(pair.pruned, first, return_dict_in_generate=True, **{cache_name: cache})
     assert cache.get_seq_length() == answered.sequences.shape[1] - 1
 
     second_texts = SECOND_TURNS[name]
@@ -355,7 +347,8 @@ def test_a_second_turn_with_a_second_image_goes_on_from_the_cache(pair, inputs_o
     # The oracle reads the whole conversation at once, its images in the order of their rows.
     expected = generate(pair.stock, conversation_for_oracle(pair, first, second, sequences, mask))
     sent = sequences if sends == "whole conversation" else sequences[:, cache.get_seq_length() :]
-    answers = generate(pair.pruned, {"input_ids": sent, "attention_mask": mask, **image_inputs(second)}, past_key_values=cache)
+    inputs = {"input_ids": sent, "attention_mask": mask, **image_inputs(second)}
+    answers = generate(pair.pruned, inputs, **{cache_name: cache})
     assert torch.equal(answers[:, sent.shape[1] :], expected)
 
 
@@ -368,24 +361,14 @@ def conversation_for_oracle(pair, first, second, sequences, mask):
     return {"inputs_embeds": torch.cat(parts, dim=1), "attention_mask": mask}
 
 
-ABILITIES = [
-    (generation_limits.SEVERAL_IMAGES_REPEATED, lambda model: generation_limits.repeats_images_by_prompt(model)),
-    (generation_limits.CHUNKED_PREFILL, lambda model: generation_limits.prefills_images_in_chunks()),
-    (generation_limits.TEXT_ONLY_ASSISTANT, lambda model: generation_limits.encodes_images_before_generating(model)),
-]
-
-
-@pytest.mark.parametrize(("first_release", "ability"), ABILITIES, ids=[release for release, _ in ABILITIES])
-def test_abilities_are_seen_in_the_releases_that_have_them(pair, first_release, ability):
-    assert ability(pair.pruned) is (Version(first_release) <= INSTALLED)
+def test_prefill_in_chunks_is_seen_in_the_releases_that_can():
+    assert prefills_images_in_chunks() is (Version(CHUNKED_PREFILL) <= INSTALLED)
 
 
 @pytest.fixture
 def an_older_release(monkeypatch):
-    """What 5.6.0 can do, on any release; on 5.6.0 itself nothing is replaced."""
-    if Version("5.6.0") < INSTALLED:
-        for name in ("repeats_images_by_prompt", "prefills_images_in_chunks", "encodes_images_before_generating"):
-            monkeypatch.setattr(generation_limits, name, lambda *args: False)
+    """What 5.19.0 can do, on any release."""
+    monkeypatch.setattr(pruned_generation, "prefills_images_in_chunks", lambda: False)
 
 
 @pytest.mark.usefixtures("an_older_release")
@@ -401,36 +384,24 @@ def test_what_stock_gets_wrong_is_refused_and_the_release_named(pair, inputs_of,
 
 
 @pytest.mark.usefixtures("an_older_release")
-@pytest.mark.parametrize(
-    ("setting", "prompts"),
-    named(
-        (BY_NAME[setting], BY_NAME[prompts])
-        for setting, prompts in (
-            ("greedy", "mixed rows"),
-            ("beams", "one image a row"),
-            ("sampling, three returns", "one image"),
-            ("prefill in chunks", "no image"),
-            ("text-only assistant", "no image"),
-            ("stock assistant", "two images"),
-        )
-    ),
-)
+@pytest.mark.parametrize(("setting", "prompts"), [("greedy", "mixed rows"), ("prefill in chunks", "no image")])
 def test_what_older_releases_do_right_is_not_refused(pair, inputs_of, assistants, setting, prompts):
+    setting, prompts = BY_NAME[setting], BY_NAME[prompts]
     assert setting.first_release(prompts) is None
     test_answers_are_the_oracles(pair, inputs_of, assistants, setting, prompts)
 
 
 @pytest.mark.usefixtures("an_older_release")
 @pytest.mark.parametrize("source", ["keyword", "generation_config", "the model's generation_config"])
-@pytest.mark.parametrize("changes", [{"num_beams": 2}, {"prefill_chunk_size": 16}], ids=str)
-def test_a_limit_applies_wherever_the_setting_comes_from(pair, inputs_of, changes, source):
+def test_a_limit_applies_wherever_the_setting_comes_from(pair, inputs_of, source):
     inputs, _ = inputs_of[BY_NAME["two images"]]
-    model, arguments = pair.pruned, changes
+    model, arguments = pair.pruned, {"prefill_chunk_size": 16}
     if source == "generation_config":
-        arguments = {"generation_config": GenerationConfig(**changes)}
+        arguments = {"generation_config": GenerationConfig(**arguments)}
     elif source == "the model's generation_config":
-        model, arguments = copy.deepcopy(pair.pruned), {}
-        model.generation_config.update(**changes)
+        model = copy.deepcopy(pair.pruned)
+        model.generation_config.update(**arguments)
+        arguments = {"generation_config": GenerationConfig(num_beams=1)}  # which says nothing of chunks
     with pytest.raises(ValueError, match="first release that works"):
         model.generate(**inputs, max_new_tokens=2, **arguments)
 
@@ -439,8 +410,8 @@ def test_a_limit_applies_wherever_the_setting_comes_from(pair, inputs_of, change
 def test_a_keyword_lifts_a_limit_that_the_models_configuration_runs_into(pair, inputs_of):
     inputs, for_oracle = inputs_of[BY_NAME["two images"]]
     model = copy.deepcopy(pair.pruned)
-    model.generation_config.update(num_beams=2, prefill_chunk_size=16)
-    answers = generate(model, inputs, num_beams=1, prefill_chunk_size=None)
+    model.generation_config.update(prefill_chunk_size=16)
+    answers = generate(model, inputs, prefill_chunk_size=None)
     assert torch.equal(new_tokens(answers, inputs), generate(pair.stock, for_oracle))
 
 
@@ -448,5 +419,5 @@ def test_a_keyword_lifts_a_limit_that_the_models_configuration_runs_into(pair, i
 def test_the_first_argument_may_be_the_prompt(pair, inputs_of):
     inputs, _ = inputs_of[BY_NAME["two images"]]
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
-    with pytest.raises(ValueError, match="`num_beams` is 2, with several images in a prompt"):
-        pair.pruned.generate(inputs["input_ids"], **rest, num_beams=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` is 16, with images"):
+        pair.pruned.generate(inputs["input_ids"], **rest, prefill_chunk_size=16, max_new_tokens=2)

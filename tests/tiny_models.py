@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import LlamaForCausalLM
 
 from families import FAMILIES, Family, family_of
+from hivtp_hf.compat import cache_argument
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 
 # 8 x 8 cells a tile: quick, and small enough for every pinpoint shape to occur.
 SMALL = {"tile_size": 56, "patch_size": 7}
 IMAGE_TOKEN = 3
+# The name by which the installed release's own models take a cache; ours take it by each of these.
+CACHE = cache_argument(LlamaForCausalLM.forward)
+CACHE_NAMES = ("cache", "past_key_values")
 NEW_TOKENS = 6
 # A model that answers with an image token asks for an image that is not there: stock raises on it without a cache.
 COMMON = {
@@ -111,3 +116,10 @@ def greedy(model, inputs, tokens=6) -> torch.Tensor:
     """The new token ids of greedy decoding, (batch, tokens)."""
     output = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return output[:, inputs["input_ids"].shape[1] :]
+
+
+def image_features_of(output) -> list[torch.Tensor]:
+    """What entered the language model, as a model's output says: one (tokens, hidden) tensor or more, by release."""
+    if hasattr(output, "image_outputs"):
+        return list(output.image_outputs.pooler_output)
+    return [output.image_hidden_states]  # before transformers 5.24

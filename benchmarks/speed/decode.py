@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hivtp_hf.compat import cache_argument
+
 from .bench import Bench
 from .interleaving import interleave
 from .rows import Row, compared, measured
@@ -36,7 +38,8 @@ class _Decoding:
 
     @torch.inference_mode()
     def _advance(self, model: Any) -> None:
-        output = model(input_ids=self._token[:, None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        cache = {cache_argument(type(model).forward): self._cache}
+        output = model(input_ids=self._token[:, None], use_cache=True, logits_to_keep=1, **cache)
         self._token = output.logits[:, -1].argmax(-1)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.compat import cache_of
 from hivtp_hf.encoder_layers import wanting_features_only
 from hivtp_hf.methods import METHODS
 
@@ -115,7 +116,7 @@ def first_token(models: Models, images: Images, variant: Variant) -> FirstToken:
     model = model_of(models, variant)
     output = model(**model_inputs(models, images, variant), use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1].argmax(-1)
-    return FirstToken(token, token.tolist(), output.past_key_values)
+    return FirstToken(token, token.tolist(), cache_of(output))
 
 
 def cache_bytes(cache: Any) -> int:

@@ -89,10 +89,8 @@ def _register_auto_classes() -> None:
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         transformers.AutoModel.register(config, base_model, exist_ok=True)
         transformers.AutoProcessor.register(config, processor, exist_ok=True)
-        for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-            auto_class = getattr(transformers, name, None)  # the second is newer than our oldest release
-            if auto_class is not None:
-                auto_class.register(config, model, exist_ok=True)
+        transformers.AutoModelForImageTextToText.register(config, model, exist_ok=True)
+        transformers.AutoModelForMultimodalLM.register(config, model, exist_ok=True)
 
 
 _register_auto_classes()

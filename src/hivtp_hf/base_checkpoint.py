@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from .checked_values import shown
+from .compat import commit_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -67,15 +67,13 @@ class BaseCheckpoint(NamedTuple):
                 raise ValueError(f"`revision` is {revision!r}, but {name} is a folder, which has none. Leave it out.")
             return cls(os.path.abspath(name), None)
         path = cached_file(str(name), "config.json", revision=revision, **access)
-        commit = extract_commit_hash(path, None)
+        commit = None if path is None else commit_of(path)
         if commit is None:
             raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
         return cls(str(name), commit)
 
     def folder(self, **access: Any) -> str:
         """The folder where its config.json lies, downloaded by then; `access` as for `locate`.
-
-        Configurations are loaded from there, as release 5.6 does not hand a token on.
 
         Raises:
             ValueError: where there is no config.json.

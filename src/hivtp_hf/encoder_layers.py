@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .compat import encoder_layer_class
 
 # How many layers the pass runs that is under way; None for all of them.
 _num_running: ContextVar[int | None] = ContextVar("hivtp_num_running_layers", default=None)
@@ -48,7 +49,7 @@ def find_layers(encoder: nn.Module, num_layers: int) -> EncoderLayers:
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == num_layers
-            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+            and all(isinstance(layer, encoder_layer_class()) for layer in module)
         ):
             layers = EncoderLayers(module)
             parent, _, name = path.rpartition(".")

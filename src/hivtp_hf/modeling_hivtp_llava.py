@@ -1,46 +1,18 @@
 """LLaVA-1.5 with visual token pruning: thin subclasses of transformers' model classes."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.utils import can_return_tuple
 
-from .call_arguments import as_stock_with_ratio
+from .compat import with_stock_signature
 from .configuration_hivtp_llava import HIVTPLlavaConfig
 from .pruned_generation import PrunedGenerationMixin
 from .pruned_model import PrunedImageFeaturesOutput, PrunedModelMixin, refuse_budget_among
 from .pruning_config import VisualTokenPruningConfig
-from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
-
-if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
-    from .attention_reduction import received_attention  # noqa: F401
-    from .base_checkpoint import BaseCheckpoint  # noqa: F401
-    from .checked_values import shown  # noqa: F401
-    from .checkpoint_keys import take_stock_keys  # noqa: F401
-    from .encoder_layers import EncoderLayers  # noqa: F401
-    from .generation_limits import repeats_images_by_prompt  # noqa: F401
-    from .layout_arguments import positive_integer  # noqa: F401
-    from .methods import Hyperparameter  # noqa: F401
-    from .pruned_configuration import auto_map  # noqa: F401
-    from .pruned_features import feature_layer  # noqa: F401
-    from .pruned_pretrained import PrunedPreTrainedMixin  # noqa: F401
-    from .ranking import descending_rank  # noqa: F401
-    from .received_attention import ReceivedAttention  # noqa: F401
-    from .retained_share import rounded_share  # noqa: F401
-    from .retention_bits import bits_of_ratio  # noqa: F401
-    from .selector_arguments import check_tiles  # noqa: F401
-    from .selectors_cls_attention import select_cls_attention  # noqa: F401
-    from .selectors_gprune import count_gprune  # noqa: F401
-    from .selectors_hiprune import select_hiprune  # noqa: F401
-    from .selectors_hivtp import HIVTPBudget  # noqa: F401
-    from .selectors_random import select_random  # noqa: F401
-    from .selectors_uniform import select_uniform  # noqa: F401
-    from .surplus_placeholders import surplus_of_images  # noqa: F401
-    from .visual_evidence import VisualEvidence  # noqa: F401
-    from .weightless_checkpoint import WeightlessCheckpoint  # noqa: F401
 
 
 class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
@@ -132,7 +104,7 @@ class HIVTPLlavaModel(PrunedModelMixin, LlavaModel):
         )
         return self._prune_image_features(stock, layouts, vision_feature_layer)
 
-    @as_stock_with_ratio(LlavaModel.forward)
+    @with_stock_signature(LlavaModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
@@ -165,7 +137,7 @@ class HIVTPLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditio
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_image_features(*args, **kwargs)
 
-    @as_stock_with_ratio(LlavaForConditionalGeneration.forward)
+    @with_stock_signature(LlavaForConditionalGeneration.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 

@@ -2,32 +2,17 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from transformers import LlavaConfig, LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
+from .compat import side_of
 from .layout_arguments import positive_integer
-from .pruned_processing import PrunedProcessorMixin, side_of
+from .pruned_processing import PrunedProcessorMixin
 from .pruning_config import VisualTokenPruningConfig
-from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
-
-if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
-    from .call_budget import CallBudget  # noqa: F401
-    from .checked_values import shown  # noqa: F401
-    from .methods import Hyperparameter  # noqa: F401
-    from .ranking import descending_rank  # noqa: F401
-    from .retained_share import rounded_share  # noqa: F401
-    from .retention_bits import bits_of_ratio  # noqa: F401
-    from .selector_arguments import check_tiles  # noqa: F401
-    from .selectors_cls_attention import select_cls_attention  # noqa: F401
-    from .selectors_gprune import count_gprune  # noqa: F401
-    from .selectors_hiprune import select_hiprune  # noqa: F401
-    from .selectors_hivtp import HIVTPBudget  # noqa: F401
-    from .selectors_random import select_random  # noqa: F401
-    from .selectors_uniform import select_uniform  # noqa: F401
 
 
 class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
@@ -50,27 +35,14 @@ class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
     _auto_class = "AutoProcessor"
     stock_config_class: ClassVar[type] = LlavaConfig
 
-    # Takes stock's signature, which differs between releases.
     @functools.wraps(LlavaProcessor.__call__)
     def __call__(self, images=None, text=None, *args, **kwargs):
         return super().__call__(images, text, *args, **kwargs)
 
-    def _stock_call(self, images: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
-        if images is not None:  # stock divides by it
-            positive_integer("patch_size", self.patch_size)
-        if images is not None and text is not None and not hasattr(LlavaProcessor, "replace_image_token"):
-            prompts = [text] if isinstance(text, str) else text
-            if isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts):
-                text = [_Prompt(prompt, self.image_token, self._expansion) for prompt in prompts]
-        return super()._stock_call(images, text, *args, **kwargs)
-
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
-        """The placeholders of one image; newer releases ask for each in turn."""
-        return self._expansion(super().replace_image_token(image_inputs, image_idx, **kwargs))
-
-    def _expansion(self, stock_expansion: str) -> str:
-        """The placeholders of the next image, given those that stock would write."""
-        num_stock = len(stock_expansion) // len(self.image_token)
+        """The placeholders of one image; stock asks for each in turn."""
+        positive_integer("patch_size", self.patch_size)  # stock divides by it
+        num_stock = len(super().replace_image_token(image_inputs, image_idx, **kwargs)) // len(self.image_token)
         return self.image_token * self._layout_of_count(num_stock, self._next_pruning()).num_retained
 
     def _layout_of_count(self, num_stock: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
@@ -131,27 +103,6 @@ class HIVTPLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
         return MultiModalData(
             num_image_tokens=[layout.num_retained for layout in layouts], num_image_patches=[1] * len(layouts)
         )
-
-
-class _Prompt(str):
-    """A prompt whose placeholders are expanded image by image.
-
-    Releases without `replace_image_token` expand all placeholders alike, in the middle of their call, by `str.replace`.
-    """
-
-    _image_token: str
-    _expansion: Callable[[str], str]
-
-    def __new__(cls, text: str, image_token: str, expansion: Callable[[str], str]) -> "_Prompt":
-        prompt = super().__new__(cls, text)
-        prompt._image_token, prompt._expansion = image_token, expansion
-        return prompt
-
-    def replace(self, old: str, new: str, count: Any = -1, /) -> str:
-        if old != self._image_token:
-            return super().replace(old, new, count)
-        first, *others = self.split(old)
-        return first + "".join(self._expansion(new) + other for other in others)
 
 
 __all__ = ["HIVTPLlavaProcessor"]

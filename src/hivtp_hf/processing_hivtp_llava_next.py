@@ -2,30 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from transformers import LlavaNextConfig, LlavaNextProcessor
 
 from .pruned_processing import PrunedProcessorMixin
 from .pruning_config import VisualTokenPruningConfig
-from .supported_transformers import check_transformers_version  # noqa: F401
 from .token_layout import TokenLayout
-
-if TYPE_CHECKING:  # names what travels along, as transformers 5.6 looks no deeper; `make format` writes it
-    from .call_budget import CallBudget  # noqa: F401
-    from .checked_values import shown  # noqa: F401
-    from .layout_arguments import positive_integer  # noqa: F401
-    from .methods import Hyperparameter  # noqa: F401
-    from .ranking import descending_rank  # noqa: F401
-    from .retained_share import rounded_share  # noqa: F401
-    from .retention_bits import bits_of_ratio  # noqa: F401
-    from .selector_arguments import check_tiles  # noqa: F401
-    from .selectors_cls_attention import select_cls_attention  # noqa: F401
-    from .selectors_gprune import count_gprune  # noqa: F401
-    from .selectors_hiprune import select_hiprune  # noqa: F401
-    from .selectors_hivtp import HIVTPBudget  # noqa: F401
-    from .selectors_random import select_random  # noqa: F401
-    from .selectors_uniform import select_uniform  # noqa: F401
 
 
 class HIVTPLlavaNextProcessor(PrunedProcessorMixin, LlavaNextProcessor):
@@ -52,7 +35,6 @@ class HIVTPLlavaNextProcessor(PrunedProcessorMixin, LlavaNextProcessor):
     _auto_class = "AutoProcessor"
     stock_config_class: ClassVar[type] = LlavaNextConfig
 
-    # Takes stock's signature, which differs between releases.
     @functools.wraps(LlavaNextProcessor.__call__)
     def __call__(self, images=None, text=None, *args, **kwargs):
         return super().__call__(images, text, *args, **kwargs)

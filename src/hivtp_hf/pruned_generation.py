@@ -1,15 +1,24 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
-from .call_arguments import named_arguments, parameters_of, takes_encoded_images
+from .compat import (
+    cache_among,
+    cache_argument,
+    cache_of,
+    named_arguments,
+    parameters_of,
+    prefills_images_in_chunks,
+    with_cache_named,
+)
 from .encoder_layers import wanting_features_only
-from .generation_limits import check_generation
 from .pruned_model import PrunedImageFeaturesOutput
 from .pruned_pretrained import PrunedPreTrainedMixin
 from .pruning_config import checked_ratio
@@ -50,6 +59,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
     @functools.wraps(GenerationMixin.generate)
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = with_cache_named(cache_argument(type(self).forward), kwargs)
         ratios = kwargs.get("retention_ratio")
         if isinstance(ratios, (list, tuple)):  # beams and several returns repeat tensors with the prompts, and nothing else
             kwargs["retention_ratio"] = torch.tensor([checked_ratio(ratio) for ratio in ratios], dtype=torch.float64)
@@ -62,19 +72,32 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         if prompt.get("inputs") is not None:
             prompt["input_ids"] = prompt["inputs"]
         is_placeholder = self.model._is_placeholder(prompt)
-        check_generation(self, {**arguments, "kwargs": inputs}, is_placeholder)
-        cache = inputs.get("past_key_values")
+        self._check_prefill_in_chunks(prompt)
+        cache = cache_among(inputs)
         if cache is None or cached_length(cache) == 0:  # else the ids name images of former calls as well
             self.model._check_placeholders(prompt)
         if self.config.pruning_config.exact_count or is_placeholder is None:
             return generate(*args, **kwargs)
         surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
         output = generate(**arguments, **inputs)
-        cache = getattr(output, "past_key_values", None)
-        remember_surplus(inputs.get("past_key_values") if cache is None else cache, surplus)
+        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
+        returned = None if isinstance(output, Tensor) else cache_of(output)
+        remember_surplus(cache if returned is None else returned, surplus)
         return output
 
-    # transformers 5.23's generate() encodes images before its first step, and reads nothing but their features.
+    def _check_prefill_in_chunks(self, prompt: Mapping[str, Any]) -> None:
+        """A ValueError where the installed transformers release would drop the images of a prompt without a word."""
+        chunk = self._setting(prompt, "prefill_chunk_size")
+        if chunk is None or prefills_images_in_chunks():
+            return
+        if prompt.get("pixel_values") is not None or (prompt.get("mm_encoder_outputs") or {}).get("image") is not None:
+            raise ValueError(
+                f"`prefill_chunk_size` is {chunk}, with images: transformers {transformers.__version__} drops the images from "
+                "a prefill in chunks. The first release that works is 5.23.0 (`pip install --upgrade "
+                '"transformers>=5.23.0,<6"`). With the installed one, set `prefill_chunk_size` to None.'
+            )
+
+    # transformers' generate() encodes images before its first step, and reads nothing but their features.
     def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         with wanting_features_only():
             return super()._prepare_multimodal_encoder_kwargs_for_generation(*args, **kwargs)
@@ -85,15 +108,13 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         Returns:
             The surplus, bool (batch, prompt).
         """
-        cache = inputs.get("past_key_values")
+        cache = cache_among(inputs)
         cached = 0 if cache is None else cached_length(cache)
         check_cached_placeholders(is_placeholder[:, :cached], cache)
-        # Where generate() cannot take encoded images, it gets the pixels, and they are encoded again in its first step.
-        hands_on = takes_encoded_images(type(self).forward)
         # An assistant is given its prompt's images again when its cache already holds them.
         is_new = bool(is_placeholder[:, cached:].any())
-        encoded = self.model._encode_ahead(inputs if hands_on else dict(inputs)) if is_new else None
-        if hands_on and encoded is not None:
+        encoded = self.model._encode_ahead(inputs) if is_new else None
+        if encoded is not None:
             # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
             inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
         surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
@@ -105,16 +126,21 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         inputs["attention_mask"] = attention_mask.masked_fill(surplus, 0)
         return surplus
 
+    def _setting(self, prompt: Mapping[str, Any], name: str) -> Any:
+        """What `generate` will go by: its keyword, else the given configuration, else the model's own."""
+        if name in prompt:
+            return prompt[name]
+        given = getattr(prompt.get("generation_config"), name, None)
+        return getattr(self.generation_config, name, None) if given is None else given
+
     def _longest_sequence(self, prompt: dict[str, Any], length: int) -> int:
         """Positions after a `generate` that meets no end of sequence."""
-        config = prompt.get("generation_config") or self.generation_config
-        new_tokens = prompt.get("max_new_tokens", config.max_new_tokens)
-        return length + new_tokens if new_tokens is not None else max(length, prompt.get("max_length", config.max_length) or 0)
+        new_tokens = self._setting(prompt, "max_new_tokens")
+        return length + new_tokens if new_tokens is not None else max(length, self._setting(prompt, "max_length") or 0)
 
     def _default_attention_mask(self, prompt: dict[str, Any], surplus: Tensor) -> Tensor:
         """As generate() infers it: padding is left out, where it can be told from an end of sequence."""
-        config = prompt.get("generation_config") or self.generation_config
-        padding, end = (prompt.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        padding, end = (self._setting(prompt, name) for name in ("pad_token_id", "eos_token_id"))
         input_ids, ends = prompt.get("input_ids"), end if isinstance(end, (list, tuple)) else [end]
         if input_ids is None or padding is None or padding in ends:
             return torch.ones_like(surplus, dtype=torch.int64)

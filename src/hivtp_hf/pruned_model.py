@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .call_arguments import named_arguments, takes_encoded_images
-from .checkpoint_keys import take_stock_keys
+from .compat import cache_among, cache_of, named_arguments, take_stock_keys
 from .encoder_layers import ending_early, wanting_features_only
 from .methods import pruning_method
 from .pruned_features import (
@@ -192,18 +191,16 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         refuse_budget_among(kwargs)
         arguments = named_arguments(type(self).forward, self, args, kwargs)
         self._check_placeholders(arguments)
-        encoded, surplus = None, None
+        surplus = None
         if not exact:
-            encoded, surplus = self._mask_surplus(arguments)
+            surplus = self._mask_surplus(arguments)
         elif arguments.get("retention_ratio") is not None:
-            encoded = self._hand_on_images(arguments)
+            self._encode_ahead(arguments)
         arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
         with wanting_features_only():
             output = super().forward(**arguments, return_dict=True)
-        if encoded is not None and output.image_hidden_states is None:
-            output.image_hidden_states = torch.cat(list(encoded.pooler_output))
         if surplus is not None:
-            remember_surplus(output.past_key_values, surplus)
+            remember_surplus(cache_of(output), surplus)
         return output
 
     def _is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
@@ -250,30 +247,19 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             arguments["mm_encoder_outputs"] = {"image": encoded}
         return encoded
 
-    def _hand_on_images(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
-        """The images of a call, encoded and put among the arguments of stock's forward as the release takes them."""
-        encoded = self._encode_ahead(arguments)
-        if not takes_encoded_images(type(self).forward):
-            arguments.pop("mm_encoder_outputs", None)
-            is_placeholder = self._is_placeholder(arguments)
-            if encoded is not None and is_placeholder is not None:
-                self._enter_by_embeddings(arguments, encoded, is_placeholder)
-        return encoded
-
-    def _mask_surplus(self, arguments: dict[str, Any]) -> tuple[PrunedImageFeaturesOutput | None, Tensor | None]:
+    def _mask_surplus(self, arguments: dict[str, Any]) -> Tensor | None:
         """Lets placeholders without a token have no effect: changes the arguments of a forward in place.
 
         Returns:
-            The encoded images, if any, and the surplus among cached and new positions, bool (batch, cached + new), or None if
-            there is none.
+            The surplus among cached and new positions, bool (batch, cached + new), or None if there is none.
         """
         is_placeholder = self._is_placeholder(arguments)
-        encoded = self._hand_on_images(arguments)
+        encoded = self._encode_ahead(arguments)
         if is_placeholder is None:
-            return encoded, None
-        surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), arguments.get("past_key_values"))
+            return None
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), cache_among(arguments))
         if not surplus.any():
-            return encoded, None
+            return None
         check_sliding_window(self.config.get_text_config(), surplus.shape[1])
         mask = arguments.get("attention_mask")
         mask = torch.ones_like(surplus, dtype=torch.int64) if mask is None else mask
@@ -283,14 +269,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             if arguments.get("position_ids") is None or not torch.equal(masked, mask):
                 arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
             arguments["attention_mask"] = masked
-        return encoded, surplus
-
-    def _enter_by_embeddings(self, arguments: dict[str, Any], encoded: Any, is_placeholder: Tensor) -> None:
-        embeddings = arguments.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = self.get_input_embeddings()(arguments.pop("input_ids"))
-        features = torch.cat(list(encoded.pooler_output)).to(embeddings.device, embeddings.dtype)
-        arguments["inputs_embeds"] = embeddings.masked_scatter(is_placeholder[..., None].to(embeddings.device), features)
+        return surplus
 
 
 def size_pairs(image_sizes: Any) -> list[tuple[int, int]]:

@@ -1,11 +1,12 @@
 """What every family's processor shares: settings, the budget of one call, and how both are stored and loaded."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .call_budget import CallBudget, as_model_input
+from .compat import side_of
 from .pruning_config import VisualTokenPruningConfig, check_no_setting_among
 from .token_layout import TokenLayout
 
@@ -66,8 +67,8 @@ class PrunedProcessorMixin(_Stock):
         budget = CallBudget.taken_from(self.pruning_config, kwargs)
         token = _call.set(budget)
         try:
-            inputs = self._stock_call(images, text, *args, **kwargs)
-        except StopIteration:  # all that transformers 5.6 says
+            inputs = super().__call__(images, text, *args, **kwargs)
+        except StopIteration:  # all that releases before 5.23 say
             raise ValueError(
                 f"the prompts have more {self.image_token} placeholders than there are images; write one for each image."
             ) from None
@@ -83,10 +84,6 @@ class PrunedProcessorMixin(_Stock):
             ratios = [layout.pruning.retention_ratio or 1.0 for layout in layouts]
             inputs["retention_ratio"] = as_model_input(ratios, like=pixel_values)
         return inputs
-
-    def _stock_call(self, images: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
-        """The stock call; families override what stock has no other seam for."""
-        return super().__call__(images, text, *args, **kwargs)
 
     def _next_pruning(self) -> VisualTokenPruningConfig:
         """The settings of the image that stock asks about; it asks for each in turn."""
@@ -121,7 +118,8 @@ class PrunedProcessorMixin(_Stock):
         budget = CallBudget(self.pruning_config, retention_ratio, token_budget)
         if image_sizes is not None:
             budget.check_number(len(image_sizes))
-        # transformers 5.6 writes these keyword arguments into defaults of its class, where they stay. Only sizes are read.
+        # Releases before 5.23 write these keyword arguments into defaults of stock's class, where they stay. Only sizes are
+        # read.
         asked = self
         given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         changed = {name: given[name] for name in ("size", "crop_size") if given.get(name)}
@@ -166,8 +164,3 @@ class PrunedProcessorMixin(_Stock):
         return super()._load_tokenizer_from_pretrained(
             sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
-
-
-def side_of(size: Any, name: str) -> Any:
-    """A side in pixels of an image processor's `size` or `crop_size`, or None; they are dicts or objects, by release."""
-    return size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)

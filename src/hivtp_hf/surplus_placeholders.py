@@ -57,7 +57,7 @@ def check_cached_placeholders(is_placeholder: Tensor, cache: Any) -> None:
     """
     if surplus_in_cache(cache) is None and bool(is_placeholder.any()):
         raise ValueError(
-            f"`past_key_values` holds {int(is_placeholder.sum())} image placeholders, but not which of them have no token "
+            f"the cache holds {int(is_placeholder.sum())} image placeholders, but not which of them have no token "
             "behind them (`exact_count=False`). Continue on the cache object that this model filled, without converting it, "
             "or start anew without a cache."
         )

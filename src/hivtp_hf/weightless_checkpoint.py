@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
-from transformers.utils import cached_file, has_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import has_file
 
 from .base_checkpoint import ACCESS, BaseCheckpoint
+from .compat import commit_of, found_file
 
 # Arguments of from_pretrained that concern this checkpoint and not its base.
 _OWN = ("revision", "subfolder", "_commit_hash")
@@ -54,14 +54,14 @@ class WeightlessCheckpoint(NamedTuple):
         if name is None:
             return None
         where = {key: arguments[key] for key in (*ACCESS, "revision", "subfolder") if arguments.get(key) is not None}
-        path = _found_file(name, "config.json", where)
+        path = found_file(name, "config.json", where)
         base = None if path is None else _base_named_in(path)
         if path is None or base is None:
             return None
         folder = Path(path).parent
-        if _has_weights(name, {**where, "revision": extract_commit_hash(path, None)}):
+        if _has_weights(name, {**where, "revision": commit_of(path)}):
             raise weights_beside_base(name, base)
-        generation = _found_file(name, "generation_config.json", where)
+        generation = found_file(name, "generation_config.json", where)
         own_generation = None if generation is None else GenerationConfig.from_pretrained(Path(generation).parent)
         return cls(str(name), str(folder), base, own_generation)
 
@@ -118,7 +118,7 @@ class WeightlessCheckpoint(NamedTuple):
         model.config.name_or_path = self.name
         model.name_or_path = self.name
         # Releases to 5.22 look for further files at this commit.
-        model.config._commit_hash = extract_commit_hash(str(Path(self.folder, "config.json")), None)
+        model.config._commit_hash = commit_of(Path(self.folder, "config.json"))
 
 
 def weights_beside_base(name: Any, base: BaseCheckpoint) -> ValueError:
@@ -127,21 +127,6 @@ def weights_beside_base(name: Any, base: BaseCheckpoint) -> ValueError:
         f"{name} has weights, and its config.json names {base} as the base that has them. Take `base_model` out of "
         "config.json to load the weights that lie there, or take them away to load the base."
     )
-
-
-def _found_file(name: Any, filename: str, where: Mapping[str, Any]) -> str | None:
-    """The path of a file of a checkpoint; None where there is none, also for reasons that loading will report better."""
-    try:
-        return cached_file(
-            name,
-            filename,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
-    except OSError:
-        return None
 
 
 def _has_weights(name: Any, where: Mapping[str, Any]) -> bool:

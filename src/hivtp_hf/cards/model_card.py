@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.repository_names import PLACEHOLDER_OWNER, as_repository, is_repository, with_repository
+from ..compat import OLDEST_TRANSFORMERS
 from ..inspection import EXAMPLE_SIZES, inspect_checkpoint
 from ..methods import PruningMethod, pruning_method
 from ..pruning_config import VisualTokenPruningConfig
-from ..supported_transformers import OLDEST_TRANSFORMERS
 from .card_files import card_template, citations_of, no_weights_notice
 from .card_metadata import card_metadata, taken_from_base
 
