@@ -83,7 +83,7 @@ class Bench:
         with torch.no_grad():
             features = self.model.model.get_image_features(**image_inputs(inputs))
             logits = self.model(**inputs).logits
-        # transformers 5.6 has defaults that its own methods write to.
+        # Before transformers 5.23 there are defaults that stock's own methods write to.
         stock_class = self.family.stock_processor
         stock_defaults = vars(sys.modules[stock_class.__module__]).get(f"{stock_class.__name__}Kwargs")
         return {

@@ -208,9 +208,7 @@ def test_a_batch_of_mixed_sizes_is_a_list(reference, processor, images):
 
 
 def test_placeholders_are_found_by_what_replaces_them(processor, images, reference):
-    """By `text_replacement_offsets` where transformers has them, which vLLM reads from 5.15 on."""
-    if not hasattr(processor, "get_text_with_replacements"):
-        pytest.skip("this release of transformers does not say what replaces a placeholder")
+    """By `text_replacement_offsets`, which vLLM reads."""
     text = " and ".join(["<image>"] * len(images))
     inputs = processor(images=images, text=text, return_text_replacement_offsets=True, return_tensors="pt")
     (offsets,) = inputs["text_replacement_offsets"]
@@ -222,7 +220,7 @@ def test_placeholders_are_found_by_what_replaces_them(processor, images, referen
 
 
 def test_placeholders_are_found_by_token_types(processor, images):
-    """As vLLM does on releases before 5.15, and SGLang."""
+    """As SGLang does."""
     inputs = processor(
         images=images, text=" and ".join(["<image>"] * len(images)), return_mm_token_type_ids=True, return_tensors="pt"
     )

@@ -94,7 +94,6 @@ ON_DISK = {
     "vision tower": ["model.vision_tower"],
     "projector": ["model.multi_modal_projector"],
     "one layer of the language model": ["model.language_model.layers.1"],
-    # All of LLaVA-1.5 would be too much for stock on 5.6.
     "all but a norm": [
         "model.vision_tower",
         "model.multi_modal_projector",

@@ -29,7 +29,6 @@ from tiny_models import photo
 CLIENTS = 8
 PRUNING = {"retention_ratio": 2 / 9}
 ON_CPU = ("--device", "cpu", "--dtype", "float32")
-TAKES_TEMPLATE_ARGUMENTS = "chat_template_kwargs" in inspect.signature(Serve).parameters
 
 
 class Reference(NamedTuple):
@@ -146,7 +145,6 @@ def test_text_alone(server, complete, reference, stream):
     assert server.ask(complete, question, stream=stream) == reference.answer(question)
 
 
-@pytest.mark.skipif(not TAKES_TEMPLATE_ARGUMENTS, reason="this release's server takes no arguments for the chat template")
 @pytest.mark.parametrize("budget", [{"retention_ratio": 1.0}, {"token_budget": 100}])
 def test_a_request_can_name_a_budget(server, complete, reference, rows, budget):
     extra = {"chat_template_kwargs": {"processor_kwargs": budget}}

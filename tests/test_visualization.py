@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-# The top-level name is a placeholder on transformers 5.6 without torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.visualization import draw_kept_cells

@@ -32,12 +32,9 @@ def published_features(model: Any, images: Images, method: str, ratio: float) ->
     layers = pruning.scored_layers(last)
     if not layers:
         raise ValueError(f"the method {method!r} reads no attention, so it has no published way by attention maps.")
-    # Its strategy and layer spelled out: on transformers 5.6 one class of two fills them in by itself.
     output = model.model.get_image_features(
         images.pixel_values,
         images.image_sizes,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
         output_attentions=True,
         return_dict=True,
     )

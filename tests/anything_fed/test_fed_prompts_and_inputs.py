@@ -34,7 +34,7 @@ def test_prompts_that_work_as_stock_does(bench, name):
     bench.check_as_stock(*WORKING_PROMPTS[name])
 
 
-# From transformers 5.23 the processor counts; on 5.6 the model does, which then says how many it got.
+# From transformers 5.23 the processor counts; before, the model does, which then says how many it got.
 TOO_FEW = "should be the same as the number of images|the prompt has .* every image that the prompt names"
 TOO_MANY = f"more <image> placeholders than there are images|{TOO_FEW}"
 # name: (images, text, further settings, message)
@@ -58,7 +58,7 @@ def test_prompts_that_are_refused(bench, name):
 
 
 def test_an_image_token_without_any_image_is_what_stock_makes_of_it(bench):
-    # An error from transformers 5.23 on, and one ordinary token on 5.6: the same for both processors and both models.
+    # An error from transformers 5.23 on, and one ordinary token before: the same for both processors and both models.
     text = "What does <image> mean?"
     try:
         bench.stock_processor(text=text, return_tensors="pt")
@@ -71,18 +71,6 @@ def test_an_image_token_without_any_image_is_what_stock_makes_of_it(bench):
 
 
 NOT_COUNTED = "the prompt has .* image placeholders, but the model keeps"
-
-
-def test_the_word_that_transformers_uses_for_itself(bench):
-    # transformers 5.6 turns "<placeholder>" in a user's text into one more image token; the model counts it.
-    text = PROMPT + " What does <placeholder> mean?"
-    inputs = bench.processor(images=SMALL, text=text, return_tensors="pt")
-    surplus = int((inputs.input_ids == bench.image_token).sum()) - bench.processor.token_layout(60, 100).num_retained
-    if surplus:
-        with pytest.raises(ValueError, match=NOT_COUNTED):
-            bench.model(**inputs)
-    else:
-        bench.check_as_stock(SMALL, text)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +321,7 @@ ANNOUNCED = {
 
 @cases_by_family(ANNOUNCED)
 def test_announcing_counts_changes_no_defaults(bench, name):
-    # On transformers 5.6 stock's own method writes what it is given into defaults of its class.
+    # Before transformers 5.23 stock's own method writes what it is given into defaults of its class.
     given = ANNOUNCED[bench.family.name][name]
     before = bench.processor._get_num_multimodal_tokens(image_sizes=[(60, 100)])["num_image_tokens"]
     for settings in (given, {"images_kwargs": given}):

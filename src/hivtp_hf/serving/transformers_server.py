@@ -49,7 +49,7 @@ class Server(Serve):
 def make_classes_known() -> None:
     """Lets transformers' server load our model types and see that they take images.
 
-    Its `ModelManager` (transformers/cli/serving/model_manager.py, in this the same in 5.6.0 and 5.23.0) asks this dictionary,
+    Its `ModelManager` (transformers/cli/serving/model_manager.py, in this the same in 5.19.0 and 5.24.0) asks this dictionary,
     and not the Auto classes, where ours are registered. `_load_model` looks for the model type among its keys, and else for the
     class in transformers itself; `get_model_modality` looks for the class's name among its values. This can go once both ask
     the Auto classes in every release that the package allows: `test_the_server_does_not_know_our_classes_by_itself` notices.
