@@ -4,7 +4,8 @@ Everything that a release may call otherwise is asked for here: arguments, field
 checkpoint keys are registered. What is asked is whether the installed release has a name or an ability, never which version
 it is, so that a patched release counts as what it can do. The one version here is the oldest that is accepted.
 
-Modeling code of transformers is imported where it is needed: configurations and processors load without it.
+Names that are imported fail loudly once they are gone, so they stand where they are used. Modeling code of transformers is
+imported where it is needed: configurations and processors load without it.
 """
 
 import dataclasses
