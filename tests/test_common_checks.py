@@ -231,7 +231,7 @@ def test_hidden_states_and_attentions_retain_gradients(copied, inputs):
     retained = [output.hidden_states[0], output.attentions[0], *image_features_of(output)]
     for tensor in retained:
         tensor.retain_grad()
-    output.logits[0, -1].sum().backward()
+    output.logits[:, -1].sum().backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in retained)
 
 
