@@ -68,8 +68,14 @@ def assert_trains(trainer, loss):
 
 
 # DPO begins at log 2 where policy and reference are the same model; a reference that keeps other tokens begins elsewhere.
-def test_preferences_from_a_saved_checkpoint(family, saved, tmp_path):
-    trainer = preference_trainer(*loaded(family, saved), tmp_path)
+@pytest.mark.parametrize("kind", ["complete", "config-only"])
+def test_preferences_from_a_saved_checkpoint(family, saved, tmp_path, kind):
+    folder = saved
+    if kind == "config-only":
+        folder = tmp_path / "config_only"
+        family.config.from_base_model(saved.parent / "stock_source", pruning_config=LOW_RATIO).save_pretrained(folder)
+        family.processor.from_pretrained(saved).save_pretrained(folder)
+    trainer = preference_trainer(family.model.from_pretrained(folder), family.processor.from_pretrained(folder), tmp_path)
     assert type(trainer.ref_model) is family.model
     assert trainer.ref_model.config.pruning_config == trainer.model.config.pruning_config
     assert_trains(trainer, math.log(2))
