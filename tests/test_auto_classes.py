@@ -1,7 +1,10 @@
 """The Auto classes give our classes, and every way to set the pruning is read and checked alike."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from transformers import (
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
-from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf import HIVTPLlavaNextProcessor, VisualTokenPruningConfig
 from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_processor
@@ -85,6 +88,42 @@ def test_saved_processor_config(family, pruned):
     file, name = SAVED_NAMES[family.name]
     assert saved["pruning_config"] == PRUNING.to_dict()
     assert saved["auto_map"] == {"AutoProcessor": f"processing_hivtp_{file}.HIVTP{name}Processor"}
+
+
+def test_a_foreign_auto_map_is_replaced_on_saving(family, stock, tmp_path):
+    """Of checkpoints that once had code of their own, which would be loaded in place of ours."""
+    source = shutil.copytree(stock, tmp_path / "source")
+    for name, entry in (("config", "AutoConfig"), ("config", "AutoModelForCausalLM"), ("processor_config", "AutoProcessor")):
+        content = read_json(source, name)
+        content.setdefault("auto_map", {})[entry] = "someone/else--other_code.Other"
+        (source / f"{name}.json").write_text(json.dumps(content))
+    for part in (family.model, family.processor):
+        part.from_pretrained(source, pruning_config=PRUNING).save_pretrained(tmp_path / "saved")
+    test_saved_config(family, tmp_path / "saved")
+    test_saved_processor_config(family, tmp_path / "saved")
+
+
+def test_datasets_knows_a_processor_again_in_another_process(tmp_path):
+    """By this hash `datasets.map` finds what it has computed with a processor, and must not with another."""
+    datasets = pytest.importorskip("datasets", reason="this is about the cache of datasets")
+    folder = build_pruned_checkpoint(tmp_path, PRUNING.to_dict())
+    processor = HIVTPLlavaNextProcessor.from_pretrained(folder)
+    program = (
+        "import sys; from datasets.fingerprint import Hasher; from hivtp_hf import HIVTPLlavaNextProcessor; "
+        "print(Hasher.hash(HIVTPLlavaNextProcessor.from_pretrained(sys.argv[1])))"
+    )
+    other_process = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    hashed = datasets.fingerprint.Hasher.hash(processor)
+    assert other_process.stdout.split()[-1] == hashed
+    for settings in ({"retention_ratio": 0.5}, {"retention_ratio": 0.5, "method": "uniform"}, PRUNING):
+        processor.pruning_config = settings
+        assert (datasets.fingerprint.Hasher.hash(processor) == hashed) == (settings is PRUNING)
 
 
 def test_tokenizer_stays_stock(family, stock, pruned):

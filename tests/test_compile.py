@@ -44,6 +44,21 @@ def test_no_more_graphs_than_stock_plus_one(tower):
     assert 0 < pruned <= stock + 1
 
 
+# LLaVA-1.5 tells its image sizes by the shape of its pixels, so that stock exports; LLaVA-NeXT's lie in a tensor.
+@pytest.mark.parametrize("tower", ["LLaVA-NeXT, CLIP", "LLaVA-1.5, CLIP"])
+def test_an_export_with_images_is_refused_and_one_of_text_works(tower):
+    pair = twins(LOW_RATIO, **TOWERS[tower])
+    inputs = dict(pair.processor(images=photo(60, 100), text="USER: <image>\nWhat is shown?", return_tensors="pt"))
+    text = dict(pair.processor(text="USER: What is shown?", return_tensors="pt"))
+    with torch.no_grad():
+        expected = pair.pruned(**inputs).logits
+        with pytest.raises(ValueError, match=r"`torch\.export` is not supported with images"):
+            torch.export.export(pair.pruned, (), {**inputs, "use_cache": False})
+        assert torch.equal(pair.pruned(**inputs).logits, expected)
+        exported = torch.export.export(pair.pruned, (), {**text, "use_cache": False}).module()
+        torch.testing.assert_close(exported(**text, use_cache=False).logits, pair.pruned(**text).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_tokens():
     pair = twins(LOW_RATIO)

@@ -19,7 +19,7 @@ from transformers import (
 
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
-from hivtp_hf import pruned_configuration
+from hivtp_hf import VisualTokenPruningConfig, pruned_configuration
 from hivtp_hf.base_checkpoint import BaseCheckpoint
 from hivtp_hf.conversion import convert_checkpoint
 from pushes import with_shards
@@ -118,6 +118,26 @@ def test_the_base_model_class(family, published, inputs, expected):
     whole = family.model.from_pretrained(published)
     with torch.no_grad():
         assert torch.equal(whole.lm_head(model(**inputs).last_hidden_state), expected[1])
+
+
+def test_an_adapter_is_trained_merged_and_saved_as_a_complete_checkpoint(family, published, inputs, tmp_path):
+    peft = pytest.importorskip("peft", reason="this is about adapters")
+    settings = peft.LoraConfig(target_modules=r".*language_model.*(q|v)_proj", r=4, init_lora_weights=False)
+    model = peft.get_peft_model(family.model.from_pretrained(published), settings)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1).step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(published)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        again = peft.PeftModel.from_pretrained(family.model.from_pretrained(published), tmp_path / "adapter")
+        assert torch.equal(again(**inputs).logits, expected)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert named_base(tmp_path / "merged") is None
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert merged.config.pruning_config.to_dict() == VisualTokenPruningConfig(**PRUNING).to_dict()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
 def test_a_pipeline(published, inputs, expected):

@@ -11,6 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     StoppingCriteria,
@@ -24,7 +25,7 @@ from families import FAMILIES
 from hivtp_hf import pruned_generation
 from hivtp_hf.compat import prefills_images_in_chunks
 from oracle import oracle_inputs
-from tiny_models import CACHE_NAMES, COMMON, LOW_RATIO, NEW_TOKENS, image_inputs, photo, twins
+from tiny_models import CACHE_NAMES, COMMON, LOW_RATIO, NEW_TOKENS, greedy, image_inputs, photo, twins
 
 INSTALLED = Version(transformers.__version__)
 CHUNKED_PREFILL = "5.23.0"  # the first release that does not drop images there
@@ -359,6 +360,22 @@ def conversation_for_oracle(pair, first, second, sequences, mask):
         answer = pair.stock.get_input_embeddings()(between)
     parts = (oracle_inputs(pair, first)["inputs_embeds"], answer, oracle_inputs(pair, second)["inputs_embeds"])
     return {"inputs_embeds": torch.cat(parts, dim=1), "attention_mask": mask}
+
+
+def test_continuous_batching_refuses_images_by_every_way_in(pair, inputs_of):
+    model = copy.deepcopy(pair.pruned)  # which it gives another attention implementation
+    text, image = (inputs_of[BY_NAME[name]][0]["input_ids"][0].tolist() for name in ("no image", "one image"))
+    settings = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)}
+    message = f"a prompt has {image.count(model.config.image_token_id)} image placeholders, but continuous batching"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([text, image], max_new_tokens=NEW_TOKENS, **settings)
+    with model.continuous_batching_context_manager(**settings) as manager:
+        for add in (manager.add_request, lambda ids: manager.add_requests([text, ids])):
+            with pytest.raises(ValueError, match=message):
+                add(image)
+    (answer,) = model.generate_batch([text], max_new_tokens=NEW_TOKENS, **settings).values()
+    expected = greedy(pair.pruned, {"input_ids": torch.tensor([text])}, tokens=NEW_TOKENS)
+    assert answer.generated_tokens == expected[0].tolist()
 
 
 def test_prefill_in_chunks_is_seen_in_the_releases_that_can():

@@ -330,6 +330,60 @@ def test_a_pipeline_takes_a_list_of_chats_and_a_batch(pair):
     assert answers_one_by_one() != expected
 
 
+# name: (height and width of the images of each chat, families in which transformers cannot join them)
+PIPELINE_BATCHES = {
+    "one image each": ([[(60, 100)], [(80, 100)]], ()),
+    "no image": ([[], []], ()),
+    "one image and two": ([[(60, 100)], [(80, 100), (50, 50)]], ()),
+    "other numbers of tiles": ([[(60, 100)], [(200, 50)]], ("llava_next",)),
+    "one without an image": ([[(60, 100)], []], tuple(FAMILIES)),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINE_BATCHES)
+def test_a_pipeline_batches_chats_of_equal_tiles_and_refuses_others(pair, name):
+    """It joins the inputs of chats that were processed one by one, and asks no class of ours."""
+    sizes, refused = PIPELINE_BATCHES[name]
+    pipe = pipeline("image-text-to-text", model=copy.deepcopy(pair.pruned), processor=pair.processor)
+    questions = ["What is shown?", "How many people?"]
+    chats = [[message(photos(of_chat), question)] for of_chat, question in zip(sizes, questions, strict=True)]
+    if pair.family.name in refused:
+        with pytest.raises((RuntimeError, ValueError), match=r"Cannot batch them|Sizes of tensors must match"):
+            piped(pipe, text=chats, batch_size=2)
+    else:
+        assert piped(pipe, text=chats, batch_size=2) == piped(pipe, text=chats)
+
+
+# With the marks by which a tokenizer tells which tokens an assistant said.
+MARKED_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n"
+    "{% elif message['role'] == 'assistant' %}{% generation %}{{ part['text'] }}{% endgeneration %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+)
+
+
+@pytest.mark.parametrize("budget", [None, {"retention_ratio": [0.5, 0.1]}], ids=str)
+def test_assistant_masks_fit_two_images_over_two_turns(pair, budget):
+    images = photos(SIZES[:2])
+    said = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in ("a cat", "two cups")]
+    chat = [message(images[:1], "What is shown?"), said[0], message(images[1:], "And here?"), said[1]]
+    inputs = pair.processor.apply_chat_template(
+        chat,
+        chat_template=MARKED_TEMPLATE,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs=dict(budget or {}),
+    )
+    mask = inputs.pop("assistant_masks").bool()
+    runs = torch.nn.functional.pad(mask[0].int(), (1, 1)).diff().nonzero().view(-1, 2)
+    spoken = [pair.processor.decode(inputs["input_ids"][0, start:end]).strip() for start, end in runs.tolist()]
+    assert spoken == ["a cat", "two cups"]
+    logits(pair.pruned, inputs)  # or the placeholders were not as many as the model keeps
+
+
 # No place for it among the arguments of a part.
 
 

@@ -268,6 +268,24 @@ def test_a_lora_adapter_is_trained_saved_loaded_and_merged(clip_pair, tmp_path, 
     torch.testing.assert_close(merged_logits, logits, atol=1e-6, rtol=0)
 
 
+def test_an_adapter_loads_with_its_model_once_the_package_is_allowed(clip_pair, tmp_path):
+    peft = pytest.importorskip("peft", reason="the adapter tests need peft")
+    clip_pair.pruned.save_pretrained(tmp_path / "model")
+    clip_pair.processor.save_pretrained(tmp_path / "adapter")  # or peft asks the Hub for a tokenizer
+    model = clip_pair.family.model.from_pretrained(tmp_path / "model")
+    settings = peft.LoraConfig(target_modules=r".*language_model.*(q|v)_proj", r=4, init_lora_weights=False)
+    model = peft.get_peft_model(model, settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="import_allowlist"):
+        peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["hivtp_hf"]).eval()
+    inputs = training_inputs(clip_pair.processor)
+    assert type(loaded.get_base_model()) is clip_pair.family.model
+    (kept, logits), expected = answers(loaded, inputs), answers(model, inputs)
+    assert kept == expected[0]
+    assert torch.equal(logits, expected[1])
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_adapters_with_gradient_checkpointing(clip_pair, use_reentrant):
     """As it is usually done to save memory: all weights but the adapters frozen, inputs made to require gradients."""

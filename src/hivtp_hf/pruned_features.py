@@ -212,9 +212,11 @@ def check_placeholders(
             "that keeps everything. Use the pruned processor of this model's family (`HIVTPLlavaNextProcessor` or "
             "`HIVTPLlavaProcessor`), with `pruning_config=model.config.pruning_config`."
         )
+    # By these words of stock's own error TRL tells that a prompt was cut, and names the argument that cuts it.
+    cut = "Image features and image tokens do not match: " if found < sum(retained) else ""
     raise ValueError(
-        f"the prompt has {found} image placeholders, but the model keeps {sum(retained)} visual tokens{details}. The model "
-        f"prunes by {pruning!r}. {advice}"
+        f"{cut}the prompt has {found} image placeholders, but the model keeps {sum(retained)} visual tokens{details}. "
+        f"The model prunes by {pruning!r}. {advice}"
     )
 
 

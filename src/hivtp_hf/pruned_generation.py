@@ -97,6 +97,37 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
                 '"transformers>=5.23.0,<6"`). With the installed one, set `prefill_chunk_size` to None.'
             )
 
+    # All ways into continuous batching ask for a manager here. It takes ids alone, and would answer without the images.
+    @functools.wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if "add_request" not in vars(manager):  # a manager that is kept comes here again
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def add_checked_request(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+                self._refuse_images_among([input_ids])
+                return add_request(input_ids, *args, **kwargs)
+
+            manager.add_request = add_checked_request
+        return manager
+
+    # It logs what goes wrong with its requests, and returns nothing: so they are checked before.
+    @functools.wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_images_among(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _refuse_images_among(self, prompts: Any) -> None:
+        for input_ids in prompts:
+            found = sum(int(token) == self.config.image_token_id for token in input_ids)
+            if found:
+                raise ValueError(
+                    f"a prompt has {found} image placeholders, but continuous batching takes token ids alone and would "
+                    "answer without seeing an image. Use `generate` for prompts with images, and continuous batching for "
+                    "prompts without."
+                )
+
     # transformers' generate() encodes images before its first step, and reads nothing but their features.
     def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         with wanting_features_only():

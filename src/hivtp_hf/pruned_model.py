@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 
 from .compat import cache_among, cache_of, named_arguments, take_stock_keys
 from .encoder_layers import ending_early, wanting_features_only
@@ -146,6 +146,11 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         self, pixel_values: Tensor, image_sizes: Any = None, strategy: str | None = None, retention_ratio: Any = None
     ) -> list[TokenLayout]:
         """The layout of every image of a call, each under its own ratio; ValueError where inputs do not fit each other."""
+        if is_torchdynamo_exporting():
+            raise ValueError(
+                "`torch.export` is not supported with images: the layout of their tokens is computed in Python, which an "
+                "export does not record. Export with prompts without images, or run the model as it is or by `torch.compile`."
+            )
         if not isinstance(pixel_values, Tensor):
             raise ValueError(
                 f"`pixel_values` is a {type(pixel_values).__name__}; it must be a tensor, as the processor returns it with "

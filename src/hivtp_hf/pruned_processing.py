@@ -62,8 +62,8 @@ class PrunedProcessorMixin(_Stock):
         super().__setattr__(name, value)
 
     def __call__(self, images=None, text=None, *args, **kwargs):
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("`images` is empty; pass at least one image, or None for a prompt without images.")
+        if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
+            raise ValueError(f"`images` is empty: {images!r}; pass at least one image, or None for prompts without images.")
         budget = CallBudget.taken_from(self.pruning_config, kwargs)
         token = _call.set(budget)
         try:

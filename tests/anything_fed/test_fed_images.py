@@ -145,6 +145,8 @@ REFUSED = {
     "two dimensions": (lambda: PIXELS[..., 0], ValueError, NO_LIST),
     "empty list": (lambda: [], ValueError, "`images` is empty"),
     "empty tuple": (lambda: (), ValueError, "`images` is empty"),
+    "empty row": (lambda: [[]], ValueError, r"`images` is empty: \[\[\]\]"),
+    "empty rows": (lambda: [[], ()], ValueError, r"`images` is empty: \[\[\], \(\)\]"),
     "list nested too deep": (lambda: [[[PHOTO]]], ValueError, NO_LIST),
     "array of objects": (lambda: np.array([None], dtype=object), ValueError, NO_LIST),
     "none in a list": (lambda: [None], TypeError, NO_ENTRY),
