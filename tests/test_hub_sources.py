@@ -297,7 +297,7 @@ def test_a_killed_process_leaves_no_half_target(small, tmp_path, force):
         hub.add_repository("owner/tiny", small)
         arguments = ["convert", "owner/tiny", str(target), *(["--force"] if force else [])]
         process = subprocess.Popen(
-            program(slowly, arguments=arguments),
+            [sys.executable, *program(slowly, arguments=arguments)],
             cwd=home,
             env=hub.environment(home, token=False),
             stdin=subprocess.DEVNULL,
