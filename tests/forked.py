@@ -1,4 +1,4 @@
-"""Python programs in processes of their own that start in a second: `run_python`.
+"""Python programs in processes of their own that start in a second: `run_python`, `run_together`.
 
 A new interpreter spends most of its start on torch, scipy and sympy. Here one process per test worker imports these once and
 forks for each program. It imports nothing that reads the environment on import, as huggingface_hub and transformers do, nor
@@ -19,22 +19,25 @@ import json, os, runpy, signal, sys, types
 import numpy, PIL.Image, scipy.optimize, scipy.stats, torch
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.nn.attention.flex_attention
 
-for line in iter(sys.stdin.readline, ""):
-    task = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
+def wait_for_a_task():
+    for line in iter(sys.stdin.readline, ""):
+        children = []
+        for task in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                return task
+            children.append(child)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
     sys.exit()
 
-signal.alarm(task["timeout"])
+task = wait_for_a_task()
+for descriptor, file in enumerate((os.devnull, task["stdout"], task["stderr"])):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT if descriptor else os.O_RDONLY), descriptor)
+signal.alarm(300)  # which kills it: by then something is wrong
 os.environ.clear()
 os.environ.update(task["environment"])
 os.chdir(task["folder"])
 sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-for descriptor, file in enumerate((os.devnull, task["stdout"], task["stderr"])):
-    os.dup2(os.open(file, os.O_WRONLY if descriptor else os.O_RDONLY), descriptor)
 option, program, *arguments = task["arguments"]
 sys.argv = [option, *arguments]
 if option == "-m":
@@ -48,34 +51,39 @@ _lock = threading.Lock()
 _servers: list["subprocess.Popen[str]"] = []
 
 
-def run_python(
-    arguments: list[str], folder: Path, environment: Mapping[str, str], timeout: int = 300
-) -> "subprocess.CompletedProcess[str]":
+def run_python(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """What `subprocess.run([sys.executable, *arguments], ...)` gives for `-c PROGRAM ...` and `-m MODULE ...`.
 
-    The process runs in `folder`, has `environment` and no input, and is killed after `timeout` seconds. Where there is no
-    fork that can be relied on, it is an interpreter that starts as any other.
+    The process runs in `folder`, and has `environment` and no input.
     """
-    if sys.platform != "linux":
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-    with _lock, tempfile.TemporaryDirectory() as outputs:
-        files = {name: Path(outputs, name) for name in ("stdout", "stderr")}
-        for file in files.values():
-            file.touch()
-        task = {"arguments": arguments, "folder": str(folder), "environment": dict(environment), "timeout": timeout}
-        server = _server()
-        server.stdin.write(json.dumps(task | files, default=str) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(arguments, status, *(file.read_text() for file in files.values()))
+    return run_together([arguments], folder, environment)[0]
+
+
+def run_together(
+    programs: list[list[str]], folder: Path, environment: Mapping[str, str]
+) -> list["subprocess.CompletedProcess[str]"]:
+    """Several such processes at a time, each by its arguments."""
+    with tempfile.TemporaryDirectory() as outputs:
+        tasks = [
+            {
+                "arguments": list(map(str, arguments)),
+                "folder": str(folder),
+                "environment": dict(environment),
+                "stdout": f"{outputs}/{number}.stdout",
+                "stderr": f"{outputs}/{number}.stderr",
+            }
+            for number, arguments in enumerate(programs)
+        ]
+        with _lock:
+            server = _server()
+            server.stdin.write(json.dumps(tasks) + "\n")
+            server.stdin.flush()
+            statuses = json.loads(server.stdout.readline())
+        texts = [[Path(task[name]).read_text() for name in ("stdout", "stderr")] for task in tasks]
+        return [
+            subprocess.CompletedProcess(arguments, status, *text)
+            for arguments, status, text in zip(programs, statuses, texts, strict=True)
+        ]
 
 
 def _server() -> "subprocess.Popen[str]":

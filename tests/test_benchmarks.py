@@ -43,6 +43,8 @@ from hivtp_hf.attention_reduction import received_attention
 from hivtp_hf.inspection import kv_cache_bytes
 from hivtp_hf.methods import METHODS
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 SIZES = ((672, 672), (480, 640), (100, 1000))

@@ -20,6 +20,8 @@ from hub_server import HubServer
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
+pytestmark = pytest.mark.once
+
 PRUNING = {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 5}
 WEIGHTS = "model.safetensors"
 EVIL = {"modeling_evil.py": b"raise SystemExit('foreign code ran')\n", "nested/evil.py": b"raise SystemExit\n"}

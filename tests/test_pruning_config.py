@@ -14,6 +14,8 @@ from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
 from tested_methods import TESTED
 
+pytestmark = pytest.mark.once
+
 SHARED = {"token_budget": None, "exact_count": True, "keep_newlines": True}
 EVERY_HYPERPARAMETER = [
     pytest.param(method.name, hyperparameter, id=f"{method.name}-{hyperparameter.name}")

@@ -16,6 +16,8 @@ from examples.shapes_vqa.reference import CHECKPOINT
 from examples.shapes_vqa.vocabulary import COUNTS
 from hivtp_hf.evaluation import evaluate_checkpoint
 
+pytestmark = pytest.mark.once
+
 HIVTP, RANDOM = Chosen("hivtp", 1 / 18), Chosen("random", 1 / 18)
 WHOLE = Chosen(UNPRUNED, 1.0)
 SCENES = 8
