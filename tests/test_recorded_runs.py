@@ -25,7 +25,7 @@ SCENES = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    settings = {"methods": "hivtp,random,base-only", "ratios": "1,1/2,1/18", "questions": 60, "dtype": "float32"}
+    settings = {"methods": "hivtp,random,base-only", "ratios": "1,1/2,1/18", "questions": 36, "dtype": "float32"}
     return evaluate_checkpoint(str(CHECKPOINT), output=tmp_path_factory.mktemp("runs"), **settings).folder
 
 
