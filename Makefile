@@ -1,7 +1,8 @@
 # Each target makes the virtual environment that it needs, and does nothing twice.
 #   make demo        stock beside pruned, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
 #   make test        all tests, on the newest transformers that the package allows
-#   make test-floor  the same tests on the oldest one
+#   make test-floor  the tests that touch transformers, on the oldest one
+#   make test-nightly  everything on both, also what takes long
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
 #   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
 #   make lint        formatting, lint, types
@@ -11,13 +12,13 @@
 PYTHON ?= python3
 FLOOR_TRANSFORMERS ?= 5.6.0
 ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?= --preset cpu
 LMMS_EVAL ?= 0.7.3
 SERVING_ARGS ?=
 VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-lmms-eval test-vllm lint format build bench bench-serving clean
+.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm lint format build bench bench-serving clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -26,7 +27,11 @@ test: .venv/installed
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
 test-floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m "not nightly and not once"
+
+test-nightly: .venv/installed .venv-floor/installed
+	.venv/bin/python -m pytest $(PYTEST_ARGS) -m ""
+	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m ""
 
 test-lmms-eval: .venv-lmms-eval/installed
 	.venv-lmms-eval/bin/python -m pytest tests/with_lmms_eval

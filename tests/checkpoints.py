@@ -4,8 +4,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from families import FAMILIES
+from forked import run_python
 from tiny_checkpoint import build_stock_checkpoint
 
 # 8 x 8 cells a tile: every path of the code, a fraction of a second.
@@ -83,13 +82,7 @@ def run_without_package(function: Callable[..., Any], work_folder: Path, **argum
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(work_folder / "modules"), "HF_HUB_OFFLINE": "1"}
     program = _PROGRAM.format(source=inspect.getsource(function), name=function.__name__)
-    finished = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(arguments, default=str)],
-        cwd=work_folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,  # nobody there to answer whether remote code is trusted
-        capture_output=True,
-        text=True,
-    )
+    # It has no input: nobody is there to answer whether remote code is trusted.
+    finished = run_python(["-c", program, json.dumps(arguments, default=str)], work_folder, environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])

@@ -3,12 +3,12 @@
 import inspect
 import json
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked import run_python
 from hub_server import HubServer
 
 _PROGRAM = """
@@ -26,23 +26,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def program(client: Callable[..., Any], **arguments: Any) -> list[str]:
-    """A command that runs a function, of which only the source goes along, and prints as JSON what it returns."""
+    """Arguments for Python that run a function, of which only the source goes along, and prints as JSON what it returns."""
     source = textwrap.dedent(inspect.getsource(client))
     text = _PROGRAM.format(source=source, name=client.__name__)
-    return [sys.executable, "-c", text, json.dumps(arguments, default=str)]
+    return ["-c", text, json.dumps(arguments, default=str)]
 
 
 def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hivtp_hf.cli", *map(str, arguments)]
+    """Arguments for Python that run the command line."""
+    return ["-m", "hivtp_hf.cli", *map(str, arguments)]
 
 
 def finished(hub: HubServer, home: Path, command: list[str], token: str | bool = False) -> subprocess.CompletedProcess[str]:
     """A process that has ended, whose Hub is `hub`; it has no token unless one is given."""
     home.mkdir(parents=True, exist_ok=True)
-    environment = hub.environment(home, token=token)
-    return subprocess.run(
-        command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
+    return run_python(command, home, hub.environment(home, token=token))
 
 
 def commands(cases: list[dict[str, Any]], parent: str) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import secrets
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -43,6 +42,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 import yaml
 
 import hub_server_repositories as repositories
+from forked import run_python
 from hub_server_repositories import Blob, Commit, Discussion, Repository
 
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
@@ -966,14 +966,7 @@ def run_client(
     else:
         name, source = client.__name__, textwrap.dedent(inspect.getsource(client))
     home.mkdir(parents=True, exist_ok=True)
-    finished = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(source=source, name=name), json.dumps(arguments, default=str)],
-        cwd=home,
-        env=hub.environment(home, token=token, offline=offline),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    program = ["-c", _PROGRAM.format(source=source, name=name), json.dumps(arguments, default=str)]
+    finished = run_python(program, home, hub.environment(home, token=token, offline=offline))
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])

@@ -14,6 +14,8 @@ from hivtp_hf.methods import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
 from tiny_models import photo
 
+pytestmark = pytest.mark.once
+
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 
 

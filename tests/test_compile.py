@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from nightly import mostly_nightly
 from tiny_models import LOW_RATIO, TOWERS, photo, twins
 
 # Every pinpoint shape, repeated ones with other paddings.
@@ -27,20 +28,32 @@ def compile_and_count_graphs(model, processor) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def graphs_of_twins(tower: str) -> tuple[int, int]:
+def graphs_of_twins(tower: str, layers: int) -> tuple[int, int]:
     """The numbers of graphs of a stock model and of its pruned twin."""
     torch.set_num_threads(1)
-    pair = twins(LOW_RATIO, **TOWERS[tower])
+    scored = {"importance_start_layer": layers - 4, "importance_num_layers": 3}
+    pair = twins({**LOW_RATIO, **scored}, **TOWERS[tower], vision_layers=layers)
     stock = compile_and_count_graphs(pair.stock, pair.stock_processor)
     return stock, compile_and_count_graphs(pair.pruned, pair.processor)
 
 
-# LLaVA-1.5 in one variant, as tracing takes long, and its towers are the same.
-@pytest.mark.parametrize("tower", ["LLaVA-NeXT, CLIP", "LLaVA-NeXT, SigLIP", "LLaVA-1.5, CLIP, full"])
-def test_no_more_graphs_than_stock_plus_one(tower):
+# Tracing takes long: a small tower with every commit, and LLaVA-1.5 in one variant, as its towers are the same.
+@pytest.mark.parametrize(
+    ("tower", "layers"),
+    mostly_nightly(
+        [
+            ("LLaVA-NeXT, CLIP", 4),
+            ("LLaVA-NeXT, CLIP", 10),
+            ("LLaVA-NeXT, SigLIP", 10),
+            ("LLaVA-1.5, CLIP, full", 10),
+        ],
+        lambda tower, layers: layers == 4,
+    ),
+)
+def test_no_more_graphs_than_stock_plus_one(tower, layers):
     # In a process of its own: what other tests of a process compiled or patched changes how often torch traces anew.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        stock, pruned = process.submit(graphs_of_twins, tower).result()
+        stock, pruned = process.submit(graphs_of_twins, tower, layers).result()
     assert 0 < pruned <= stock + 1
 
 
@@ -59,6 +72,7 @@ def test_an_export_with_images_is_refused_and_one_of_text_works(tower):
         torch.testing.assert_close(exported(**text, use_cache=False).logits, pair.pruned(**text).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_tokens():
     pair = twins(LOW_RATIO)

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,16 +147,14 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("family", ORDERS)
-def test_copies_of_the_code_take_turns(tmp_path, monkeypatch, family):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_copies_of_the_code_take_turns(tmp_path, family):
     folders, orders = revisions(tmp_path, family), ORDERS[family]
 
     def run(order):
         work_folder = tmp_path / "-".join(order)
         return run_without_package(kept_in_turn, work_folder, folders=folders, copies=order, family=family)
 
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, orders))
+    results = [run(order) for order in orders]
     # The first folder's code is the package's, so what it keeps alone can be seen here.
     first = kept_in_turn(folders, ["package"], family)["kept"]["package"]
     alone = {"first": first, "second": results[0]["kept"]["second"], "package": first}

@@ -15,6 +15,8 @@ from hivtp_hf.evaluation import part_work
 from hivtp_hf.evaluation.ratios import DEFAULT_RATIOS
 from tiny_checkpoint import build_stock_checkpoint
 
+pytestmark = pytest.mark.once
+
 app = typer.Typer()
 app.command()(evaluate)
 

@@ -12,6 +12,8 @@ from evaluations import HEADINGS, ROWS, SIZES, data_folder
 from hivtp_hf.evaluation.data_source import load_data
 from tiny_models import photo
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def folder(tmp_path):

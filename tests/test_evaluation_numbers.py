@@ -23,6 +23,8 @@ from hivtp_hf.evaluation.variants import COMPARED, Variant, chosen_methods, plan
 from hivtp_hf.evaluation.wilson import wilson_interval
 from hivtp_hf.methods import METHODS
 
+pytestmark = pytest.mark.once
+
 HALF = Fraction(1, 2)
 
 

@@ -15,6 +15,8 @@ from hivtp_hf.evaluation.accuracy_plot import draw_accuracy
 from hivtp_hf.evaluation.finished_parts import FinishedParts
 from tiny_checkpoint import build_stock_checkpoint
 
+pytestmark = pytest.mark.once
+
 QUICK = {"methods": "uniform,random,base-only,downsample", "ratios": "1/2", "batch_size": 1}
 FILES = ["accuracy.png", "config.json", "environment.json", "metrics.csv", "predictions.csv"]
 

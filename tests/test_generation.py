@@ -118,7 +118,13 @@ LIMITED_CASES = [case for case in CASES if case[0].first_release(case[1])]
 
 
 def named(cases):
-    return [pytest.param(*case, id=" / ".join(part.name for part in case)) for case in cases]
+    # quanto compiles a library before its first cache, for a minute on a fresh machine; fp8 is the quantised cache of a commit.
+    return [
+        pytest.param(
+            *case, id=" / ".join(part.name for part in case), marks=pytest.mark.nightly if "quanto" in case[0].name else ()
+        )
+        for case in cases
+    ]
 
 
 def every_prompt(function):

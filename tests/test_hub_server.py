@@ -13,6 +13,8 @@ import pytest
 from hub_server import HubServer, run_client
 from hub_server_repositories import Blob, Repository, git_hash, ignored, tracked_by_lfs, tree_hashes
 
+pytestmark = pytest.mark.once
+
 CARD = b"---\nlicense: apache-2.0\nlibrary_name: transformers\ntags:\n- pruning\n---\n# A model\n"
 CONFIG = json.dumps({"model_type": "bert", "hidden_size": 24, "num_attention_heads": 2}).encode()
 

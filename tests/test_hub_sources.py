@@ -20,6 +20,8 @@ from hub_server import HubServer
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
+pytestmark = pytest.mark.once
+
 PRUNING = {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 5}
 WEIGHTS = "model.safetensors"
 EVIL = {"modeling_evil.py": b"raise SystemExit('foreign code ran')\n", "nested/evil.py": b"raise SystemExit\n"}
@@ -297,7 +299,7 @@ def test_a_killed_process_leaves_no_half_target(small, tmp_path, force):
         hub.add_repository("owner/tiny", small)
         arguments = ["convert", "owner/tiny", str(target), *(["--force"] if force else [])]
         process = subprocess.Popen(
-            program(slowly, arguments=arguments),
+            [sys.executable, *program(slowly, arguments=arguments)],
             cwd=home,
             env=hub.environment(home, token=False),
             stdin=subprocess.DEVNULL,

@@ -15,6 +15,8 @@ from hivtp_hf.lmms_eval_models.run_failure import RunFailure, failing_with_the_r
 from hivtp_hf.lmms_eval_models.token_sums import TokenSums, settings_as_numbers, summed
 from tiny_checkpoint import build_stock_checkpoint
 
+pytestmark = pytest.mark.once
+
 OWN = VisualTokenPruningConfig(importance_start_layer=4, retention_ratio=0.25)
 OTHERS = ("pretrained", "dtype")
 

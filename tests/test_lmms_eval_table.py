@@ -6,6 +6,8 @@ import pytest
 
 from lmms_eval_table import runs_in, table
 
+pytestmark = pytest.mark.once
+
 
 def write_run(folder, name, results, tokens=None, date="20260101"):
     own = folder / name / "model"

@@ -22,6 +22,8 @@ from hub_server import HubServer, run_client
 from tested_methods import TESTED
 from tiny_models import photo
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 BASE, COMMIT = "llava-hf/some-base", "0123456789abcdef" * 2 + "01234567"
 REPOSITORY = "owner/pruned"

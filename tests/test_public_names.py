@@ -2,9 +2,13 @@
 
 import inspect
 
+import pytest
+
 import hivtp_hf
 import hivtp_hf.visualization
 from hivtp_hf.methods import METHODS
+
+pytestmark = pytest.mark.once
 
 PUBLIC = [
     "HIVTPLlavaConfig",

@@ -23,6 +23,8 @@ from pushes import (
     with_shards,
 )
 
+pytestmark = pytest.mark.once
+
 PRUNING = {"llava_next": {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 5}, "llava": {"retention_ratio": 0.4}}
 EVIL = "raise SystemExit('foreign code ran')\n"
 

@@ -12,6 +12,8 @@ from hivtp_hf.cards import model_card
 from hivtp_hf.hub import push_checkpoint
 from pushes import CARD, WEIGHTS, with_shards
 
+pytestmark = pytest.mark.once
+
 TOKEN = "hf_planted_token_0123456789"
 COMMIT = "0123456789" * 4
 

@@ -16,6 +16,8 @@ from pushes import (
     with_shards,
 )
 
+pytestmark = pytest.mark.once
+
 FOREVER = 10**6
 
 

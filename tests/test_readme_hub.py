@@ -17,6 +17,8 @@ from hub_server import HubServer, run_client
 from test_readme import PRUNED_NAME, ROOT, STOCK_NAME
 from tiny_checkpoint import build_stock_checkpoint
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = ROOT / "examples"
 NO_COMMIT = "0" * 40
 WITHOUT_THE_PACKAGE = "import sys\nsys.modules['hivtp_hf'] = sys.modules['torchvision'] = None\n"

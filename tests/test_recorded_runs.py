@@ -16,6 +16,8 @@ from examples.shapes_vqa.reference import CHECKPOINT
 from examples.shapes_vqa.vocabulary import COUNTS
 from hivtp_hf.evaluation import evaluate_checkpoint
 
+pytestmark = pytest.mark.once
+
 HIVTP, RANDOM = Chosen("hivtp", 1 / 18), Chosen("random", 1 / 18)
 WHOLE = Chosen(UNPRUNED, 1.0)
 SCENES = 8
@@ -23,7 +25,7 @@ SCENES = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    settings = {"methods": "hivtp,random,base-only", "ratios": "1,1/2,1/18", "questions": 60, "dtype": "float32"}
+    settings = {"methods": "hivtp,random,base-only", "ratios": "1,1/2,1/18", "questions": 36, "dtype": "float32"}
     return evaluate_checkpoint(str(CHECKPOINT), output=tmp_path_factory.mktemp("runs"), **settings).folder
 
 

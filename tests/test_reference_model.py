@@ -79,6 +79,7 @@ def test_commands_take_the_settings_that_it_names(tmp_path):
     assert settings["importance_start_layer"] == named.importance_start_layer
 
 
+@pytest.mark.nightly
 def test_it_sees(metrics):
     assert {of_type for _, _, of_type in metrics} == {"all", *QUESTION_TYPES}
     assert metrics["none", 1.0, "all"].n == 240
@@ -86,6 +87,7 @@ def test_it_sees(metrics):
     assert metrics["none", 1.0, "colour"].accuracy >= 0.9
 
 
+@pytest.mark.nightly
 def test_it_needs_the_tokens(metrics):
     """Else a comparison of methods would say nothing."""
     unpruned = metrics["none", 1.0, "all"].accuracy

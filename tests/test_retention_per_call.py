@@ -20,6 +20,7 @@ from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.methods import METHODS
 from hivtp_hf.retention_bits import bits_of_ratio, ratio_of_bits, ratios_of_images
+from nightly import mostly_nightly
 from oracle import oracle_inputs
 from tiny_checkpoint import tiny_config, tiny_processor
 from tiny_models import LOW_RATIO, greedy, image_inputs, photo, pruned_processor, settings, twins
@@ -861,7 +862,8 @@ def test_threads_do_not_disturb_each_other(pair):
             assert_same_inputs(call, inputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# LLaVA-NeXT is compiled with every commit in test_compile.py.
+@pytest.mark.parametrize("family", mostly_nightly(FAMILIES, lambda family: family == "llava"))
 def test_a_compiled_model_follows(family):
     settings = {**LOW_RATIO, "importance_start_layer": 0, "importance_num_layers": 1}
     pair = twins(settings, family=family, vision_layers=2, text_layers=1)

@@ -11,6 +11,8 @@ from hivtp_hf.selectors_cls_attention import select_cls_attention
 from hivtp_hf.selectors_random import select_random
 from hivtp_hf.selectors_uniform import select_uniform
 
+pytestmark = pytest.mark.once
+
 NAMES = ["cls_attention", "random", "uniform"]
 RATIOS = [1, 0.9, 0.5, 1 / 3, 2 / 9, 0.1, 1 / 36, 1e-9]
 

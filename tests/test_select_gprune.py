@@ -14,6 +14,8 @@ from hivtp_hf import VisualTokenPruningConfig, selectors_gprune
 from hivtp_hf.selectors_gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
 from hivtp_hf.token_layout import TokenLayout
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parent / "data"
 NEWLINE = 1234.0  # what the released code's results have in place of the newline's embedding
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.selectors_hiprune import select_hiprune
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parent / "data"
 FULL_TILE = torch.ones(1, 24, 24, dtype=torch.bool)
 

@@ -12,6 +12,8 @@ import hivtp_reference
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.selectors_hivtp import count_hivtp
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parent / "data"
 
 

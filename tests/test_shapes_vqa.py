@@ -17,6 +17,8 @@ from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, 
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
 from hivtp_hf.evaluation.data_source import load_data
 
+pytestmark = pytest.mark.once
+
 SCENES = [make_scene((splits.VALIDATION, index)) for index in range(400)]
 
 

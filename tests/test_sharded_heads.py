@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from families import FAMILIES
+from forked import run_together
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
 from rank_of_two import answers
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
@@ -34,20 +34,11 @@ def checkpoint(folder: Path, pruning) -> Path:
 
 def of_both_ranks(folder: Path, plan, port: int) -> list[dict]:
     """What two processes say that share the model by a plan."""
-    program = Path(__file__).with_name("rank_of_two.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(port), str(folder), json.dumps(plan)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], [errors for _, errors in outputs]
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    programs = [["-m", "rank_of_two", str(rank), str(port), str(folder), json.dumps(plan)] for rank in range(2)]
+    ranks = run_together(programs, folder, environment)
+    assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,6 +11,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.token_layout import LLAVA_NEXT_PINPOINTS
 
+pytestmark = pytest.mark.once
+
 # height, width, stock tokens, then retained: published setting, r = 1/2, 2/9, 1/9, 1/18
 COUNTS = [
     (672, 672, 2928, 1488, 1488, 688, 368, 208),

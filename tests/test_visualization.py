@@ -14,6 +14,8 @@ from hivtp_hf.visualization.kept_cells import CAPTION_HEIGHT, MARGIN, PANEL_SIDE
 from tiny_checkpoint import tiny_config, tiny_processor
 from tiny_models import SMALL, photo, pruned_processor
 
+pytestmark = pytest.mark.once
+
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 INNER = 3  # pixels between a cell's edge and what the tests look at, room for its border
 

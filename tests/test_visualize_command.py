@@ -1,6 +1,7 @@
 """`hivtp visualize` and `plot_kept_cells`: figures of what is kept, with the very scores that the selectors saw."""
 
-import subprocess
+import itertools
+import os
 import sys
 import xml.etree.ElementTree
 
@@ -15,12 +16,14 @@ pytest.importorskip("matplotlib")
 
 from checkpoints import GEOMETRY
 from families import FAMILIES
+from forked import run_python
 from hivtp_hf import TokenLayout
 from hivtp_hf.cli.command_visualize import visualize
 from hivtp_hf.methods import METHODS
 from hivtp_hf.visualization import figures
 from hivtp_hf.visualization.figures import DPI, PANEL_SIDE, plot_kept_cells
 from hivtp_hf.visualization.image_choice import choice_of_image
+from nightly import mostly_nightly
 from tested_methods import TESTED
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, twins
@@ -78,7 +81,8 @@ def drawn_scores(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.once
+@pytest.mark.parametrize("method", mostly_nightly(METHODS, lambda method: method in ("hivtp", "random")))
 def test_a_figure_for_every_image(stock, images, tmp_path, method, monkeypatch):
     seen = drawn_scores(monkeypatch)
     folder = tmp_path / "new" / "figures"
@@ -100,8 +104,10 @@ def test_a_figure_for_every_image(stock, images, tmp_path, method, monkeypatch):
             assert rows * panel_height < figure.height < rows * panel_height + 700
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "tower"),
+    mostly_nightly(itertools.product(METHODS, TOWERS), lambda method, tower: tower.endswith(", CLIP") or method == "hivtp"),
+)
 def test_the_choice_is_the_models_own(method, tower, monkeypatch):
     if method == "cls_attention" and "SigLIP" in tower:
         pytest.skip("no class token")
@@ -226,8 +232,14 @@ def test_titles_and_scales():
     assert "Base tile: scores" in [text.get_text() for text in plot_kept_cells(image, random, kept, scores).texts]
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 3000), (3000, 2), (1, 1), (2000, 1500)])
-@pytest.mark.parametrize("fill", [0.0, 1.0])
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("height", "width", "fill"),
+    mostly_nightly(
+        [(*size, fill) for fill in (0.0, 1.0) for size in ((2, 3000), (3000, 2), (1, 1), (2000, 1500))],
+        lambda *case: case in ((2, 3000, 0.0), (3000, 2, 0.0), (1, 1, 1.0)),
+    ),
+)
 def test_odd_sizes_and_equal_scores(height, width, fill, tmp_path):
     layout = small_layout(height, width)
     figure = plot_kept_cells(photo(height, width), layout, torch.arange(5), torch.full(layout.valid.shape, fill))
@@ -250,6 +262,7 @@ def test_scores_that_do_not_fit():
         plot_kept_cells(image, layout, kept, scores)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
 def test_vector_formats_are_the_same_every_time(llava, images, tmp_path, kind):
     target = tmp_path / f"tall_hivtp.{kind}"
@@ -326,6 +339,7 @@ def test_without_matplotlib(llava, images, tmp_path, monkeypatch):
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.once
 def test_matplotlib_is_imported_late_and_pyplot_never(llava, images, tmp_path):
     program = """
 import sys
@@ -340,7 +354,7 @@ assert "matplotlib.figure" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
 """
     arguments = [str(argument) for argument in (llava, images[1], "-o", tmp_path)]
-    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
+    run_python(["-c", program, *arguments], tmp_path, os.environ).check_returncode()
 
 
 def test_every_scored_method_has_a_map():

@@ -14,6 +14,8 @@ import pytest
 
 from families import FAMILIES
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hivtp_hf"
 CARDS = ROOT / "model_cards"

@@ -6,7 +6,6 @@ After every case a good call on the same model and processor gives what it gave 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -37,65 +36,19 @@ def checkpoint(bench, checkpoints):
     return checkpoints[bench.family.name]
 
 
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 RATIO = r"`retention_ratio` is .*above 0 and at most 1"
-WINDOW = r"`local_window` is .*whole number from 1"
 NO_SETTINGS = "`pruning_config` is .*it must be a dict of settings"
-# name: (settings, piece of the error's message)
+# One of each kind of error; test_pruning_config.py has them all. name: (settings, piece of the error's message)
 BAD_SETTINGS = {
     "a list": ([], NO_SETTINGS),
-    "a list of pairs": ([("method", "hivtp")], NO_SETTINGS),
-    "a string": ("hivtp", NO_SETTINGS),
-    "json": ('{"retention_ratio": 0.5}', NO_SETTINGS),
-    "a number": (0.5, NO_SETTINGS),
-    "a boolean": (True, NO_SETTINGS),
-    "nan": (float("nan"), NO_SETTINGS),
-    "a set": ({"hivtp"}, NO_SETTINGS),
-    "keys that are no strings": ({1: 2}, NO_SETTINGS),
-    "the class itself": (VisualTokenPruningConfig, NO_SETTINGS),
-    "a very deep list": (nested(100_000), f"a value that cannot be printed.*{NO_SETTINGS[-20:]}"),
     "unknown key": ({"budget": 100}, "`budget`: not a setting of the method 'hivtp'.*`retention_ratio`"),
-    "key of another case": ({"Retention_Ratio": 0.5}, "`Retention_Ratio`: not a setting"),
-    "key that Python uses": ({"self": 1}, "`self`: not a setting"),
-    "nested once more": ({"pruning_config": {"retention_ratio": 0.5}}, "`pruning_config`: not a setting"),
-    "key of another method": ({"alpha": 0.1}, "`alpha`: not a setting of the method 'hivtp'"),
     "ratio and budget": ({"retention_ratio": 0.5, "token_budget": 10}, "`retention_ratio` is .*`token_budget` 10.*one of them"),
-    "budget of zero": ({"token_budget": 0}, "`token_budget` is 0 .*whole number from 1"),
-    "budget as a share": ({"token_budget": 0.5}, r"`token_budget` is 0\.5 .*whole number from 1"),
-    "a ratio that keeps nothing back": ({"method": "none", "retention_ratio": 0.5}, "'none' keeps every token"),
-    "published counts that are fixed": ({"method": "hiprune", "exact_count": False}, "`exact_count` is False; .*'hiprune'"),
     "unknown method": ({"method": "nonesuch"}, "`method` is 'nonesuch'.*one of 'hivtp'"),
-    "no method": ({"method": None}, "`method` is None"),
     "ratio as a string": ({"retention_ratio": "0.5"}, RATIO),
-    "ratio in percent": ({"retention_ratio": 50}, RATIO),
-    "ratio as a boolean": ({"retention_ratio": True}, RATIO),
-    "ratio of nan": ({"retention_ratio": float("nan")}, RATIO),
-    "infinite ratio": ({"retention_ratio": float("inf")}, RATIO),
-    "ratio of zero": ({"retention_ratio": 0}, RATIO),
-    "negative ratio": ({"retention_ratio": -0.0}, RATIO),
-    "complex ratio": ({"retention_ratio": 0.5 + 0j}, RATIO),
-    "ratio as a tensor": ({"retention_ratio": torch.tensor(0.5)}, RATIO),
-    "ratio as an array": ({"retention_ratio": np.array([0.5])}, RATIO),
-    "huge ratio": ({"retention_ratio": 10**400}, RATIO),
     "ratio of more digits than Python prints": ({"retention_ratio": 10**5000}, "cannot be printed.*above 0 and at most 1"),
-    "window as a float": ({"local_window": 2.0}, WINDOW),
-    "window as a string": ({"local_window": "2"}, WINDOW),
-    "window as a boolean": ({"local_window": True}, WINDOW),
-    "huge window": ({"local_window": 10**101}, f"`local_window` is .*whole number from 1 to {10**100}"),
-    "window beyond all floats": ({"local_window": 10**400}, f"{WINDOW} to "),
-    "window of more digits than Python prints": ({"local_window": -(10**5000)}, WINDOW),
     "flag as a number": ({"exact_count": 1}, "`exact_count` is 1 .*True or False"),
-    "flag as a string": ({"keep_newlines": "no"}, "`keep_newlines` is 'no' .*True or False"),
-    "a very long string": ({"method": "x" * 10**6}, r"`method` is 'x{399} \.\.\. x{49}' \(str\)"),
 }
 ROUTES = {
-    "from_dict": lambda bench, settings: VisualTokenPruningConfig.from_dict(settings),
     "configuration": lambda bench, settings: bench.family.config(pruning_config=settings),
     "model's configuration": lambda bench, settings: setattr(bench.model.config, "pruning_config", settings),
     "new processor": lambda bench, settings: pruned_processor(bench.stock_processor, settings),
@@ -107,9 +60,8 @@ ROUTES = {
 @pytest.mark.parametrize("name", BAD_SETTINGS)
 def test_settings_that_are_refused(bench, name, route):
     settings, message = BAD_SETTINGS[name]
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         ROUTES[route](bench, settings)
-    assert len(str(error.value)) < 2000
 
 
 LOADERS = {
@@ -127,7 +79,7 @@ def load(bench, loader, folder, **settings):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("name", ["a list", "ratio as a string", "unknown method", "window as a boolean"])
+@pytest.mark.parametrize("name", ["a list", "ratio as a string"])
 def test_settings_given_to_from_pretrained(bench, checkpoint, name, loader):
     settings, message = BAD_SETTINGS[name]
     with pytest.raises(ValueError, match=message):
