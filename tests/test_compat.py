@@ -13,6 +13,8 @@ from families import FAMILIES
 from hivtp_hf import compat
 from tiny_models import CACHE, CACHE_NAMES, image_features_of, photo, pruned_processor, twins
 
+pytestmark = pytest.mark.releases
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):

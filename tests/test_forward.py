@@ -85,6 +85,7 @@ def test_a_single_prompt_gives_the_oracles_logits(any_pair, row):
     assert_oracles_logits(any_pair, single(any_pair, row))
 
 
+@pytest.mark.releases
 def test_every_model_generates_as_the_oracle(any_pair):
     inputs = batch(any_pair)
     arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

@@ -11,6 +11,7 @@ from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
 
+pytestmark = pytest.mark.releases
 PARTS = ["model", "base"]  # as a family names them
 LM_HEAD = "lm_head.weight"
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}

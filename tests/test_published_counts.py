@@ -217,6 +217,7 @@ def second_turn(pair, first, answer, text, sizes):
 SECOND_TURNS = {"text": ("USER: And now? ASSISTANT:", []), "an image": ("USER: <image> And here? ASSISTANT:", [(200, 50)])}
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("cache_name", CACHE_NAMES)
 @pytest.mark.parametrize("turn", SECOND_TURNS)
 def test_a_second_turn_on_a_kept_cache(pair, turn, cache_name):

@@ -10,6 +10,7 @@ from families import FAMILIES
 from tiny_checkpoint import build_stock_checkpoint
 from travelling_files import needed_files
 
+pytestmark = pytest.mark.releases
 SOURCE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
 # The part of a family that brings each file with it, by (family, part).
 ENTRY_FILES = {

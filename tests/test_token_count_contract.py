@@ -59,6 +59,7 @@ def pair():
     return twins(PRUNING[0], tile_size=336, patch_size=14, **SHALLOW)
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("chunk", mostly_nightly(range(CHUNKS), lambda chunk: chunk == 0))
 def test_processor_placeholders_and_features_agree(pair, chunk):
     for number, (height, width) in enumerate(random_sizes(chunk)):
@@ -76,6 +77,7 @@ GRIDS = {"336 / 14": ({"tile_size": 336, "patch_size": 14}, 24), "60 / 7": ({"ti
 SINGLE_TILE_SIZES = [(60, 100), (336, 336), (5, 50), (1, 1), (1201, 800), (337, 335), (90, 9), (301, 2000)]
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("tower", EXTRA_TOKENS)
 def test_processor_placeholders_and_features_agree_for_single_tiles(tower, grid):

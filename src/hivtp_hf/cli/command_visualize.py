@@ -15,7 +15,7 @@ from .printing import say
 from .pruning_options import with_pruning_options
 
 
-class Format(str, enum.Enum):
+class Format(enum.StrEnum):
     """File formats of figures."""
 
     png = "png"
