@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.utils import ModelOutput
 
 from .compat import (
     cache_among,
@@ -81,7 +82,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
         output = generate(**arguments, **inputs)
         # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
-        returned = None if isinstance(output, Tensor) else cache_of(output)
+        returned = cache_of(output) if isinstance(output, ModelOutput) else None
         remember_surplus(cache if returned is None else returned, surplus)
         return output
 
