@@ -2,7 +2,7 @@
 #   make demo        stock beside pruned, offline   (make demo ARGS="MODEL IMAGE QUESTION" for your own)
 #   make test        the tests, on the transformers release of locks/development.txt
 #   make test-floor  the tests that touch transformers, on the oldest one
-#   make test-nightly  everything on both, also what takes long
+#   make test-nightly  everything in all three environments, also what takes long
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
 #   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
 #   make test-releases  a small part of the tests on every minor release of transformers from the oldest to the newest
@@ -36,12 +36,13 @@ test: .venv/installed
 test-floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m "not nightly and not once"
 
-test-nightly: .venv/installed .venv-floor/installed
+test-nightly: .venv/installed .venv-floor/installed .venv-lmms-eval/installed
 	.venv/bin/python -m pytest $(PYTEST_ARGS) -m ""
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m ""
+	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) -m "" tests/with_lmms_eval
 
 test-lmms-eval: .venv-lmms-eval/installed
-	.venv-lmms-eval/bin/python -m pytest tests/with_lmms_eval
+	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) tests/with_lmms_eval
 
 test-vllm: .venv-vllm/installed
 	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm tests/test_key_layouts.py

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _SERVER = """
-import json, os, runpy, signal, sys, types
+import gc, json, os, runpy, signal, sys, types
 import numpy, PIL.Image, scipy.optimize, scipy.stats, torch
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.nn.attention.flex_attention
 
@@ -30,6 +30,7 @@ def wait_for_a_task():
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
     sys.exit()
 
+gc.freeze()  # or every process that ends would take apart what was imported here
 task = wait_for_a_task()
 for descriptor, file in enumerate((os.devnull, task["stdout"], task["stderr"])):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT if descriptor else os.O_RDONLY), descriptor)

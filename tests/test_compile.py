@@ -1,13 +1,14 @@
 """`torch.compile` of the forward: right results, and hardly more graphs than stock needs."""
 
-import multiprocessing
+import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import sys
 
 import pytest
 import torch
 import torch._dynamo
 
+from forked import run_python
 from nightly import mostly_nightly
 from tiny_models import LOW_RATIO, TOWERS, photo, twins
 
@@ -50,10 +51,12 @@ def graphs_of_twins(tower: str, layers: int) -> tuple[int, int]:
         lambda tower, layers: layers == 4,
     ),
 )
-def test_no_more_graphs_than_stock_plus_one(tower, layers):
+def test_no_more_graphs_than_stock_plus_one(tower, layers, tmp_path):
     # In a process of its own: what other tests of a process compiled or patched changes how often torch traces anew.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        stock, pruned = process.submit(graphs_of_twins, tower, layers).result()
+    program = f"import test_compile; print(*test_compile.graphs_of_twins({tower!r}, {layers}))"
+    ended = run_python(["-c", program], tmp_path, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert ended.returncode == 0, ended.stderr
+    stock, pruned = map(int, ended.stdout.split())
     assert 0 < pruned <= stock + 1
 
 

@@ -12,6 +12,7 @@ from checkpoints import GEOMETRY
 from families import FAMILIES
 from hub_commands import command_line, finished
 from hub_server import HubServer, run_client
+from nightly import mostly_nightly
 from tiny_checkpoint import build_stock_checkpoint
 
 PRUNING = {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 5}
@@ -105,7 +106,7 @@ def failing(names: list[str]) -> list[list[str]]:
     return errors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_nightly(FAMILIES, lambda family: family == "llava_next"))
 def test_published_the_short_way_and_loaded_without_the_package(stock, family, tmp_path):
     files = stock[family]
     with HubServer() as hub:
@@ -202,6 +203,7 @@ def test_bases_that_cannot_be_loaded(stock):
         assert not hub.asked("GET", "^/storage/")  # no weights were fetched before
 
 
+@pytest.mark.once
 def test_converted_to_a_complete_one(stock, tmp_path):
     with HubServer() as hub:
         files = {**stock["llava_next"], "README.md": b"---\nlicense: llama2\n---\n# Base\n"}
@@ -236,6 +238,7 @@ def test_converted_to_a_complete_one(stock, tmp_path):
         assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.once
 def test_trained_weights_are_pushed_whole(stock, tmp_path):
     """A model that came from a base is complete once it is pushed: its weights may have been trained."""
     with HubServer() as hub:

@@ -17,6 +17,7 @@ from families import FAMILIES
 from hivtp_hf.inspection import inspect_checkpoint
 from hub_commands import command_line, commands, contents, finished, message_of, program
 from hub_server import HubServer
+from nightly import mostly_nightly
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
@@ -28,7 +29,7 @@ EVIL = {"modeling_evil.py": b"raise SystemExit('foreign code ran')\n", "nested/e
 FOREVER = 10**6
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_nightly(FAMILIES, lambda family: family == "llava_next"))
 def stock(request, tmp_path_factory):
     return build_stock_checkpoint(tmp_path_factory.mktemp(request.param) / "stock", family=request.param, **GEOMETRY)
 
@@ -285,7 +286,7 @@ def slowly(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signal")
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("force", mostly_nightly([False, True], bool))
 def test_a_killed_process_leaves_no_half_target(small, tmp_path, force):
     parent, home = tmp_path / "parent", tmp_path / "home"
     target = parent / "pruned"

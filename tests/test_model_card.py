@@ -19,6 +19,7 @@ from hivtp_hf.cards import PLACEHOLDER_OWNER, model_card, with_repository
 from hivtp_hf.cards.card_files import citations_of
 from hivtp_hf.methods import METHODS
 from hub_server import HubServer, run_client
+from nightly import mostly_nightly
 from tested_methods import TESTED
 from tiny_models import photo
 
@@ -449,7 +450,13 @@ def run_from_the_hub(code, photograph):
     return [printed.getvalue(), type(names["model"]).__module__, type(names["model"]).__name__]
 
 
-@pytest.mark.parametrize(("family", "has_weights"), [("llava_next", True), ("llava", True), ("llava", False)])
+@pytest.mark.parametrize(
+    ("family", "has_weights"),
+    mostly_nightly(
+        [("llava_next", True), ("llava", True), ("llava", False)],
+        lambda family, has_weights: (family, has_weights) != ("llava", True),
+    ),
+)
 def test_its_code_runs_without_the_package_from_the_hub(tiny, tmp_path, family, has_weights):
     photo(60, 100).save(tmp_path / "photo.png")
     with HubServer() as hub:

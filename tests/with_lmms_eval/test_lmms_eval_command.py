@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import HIVTPLlavaNextProcessor, VisualTokenPruningConfig
 from hivtp_hf.evaluation import evaluate_checkpoint
 from lmms_eval_runs import EXACT, QUESTIONS, ROOT, run_lmms_eval
+from nightly import mostly_nightly
 
 # One image size has a placeholder more than the model keeps tokens.
 PLANTED = """
@@ -112,6 +114,7 @@ def launched(port, *what):
     return "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port), *what
 
 
+@pytest.mark.nightly
 def test_two_processes_answer_as_one(task, pruned, tmp_path, free_port):
     limit = ("--batch_size", "4", "--limit", "17")
     launcher = launched(free_port, "-m", "lmms_eval")
@@ -125,8 +128,12 @@ def test_two_processes_answer_as_one(task, pruned, tmp_path, free_port):
 
 
 def test_at_a_ratio_of_one_it_is_lmms_evals_own_model(task, evaluation, tmp_path):
-    own = run_lmms_eval(task, tmp_path / "own", "llava_hf", f"{EXACT},device_map=cpu", "--batch_size", "1", "--device", "cpu")
-    ours = run_lmms_eval(task, tmp_path / "ours", "hivtp_llava_next", f"{EXACT},retention_ratio=1", "--batch_size", "4")
+    calls = {
+        "own": ("llava_hf", f"{EXACT},device_map=cpu", "--batch_size", "1", "--device", "cpu"),
+        "ours": ("hivtp_llava_next", f"{EXACT},retention_ratio=1", "--batch_size", "4"),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        own, ours = pool.map(lambda name: run_lmms_eval(task, tmp_path / name, *calls[name]), calls)
     assert own.status == ours.status == 0, own.output + ours.output
     assert ours.answers() == own.answers()
     assert [answer.strip() for answer in ours.answers()] == answers_under(evaluation, "none")
@@ -144,6 +151,7 @@ def test_a_mismatch_in_a_row_ends_the_run(task, rows, tmp_path):
     assert not list(tmp_path.rglob("*_results.json"))
 
 
+@pytest.mark.nightly
 def test_a_mismatch_in_one_of_two_processes_ends_both(task, rows, tmp_path, free_port):
     sizes = [row.open_image().size[::-1] for row in rows]
     # Every other row goes to the first process.
@@ -160,10 +168,13 @@ def test_a_mismatch_in_one_of_two_processes_ends_both(task, rows, tmp_path, free
 
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
-    [
-        ("hivtp_llava_next", f"pretrained={CHECKPOINT},retension_ratio=0.5", "Did you mean `retention_ratio`?"),
-        ("hivtp_llava", f"pretrained={CHECKPOINT}", "`--model hivtp_llava_next`"),
-    ],
+    mostly_nightly(
+        [
+            ("hivtp_llava_next", f"pretrained={CHECKPOINT},retension_ratio=0.5", "Did you mean `retention_ratio`?"),
+            ("hivtp_llava", f"pretrained={CHECKPOINT}", "`--model hivtp_llava_next`"),
+        ],
+        lambda model, arguments, message: model == "hivtp_llava_next",
+    ),
 )
 def test_arguments_that_are_none_end_the_run(task, tmp_path, model, arguments, message):
     run = run_lmms_eval(task, tmp_path, model, arguments)
@@ -172,6 +183,7 @@ def test_arguments_that_are_none_end_the_run(task, tmp_path, model, arguments, m
     assert not list(tmp_path.rglob("*_results.json"))
 
 
+@pytest.mark.nightly
 def test_the_script_makes_the_table(task, tmp_path):
     """Of the local task, in place of the eight that need the network."""
     environment = {
