@@ -5,6 +5,7 @@ forks for each program. It imports nothing that reads the environment on import,
 any code of ours: a program does that itself, under the environment it was given, and nothing of one program reaches another.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -88,10 +89,12 @@ def run_together(
 
 
 def _server() -> "subprocess.Popen[str]":
-    """The process that forks; it ends with this one, when its input does."""
+    """The process that forks; it ends when its input does, at the latest with this one."""
     if not _servers:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["OMP_NUM_THREADS"] = "1"  # as in the tests' own process
         command = [sys.executable, "-c", _SERVER]
-        _servers.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(server.communicate)
+        _servers.append(server)
     return _servers[0]
