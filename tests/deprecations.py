@@ -16,6 +16,9 @@ _REMOTE_CODE = "transformers_modules"
 # About the arguments that a caller of `generate` gave, as transformers' own pipelines and assistants do; ours hands them on.
 _ABOUT_CALLERS = ("Passing `generation_config` together with generation-related arguments",)
 
+# About names of torch that torch.compile itself reads while it traces, not our code.
+_OF_TORCH = tuple(f"'has_{name}' is deprecated" for name in ("cuda", "cudnn", "mps", "mkldnn"))
+
 
 class DeprecationWatch(logging.Handler):
     """Collects what transformers calls deprecated where our code, in the package or beside a checkpoint, made it do so.
@@ -33,7 +36,7 @@ class DeprecationWatch(logging.Handler):
 
     def notice(self, message: str) -> None:
         caller = next(_callers(sys._getframe()), None)
-        if message.startswith(_ABOUT_CALLERS):
+        if message.startswith((*_ABOUT_CALLERS, *_OF_TORCH)):
             return
         if "deprecated" in message and caller is not None and is_ours(caller.f_code.co_filename):
             self.found.append(f"{caller.f_code.co_filename}:{caller.f_lineno}: {message}")
