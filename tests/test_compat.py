@@ -97,6 +97,15 @@ def test_two_caches_are_left_for_stock_to_refuse():
     assert compat.with_cache_named(CACHE, keywords) == keywords
 
 
+def test_what_continuous_batching_calls_cache_is_left_to_it():
+    """Before 5.24 it reaches attention through a model's keywords, and is no `Cache`; any other is taken under the old name."""
+    paged, plain = object(), DynamicCache()
+    assert compat.with_cache_named("past_key_values", {"cache": paged}) == {"cache": paged}
+    assert compat.with_cache_named("past_key_values", {"cache": plain}) == {"past_key_values": plain}
+    assert compat.with_cache_named("past_key_values", {"cache": None}) == {"past_key_values": None}
+    assert compat.with_cache_named("cache", {"past_key_values": plain}) == {"cache": plain}
+
+
 def test_the_next_name_of_a_cache_is_an_error_and_no_lost_cache():
     """What a further renaming would bring: to go on without a cache answers wrongly, without a word."""
 

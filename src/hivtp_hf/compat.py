@@ -83,6 +83,9 @@ def with_cache_named(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     given = [known for known in _CACHE_NAMES if known in keywords]
     if given in ([], [name]) or len(given) > 1:
         return keywords
+    # Before 5.24 continuous batching hands its own cache, of another class, through models to attention, and calls it `cache`.
+    if name != _CACHE_NAMES[0] and not isinstance(keywords[given[0]], transformers.Cache | None):
+        return keywords
     return {name if keyword == given[0] else keyword: value for keyword, value in keywords.items()}
 
 
