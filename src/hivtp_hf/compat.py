@@ -90,8 +90,8 @@ def with_cache_named(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def cache_among(keywords: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, or None."""
-    return next((keywords[name] for name in _CACHE_NAMES if keywords.get(name) is not None), None)
+    """The cache among the arguments of a call, or None. That of continuous batching, which has no one length, is none."""
+    return next((keywords[name] for name in _CACHE_NAMES if hasattr(keywords.get(name), "get_seq_length")), None)
 
 
 def cache_of(output: Any) -> Any:
