@@ -1,7 +1,6 @@
 """A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ from huggingface_hub.errors import (
 
 from .. import Family, family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
+from ..files import read_json
 from ..pruning_config import VisualTokenPruningConfig
-from ..weightless_checkpoint import WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
+from ..weightless_checkpoint import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class CheckpointSource(NamedTuple):
@@ -82,9 +81,9 @@ class CheckpointSource(NamedTuple):
         """
         if self.base is not None:
             return self._opened(self.base).weight_files()
-        for name in _WEIGHTS:
+        for name in WEIGHT_FILES:
             index = self.folder / f"{name}.index.json"
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
+            shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
             outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
             if not outside and self.repository is not None:
                 self.repository.download(shards)
@@ -110,7 +109,9 @@ class CheckpointSource(NamedTuple):
             return set()
 
     def _no_weights(self) -> ValueError:
-        return ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
+        return ValueError(
+            f"{self.name} has no weights: one of {', '.join(WEIGHT_FILES)} or its index is needed. Get all files."
+        )
 
 
 class _Repository(NamedTuple):
@@ -187,18 +188,8 @@ def open_source(
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
-    config = _read_json(path)
+    config = read_json(path)
     family = family_of_model_type(config.get("model_type"), name)
     base = BaseCheckpoint.coerce(config.get("base_model"))
     access = {"token": token, "cache_dir": cache_dir}
     return CheckpointSource(name, folder, family, config, repository, base, access)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}. Get the file again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object. Get the file again.")
-    return content

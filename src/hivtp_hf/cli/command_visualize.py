@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoints import open_source
+from ..checkpoints.placing import placing
 from ..files import write_whole
 from .image_files import check_targets, read_image
-from .placing import placing
 from .printing import say
 from .pruning_options import with_pruning_options
 

@@ -1,6 +1,5 @@
 """`convert_checkpoint`: a pruned checkpoint of a stock one, with its weights untouched or with their address alone."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..base_checkpoint import BaseCheckpoint
 from ..cards import PLACEHOLDER_OWNER, model_card
 from ..checkpoints import CheckpointSource, open_source
-from ..files import staged_folder
+from ..files import read_json, staged_folder, write_json
 from ..pruning_config import VisualTokenPruningConfig
 from .file_copies import copy_files
 
@@ -128,8 +127,8 @@ def _forget_foreign_code(folder: Path, processor_class: type) -> None:
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             for part in (content, *(part for part in content.values() if isinstance(part, dict))):
                 if "auto_map" in part:
                     part["auto_map"] = ours
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, content)
