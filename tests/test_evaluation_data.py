@@ -10,6 +10,8 @@ from PIL import Image
 
 from evaluations import HEADINGS, ROWS, SIZES, data_folder
 from hivtp_hf.evaluation.data import load_data
+from hub_commands import finished, program
+from hub_server import HubServer
 from tiny_models import photo
 
 pytestmark = pytest.mark.once
@@ -242,26 +244,39 @@ def test_columns_that_saved_datasets_lack_are_named(tmp_path):
             load_data(tmp_path / column, None)
 
 
-def test_datasets_on_the_hub_are_asked_for_by_name_revision_and_split(monkeypatch):
-    asked, splits = [], {"test": dataset_of()}
+def downloaded(cases):
+    """Runs in a process of its own: the questions and the images' sizes of data sets on the Hub, or what is wrong."""
+    from hivtp_hf.evaluation.data import load_data
 
-    def load_dataset(name, revision=None, split=None):
-        asked.append((name, revision, split))
-        return datasets.DatasetDict(splits) if split is None else splits[split]
+    found = []
+    for source, split in cases:
+        try:
+            data = load_data(source, None, split)
+            sizes = [row.open_image().size for row in data.rows]
+            found.append([data.name, [row.question for row in data.rows], sizes])
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return found
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load_data("owner/questions", 2)  # its only split
-    assert data.name == "questions"
-    assert [row.question for row in data.rows] == ["What?", "How many?"]
-    assert data.rows[1].open_image().tobytes() == photo(60, 60, seed=1).tobytes()
-    assert load_data("owner/questions@v1", 2, "test").sha256 == data.sha256
-    splits["train"] = dataset_of(RECORDS[:1])
-    with pytest.raises(ValueError, match=r"has several splits.*give one of test, train"):
-        load_data("owner/questions", None)
-    assert asked == [("owner/questions", None, None), ("owner/questions", "v1", "test"), ("owner/questions", None, None)]
-    splits["test"] = dataset_of([{**RECORDS[0], "image": {"bytes": None, "path": "a.png"}}])
-    with pytest.raises(ValueError, match=r"row 1: the image is .*Save the images in the data"):
-        load_data("owner/questions", None, "test")
+
+def test_datasets_on_the_hub_are_downloaded(tmp_path):
+    files = {}
+    for split, records in (("train", RECORDS[:1]), ("test", RECORDS)):
+        dataset_of(records).to_parquet(tmp_path / split)
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / split).read_bytes()
+    with HubServer() as hub:
+        first = hub.add_repository("owner/questions", files, repo_type="dataset")
+        hub.commit("owner/questions", dict.fromkeys(list(files)[:1]), repo_type="dataset")  # leaves one split
+        cases = [("owner/questions", None), (f"owner/questions@{first}", "train"), (f"owner/questions@{first}", None)]
+        cases += [("owner/questions", "dev"), ("owner/nothing", None)]
+        done = finished(hub, tmp_path / "home", program(downloaded, cases=cases))
+    assert done.returncode == 0, done.stderr
+    newest, older, several, unknown, nothing = json.loads(done.stdout)
+    assert newest == ["questions", ["What?", "How many?", "Where?"], [[60, 60]] * 3]
+    assert older == ["questions", ["What?"], [[60, 60]]]
+    assert several == f"owner/questions@{first} has several splits, and `--split` is None; give one of train, test."
+    assert "dev" in unknown
+    assert "owner/nothing" in nothing
 
 
 def test_what_reads_tables_is_named_where_it_is_missing(folder, monkeypatch):
