@@ -9,6 +9,7 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, evaluated, table_of, without_times
 from hivtp_hf import selectors_uniform
+from hivtp_hf.checkpoints import CheckpointSource
 from hivtp_hf.conversion import convert_checkpoint
 from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
@@ -281,18 +282,18 @@ def test_a_broken_pruner_never_looks_like_low_accuracy(stock, data, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("vision_tower", "attention scores|visual features"), ("language_model", "prefill is not finite")],
+    [("vision_tower", "attention scores|visual features"), ("language_model", "prefill are not finite")],
 )
 def test_numbers_that_are_none_stop_the_run(stock, data, tmp_path, monkeypatch, part, message):
-    original = run_module.load_model
+    original = CheckpointSource.load_model
 
-    def spoilt(*arguments):
-        model = original(*arguments)
+    def spoilt(*arguments, **options):
+        model = original(*arguments, **options)
         layers = [weight for name, weight in getattr(model.model, part).named_parameters() if "layers.1" in name]
         layers[0].data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(run_module, "load_model", spoilt)
+    monkeypatch.setattr(CheckpointSource, "load_model", spoilt)
     with pytest.raises(RuntimeError, match=f"row . .*({message})"):
         evaluated(stock, data, tmp_path / "runs", methods="hivtp", ratios="1/2")
     assert not list((tmp_path / "runs").iterdir())
@@ -365,14 +366,14 @@ def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(stock, data, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(run_module, "load_model", None)
+    monkeypatch.setattr(CheckpointSource, "load_model", None)
     with pytest.raises(ValueError, match=message):
         evaluated(stock, data, tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
 
 
 def test_questions_that_name_the_image_token_are_refused(stock, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "load_model", None)
+    monkeypatch.setattr(CheckpointSource, "load_model", None)
     data = data_folder(tmp_path / "data", [ROWS[0], ("wide.png", "What does <image> show?", "cats", "colour")])
     with pytest.raises(ValueError, match=r"row 2 \(image 'wide.png'.*not one place for an image"):
         evaluated(stock, data, tmp_path / "runs")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -53,6 +54,32 @@ class CheckpointSource(NamedTuple):
     def settings(self) -> VisualTokenPruningConfig:
         """The pruning settings that it names, as a stock checkpoint may too, or the defaults: those it would be loaded with."""
         return VisualTokenPruningConfig.coerce(self.config.get("pruning_config"))
+
+    def load_config(self, settings: Any) -> Any:
+        """Its configuration in our class, with these pruning settings."""
+        return self.family.config.from_pretrained(self.folder, pruning_config=settings, local_files_only=True)
+
+    def base_without_weights(self, settings: Any) -> Any:
+        """Its base model, without memory for weights: for asking what it can do. A ValueError for settings that do not fit."""
+        with torch.device("meta"):
+            return self.family.base_model(self.load_config(settings))
+
+    def load_processor(self, settings: Any) -> Any:
+        """Its processor, with these pruning settings."""
+        return self.family.processor.from_pretrained(
+            self.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
+        )
+
+    def load_model(self, settings: Any, **options: Any) -> Any:
+        """Its model with a head and these pruning settings. Weights are downloaded by then, its base's if it has none.
+
+        Args:
+            settings: for pruning.
+            **options: of from_pretrained, such as `dtype` and what `placing` returns.
+        """
+        self.weight_files()
+        options = {"dtype": "auto", "cache_dir": self.access["cache_dir"], "local_files_only": True, **options}
+        return self.family.model.from_pretrained(self.folder, pruning_config=settings, **options)
 
     def origin(self) -> BaseCheckpoint:
         """The checkpoint that has its weights: its base, or else itself, at the commit that was opened."""

@@ -12,7 +12,7 @@ from ..pruning_config import VisualTokenPruningConfig
 from ..token_layout import TokenLayout
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
-from .tower_pass import KeptTokens, SeenImages, base_tile_tokens, pruned_tokens, see, shrunken_tokens
+from .tower_pass import KeptTokens, SeenImages, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens
 from .variants import BASE_ONLY, Variant
 
 Item = TypeVar("Item")
@@ -175,7 +175,7 @@ class _Prefill:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.last_states: Tensor | None = None
+        self.last_states = torch.tensor(torch.nan)
 
 
 @torch.no_grad()
@@ -214,8 +214,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[Tensor], max_ne
             top_k=None,
             pad_token_id=padding,
         )
-    if prefill.last_states is None or not bool(prefill.last_states.isfinite().all()):
-        raise ValueError("the language model's prefill is not finite. Load it in another dtype, such as float32 or bfloat16.")
+    check_finite("states of the language model's prefill", [prefill.last_states])
     return tokenizer.batch_decode(tokens, skip_special_tokens=True), prefill.seconds
 
 
@@ -236,7 +235,7 @@ def _watched(language_model: torch.nn.Module) -> Iterator[_Prefill]:
             started.append(clock())
 
     def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if prefill.last_states is None:
+        if not prefill.seconds:
             prefill.seconds = clock() - started[0]
             prefill.last_states = output[0][:, -1]
 

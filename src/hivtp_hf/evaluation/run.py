@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
@@ -108,17 +107,16 @@ def evaluate_checkpoint(
     asked = load_data(data, questions, split)
 
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
-    base = _base_without_weights(source)
+    base = source.base_without_weights(_UNPRUNED)
     chosen = _that_fit(asked_methods, base, methods is None, say)
     settings = settings_of_methods(chosen, source.settings(), changes)
     _check_settings(base, settings)
     vision = base.config.vision_config
     plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size)
-    processor = _load_processor(source)
+    processor = source.load_processor(_UNPRUNED)
     prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
 
-    source.weight_files()  # downloads them, its base's if it has none
-    model = load_model(source, place, dtype, cache_dir)
+    model = source.load_model(_UNPRUNED, dtype=dtype, device_map={"": str(place)})
     environment = this_environment(place, model.dtype)
     config = _config(source, asked, plan, settings, [float(share) for share in shares], batch_size, max_new_tokens)
     what = f"{slug(config['checkpoint']['name'].rpartition('/')[2])}_{slug(asked.name)}"
@@ -210,13 +208,6 @@ def _config(
     return json.loads(json.dumps(config))
 
 
-def _base_without_weights(source: CheckpointSource) -> Any:
-    """The base model as its configuration says, without memory for weights: for asking what it can do."""
-    config = source.family.config.from_pretrained(source.folder, pruning_config=_UNPRUNED, local_files_only=True)
-    with torch.device("meta"):
-        return source.family.base_model(config)
-
-
 def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) -> None:
     """A ValueError where some method's settings do not fit the vision tower."""
     for method, pruning in settings.items():
@@ -224,16 +215,3 @@ def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) ->
             base._feature_layer(pruning)
         except ValueError as error:
             raise ValueError(f"{error} Here: `--set {method}.NAME=VALUE`, or leave {method} out of `--methods`.") from error
-
-
-def _load_processor(source: CheckpointSource) -> Any:
-    """The processor of a checkpoint."""
-    return source.family.processor.from_pretrained(
-        source.folder, pruning_config=_UNPRUNED, trust_remote_code=False, local_files_only=True
-    )
-
-
-def load_model(source: CheckpointSource, device: torch.device, dtype: str, cache_dir: Path | None) -> Any:
-    """The model of a checkpoint, on a device. Its weights must be downloaded by now."""
-    options = {"dtype": dtype, "cache_dir": cache_dir, "local_files_only": True, "device_map": {"": str(device)}}
-    return source.family.model.from_pretrained(source.folder, pruning_config=_UNPRUNED, **options)

@@ -83,10 +83,10 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
         shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, both.layers)
         output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
     features = list(output.pooler_output)
-    _check_finite("visual features", features)
+    check_finite("the vision tower's visual features", features)
     by_layer = {"received": both.received.by_layer(), "from_class_token": both.from_class_token.by_layer()}
     for scores in by_layer.values():
-        _check_finite("attention scores", list(scores.values()))
+        check_finite("the vision tower's attention scores", list(scores.values()))
     return SeenImages(features, **by_layer, feature_layer=layer)
 
 
@@ -208,7 +208,7 @@ def _features_of_tiles(base: Any, pixels: Tensor) -> Tensor:
     with wanting_features_only():
         output = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
     features = torch.stack(list(output.pooler_output))
-    _check_finite("visual features", features)
+    check_finite("the vision tower's visual features", features)
     return features
 
 
@@ -221,6 +221,7 @@ def _packed(tiles: Tensor, layout: TokenLayout, newline: Tensor) -> Tensor:
     return packed
 
 
-def _check_finite(what: str, values: Iterable[Tensor]) -> None:
+def check_finite(what: str, values: Iterable[Tensor]) -> None:
+    """A ValueError unless all values are numbers; `what` names them."""
     if not all(bool(value.isfinite().all()) for value in values):
-        raise ValueError(f"the vision tower returned {what} that are not finite. Load it in another dtype, such as float32.")
+        raise ValueError(f"{what} are not finite. Load the model in another dtype, such as float32 or bfloat16.")
