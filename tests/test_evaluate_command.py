@@ -10,9 +10,9 @@ from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, table_of
 from hivtp_hf import cli
 from hivtp_hf.cli.command_evaluate import evaluate
-from hivtp_hf.evaluation import evaluate as evaluate_module
-from hivtp_hf.evaluation import part_work
-from hivtp_hf.evaluation.ratios import DEFAULT_RATIOS
+from hivtp_hf.evaluation import answering
+from hivtp_hf.evaluation import run as run_module
+from hivtp_hf.evaluation.variants import DEFAULT_RATIOS
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
@@ -62,7 +62,7 @@ def test_its_defaults_are_the_librarys(stock, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="enough"):
         CliRunner().invoke(app, ["--checkpoint", "owner/name"], catch_exceptions=False)
     del given["say"], given["checkpoint"]
-    library = evaluate_module.evaluate_checkpoint.__kwdefaults__
+    library = run_module.evaluate_checkpoint.__kwdefaults__
     assert given.pop("data") is None
     assert given == {name: library[name] for name in given}
     assert given["ratios"] == DEFAULT_RATIOS
@@ -95,7 +95,7 @@ def test_an_error_in_a_row_ends_the_command(stock, tmp_path, monkeypatch):
     def broken(seen, layouts):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(part_work, "pruned_tokens", broken)
+    monkeypatch.setattr(answering, "pruned_tokens", broken)
     done = CliRunner().invoke(app, arguments_of(stock, tmp_path, "--methods", "uniform"))
     assert done.exit_code == 1
     assert isinstance(done.exception, RuntimeError)

@@ -9,11 +9,16 @@ from checkpoints import GEOMETRY
 from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
 from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.evaluation import evaluate as evaluate_module
-from hivtp_hf.evaluation.kept_tokens import base_tile_tokens, check_kept_indices, pruned_tokens
+from hivtp_hf.checkpoints import CheckpointSource, open_source
 from hivtp_hf.evaluation.prompts import embedded, prompt_of
-from hivtp_hf.evaluation.shrunken_images import shrunken_layout, shrunken_tokens
-from hivtp_hf.evaluation.tower_pass import see
+from hivtp_hf.evaluation.tower_pass import (
+    base_tile_tokens,
+    check_kept_indices,
+    pruned_tokens,
+    see,
+    shrunken_layout,
+    shrunken_tokens,
+)
 from hivtp_hf.methods import METHODS
 from hivtp_hf.received_attention import ReceivedAttention
 from tested_methods import TESTED
@@ -140,7 +145,7 @@ def test_a_broken_selection_is_noticed(change):
 def test_answers_are_those_of_the_plain_way(stock, tmp_path, methods, ratios):
     data = data_folder(tmp_path / "data")
     run = evaluated(stock, data, tmp_path / "runs", methods=methods, ratios=ratios, batch_size=3)
-    pair = twins({"method": "none"}, family=evaluate_module.open_source(str(stock)).config["model_type"])
+    pair = twins({"method": "none"}, family=open_source(str(stock)).config["model_type"])
     images = dict(zip(SIZES, PHOTOS, strict=True))
     assert pair.stock.model.vision_tower.config.num_hidden_layers == 10
     answers = set()
@@ -248,14 +253,14 @@ def test_shrinking_sees_the_whole_image():
 
 def test_an_image_is_encoded_once(tmp_path, monkeypatch):
     checkpoint = build_stock_checkpoint(tmp_path / "checkpoint", **GEOMETRY)
-    tiles, original = [], evaluate_module.load_model
+    tiles, original = [], CheckpointSource.load_model
 
-    def watched(*arguments):
-        model = original(*arguments)
+    def watched(*arguments, **options):
+        model = original(*arguments, **options)
         model.model.vision_tower.register_forward_hook(lambda module, args, output: tiles.append(tuple(args[0].shape)))
         return model
 
-    monkeypatch.setattr(evaluate_module, "load_model", watched)
+    monkeypatch.setattr(CheckpointSource, "load_model", watched)
     methods = "hivtp,hiprune,gprune,cls_attention,random,base-only,downsample"
     evaluated(checkpoint, data_folder(tmp_path / "data"), tmp_path / "runs", methods=methods, ratios="1/2,1/4", batch_size=2)
     layout = functools.partial(TokenLayout.from_image_size, pruning={"method": "none"}, **GEOMETRY)

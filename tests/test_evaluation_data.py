@@ -3,13 +3,15 @@
 import io
 import json
 import sys
-from types import ModuleType
 
+import datasets
 import pytest
 from PIL import Image
 
 from evaluations import HEADINGS, ROWS, SIZES, data_folder
-from hivtp_hf.evaluation.data_source import load_data
+from hivtp_hf.evaluation.data import load_data
+from hub_commands import finished, program
+from hub_server import HubServer
 from tiny_models import photo
 
 pytestmark = pytest.mark.once
@@ -78,8 +80,7 @@ GOOD = ("wide.png", "What?", "cat", "animal")
         (("wide.png", "What?", "?!", "animal"), "row 2: the answer is '\\?!'"),
         (("wide.png", "What?", "cat", ""), "row 2: 'question_type' is empty"),
         (("wide.png", "What?", "cat", "all"), "row 2: the type 'all'"),
-        (("wide.png", "What?", "cat"), "row 2 of .* not as many fields"),
-        (("wide.png", "What?", "cat", "animal", "more"), "row 2 of .* not as many fields"),
+        (("wide.png", "What?", "cat"), "row 2: 'question_type' is empty"),
     ],
 )
 def test_a_broken_row_is_named(tmp_path, row, message):
@@ -88,6 +89,29 @@ def test_a_broken_row_is_named(tmp_path, row, message):
         load_data(folder, None)
     # A row that is not asked for does no harm.
     assert len(load_data(folder, 1).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([GOOD, (*GOOD, "more")], "line 3, saw 5"), ([(*GOOD, "more"), GOOD], "row 1 of")]
+)
+def test_fields_without_a_heading_are_refused(tmp_path, rows, message):
+    """The reader would take the first row's surplus for names of rows, and every column for its neighbour."""
+    with pytest.raises(ValueError, match=f"{message}.*double quotes"):
+        load_data(data_folder(tmp_path / "data", rows), None)
+
+
+def test_text_that_looks_like_something_else_stays_text(tmp_path):
+    answers = ("01", "none", "NA", "2020-01-01")
+    folder = data_folder(tmp_path / "data", [("wide.png", "What?", answer, "count") for answer in answers])
+    assert tuple(row.answer for row in load_data(folder, None).rows) == answers
+    write_lines(folder, [{"image": "wide.png", "question": "What?", "answer": answer} for answer in answers])
+    assert tuple(row.answer for row in load_data(folder, None).rows) == answers
+    # What the library cannot be kept from changing is refused, never compared.
+    (folder / "questions.jsonl").unlink()
+    (folder / "questions.csv").write_text("")
+    write_lines(folder, [{"image": "wide.png", "question": "What?", "answer": "2020-01-01"}] * 2)
+    with pytest.raises(ValueError, match=r"row 1: 'answer' is .*2020.*takes a column of dates alone for times"):
+        load_data(folder, None)
 
 
 def test_a_cut_image_is_noticed_before_it_is_needed(folder):
@@ -100,10 +124,13 @@ def test_a_cut_image_is_noticed_before_it_is_needed(folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "row 2 of .* is no JSON"),
-        ("[1]", "row 2 of .* is no JSON object"),
-        ('{"image": "wide.png", "question": "What?"}', "row 2: there is no column 'answer'"),
-        ('{"image": "wide.png", "question": "What?", "answer": 3}', "row 2: 'answer' is 3 \\(int\\); it must be text"),
+        ("{", "as row 2 is no JSON object"),
+        ("[1]", "as row 2 is no JSON object"),
+        ('{"image": "wide.png", "question": "What?"}', "row 2: 'answer' is None"),
+        (
+            '{"image": "wide.png", "question": "What?", "answer": ["cat"]}',
+            "as row 2 is no JSON object with text for image, question, answer",
+        ),
         ('{"image": "wide.png", "question": "What?", "answer": "3", "type": "count"}', "row 2: the first row has no type"),
     ],
 )
@@ -123,7 +150,7 @@ def test_missing_columns_are_named(tmp_path):
 
 def test_other_encodings_are_refused(folder):
     (folder / "questions.csv").write_bytes("image,question,answer\nwide.png,Où?,là\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="CSV in UTF-8"):
+    with pytest.raises(ValueError, match="Write it in UTF-8, as CSV"):
         load_data(folder, None)
 
 
@@ -148,57 +175,26 @@ def test_an_empty_table_is_refused(tmp_path):
         load_data(data_folder(tmp_path / "data", []), None)
 
 
-class FakeDataset(list):
-    """A split as `datasets` reads it: images as files, until they are decoded."""
-
-    def __init__(self, records, features):
-        super().__init__(records)
-        self.features = features
-
-    def cast_column(self, name, feature):
-        assert (name, feature.decode) == ("image", False)
-        cast = [{key: value.file if key == name else value for key, value in record.items()} for record in self]
-        return FakeDataset(cast, {"image": feature})
-
-
-class FakeImage:
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-class Decoded:
-    """What must not be asked for: pictures tell no two files apart by name."""
-
-    def __init__(self, content, path=None):
-        self.file = {"bytes": content, "path": path}
-
-
 def png(seed):
     file = io.BytesIO()
     photo(60, 60, seed=seed).save(file, "png")
     return file.getvalue()
 
 
-@pytest.fixture
-def saved(tmp_path, monkeypatch):
-    """A folder that `datasets` is said to have written, and the records that it reads from there."""
-    (tmp_path / "split").mkdir()
-    (tmp_path / "split" / "state.json").write_text("{}")
-    records = [
-        {"image": Decoded(png(0), "a.png"), "question": "What?", "answer": "cat", "type": "animal", "id": 3},
-        {"image": Decoded(png(1)), "question": "How many?", "answer": "two", "type": "count", "id": 4},
-        {"image": Decoded(png(0), "a.png"), "question": "Where?", "answer": "left", "type": "place", "id": 5},
-    ]
-    library = ModuleType("datasets")
-    library.Image = FakeImage
-    library.load_from_disk = lambda path: FakeDataset(records, {"image": FakeImage()})
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    return tmp_path / "split", records
+RECORDS = (
+    {"image": {"bytes": png(0), "path": "a.png"}, "question": "What?", "answer": "cat", "type": "animal", "id": 3},
+    {"image": {"bytes": png(1), "path": None}, "question": "How many?", "answer": "two", "type": "count", "id": 4},
+    {"image": {"bytes": png(0), "path": "a.png"}, "question": "Where?", "answer": "left", "type": "place", "id": 5},
+)
 
 
-def test_saved_datasets_are_read(saved):
-    folder, _ = saved
-    data = load_data(folder, None)
+def dataset_of(records=RECORDS):
+    return datasets.Dataset.from_list(list(records)).cast_column("image", datasets.Image())
+
+
+def test_saved_datasets_are_read(tmp_path):
+    dataset_of().save_to_disk(tmp_path / "split")
+    data = load_data(tmp_path / "split", None)
     assert [row[2:] for row in data.rows] == [
         ("What?", "cat", "animal"),
         ("How many?", "two", "count"),
@@ -208,35 +204,86 @@ def test_saved_datasets_are_read(saved):
     assert names[0] == names[2] != names[1]  # told apart by what they show
     assert data.rows[0].open_image().tobytes() == photo(60, 60, seed=0).tobytes()
     assert data.rows[1].open_image().tobytes() == photo(60, 60, seed=1).tobytes()
+    # Of several splits one is named.
+    datasets.DatasetDict({"train": dataset_of(RECORDS[:1]), "test": dataset_of()}).save_to_disk(tmp_path / "splits")
+    assert load_data(tmp_path / "splits", None, "test").sha256 == data.sha256
+    for split in (None, "dev"):
+        with pytest.raises(ValueError, match=f"`--split` is {split!r}; give one of train, test"):
+            load_data(tmp_path / "splits", None, split)
+    for source in (tmp_path / "split", data_folder(tmp_path / "table")):
+        with pytest.raises(ValueError, match="has no splits"):
+            load_data(source, None, "test")
+    with pytest.raises(ValueError, match="no `--data` was given"):
+        load_data(None, None, "test")
 
 
-def test_broken_rows_of_saved_datasets_are_named(saved):
-    folder, records = saved
-    records[1]["image"] = Decoded(None, "/home/somebody/b.png")
-    with pytest.raises(ValueError, match=r"row 2: the image is '/home/somebody/b.png'; it must be a path inside"):
-        load_data(folder, None)
-    records[1]["image"] = Decoded(None, None)
-    with pytest.raises(ValueError, match=r"row 2: the image is .*Save the images in the data"):
-        load_data(folder, None)
-    records[1]["image"] = Decoded(b"no picture")
-    with pytest.raises(ValueError, match=r"row 2: the image .* cannot be read"):
-        load_data(folder, None)
-    records[1] = {"picture": records[1]["image"]}
-    with pytest.raises(ValueError, match="row 2: there is no column 'image'"):
-        load_data(folder, None)
-    del records[0]["answer"]
-    with pytest.raises(ValueError, match="row 1: there is no column 'answer'"):
-        load_data(folder, None)
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("/home/somebody/b.png", "the image is '/home/somebody/b.png'; it must be a path inside"),
+        ("gone.png", "the image 'gone.png' cannot be read.*Save the images in the data"),
+        (None, "the image is .*Save the images in the data"),
+        ({"bytes": b"no picture", "path": None}, "the image .* cannot be read"),
+    ],
+)
+def test_broken_images_of_saved_datasets_are_named(tmp_path, image, message):
+    """Images may be files of the library, or paths in the folder."""
+    good = "wide.png" if isinstance(image, str) else RECORDS[0]["image"]
+    records = [{**record, "image": value} for record, value in zip(RECORDS, (good, image), strict=False)]
+    saved = datasets.Dataset.from_list(records) if isinstance(image, str) else dataset_of(records)
+    saved.save_to_disk(tmp_path / "split")
+    photo(60, 60).save(tmp_path / "split" / "wide.png")
+    with pytest.raises(ValueError, match=f"row 2: {message}"):
+        load_data(tmp_path / "split", None)
 
 
-def test_saved_datasets_need_the_library_and_one_split(saved, monkeypatch):
-    folder, _ = saved
-    (folder.parent / "dataset_dict.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"several splits. Give the folder of one of them: split"):
-        load_data(folder.parent, None)
+def test_columns_that_saved_datasets_lack_are_named(tmp_path):
+    for column in ("image", "answer"):
+        dataset_of().remove_columns(column).save_to_disk(tmp_path / column)
+        with pytest.raises(ValueError, match=f"row 1: there is no column '{column}'"):
+            load_data(tmp_path / column, None)
+
+
+def downloaded(cases):
+    """Runs in a process of its own: the questions and the images' sizes of data sets on the Hub, or what is wrong."""
+    from hivtp_hf.evaluation.data import load_data
+
+    found = []
+    for source, split in cases:
+        try:
+            data = load_data(source, None, split)
+            sizes = [row.open_image().size for row in data.rows]
+            found.append([data.name, [row.question for row in data.rows], sizes])
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_datasets_on_the_hub_are_downloaded(tmp_path):
+    files = {}
+    for split, records in (("train", RECORDS[:1]), ("test", RECORDS)):
+        dataset_of(records).to_parquet(tmp_path / split)
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / split).read_bytes()
+    with HubServer() as hub:
+        first = hub.add_repository("owner/questions", files, repo_type="dataset")
+        hub.commit("owner/questions", dict.fromkeys(list(files)[:1]), repo_type="dataset")  # leaves one split
+        cases = [("owner/questions", None), (f"owner/questions@{first}", "train"), (f"owner/questions@{first}", None)]
+        cases += [("owner/questions", "dev"), ("owner/nothing", None)]
+        done = finished(hub, tmp_path / "home", program(downloaded, cases=cases))
+    assert done.returncode == 0, done.stderr
+    newest, older, several, unknown, nothing = json.loads(done.stdout)
+    assert newest == ["questions", ["What?", "How many?", "Where?"], [[60, 60]] * 3]
+    assert older == ["questions", ["What?"], [[60, 60]]]
+    assert several == f"owner/questions@{first} has several splits, and `--split` is None; give one of train, test."
+    assert "dev" in unknown
+    assert "owner/nothing" in nothing
+
+
+def test_what_reads_tables_is_named_where_it_is_missing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
-        load_data(folder, None)
+    for source in (folder, "owner/questions"):
+        with pytest.raises(ValueError, match=r'pip install "hivtp-hf\[data\]"'):
+            load_data(source, None)
 
 
 HELD_OUT = """
@@ -266,7 +313,8 @@ def clone(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_without_data_the_projects_own_questions_are_asked(clone):
+def test_without_data_the_projects_own_questions_are_asked(clone, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which these do without
     data = load_data(None, 6)
     assert data.name == "shapes-vqa"
     assert [row.question for row in data.rows] == [f"What is {index}?" for index in range(6)]

@@ -10,17 +10,25 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.evaluation.answer_text import normalised
-from hivtp_hf.evaluation.answers_table import VariantAnswers, answers_of_variants
-from hivtp_hf.evaluation.evaluation_data import checked_data
-from hivtp_hf.evaluation.image_groups import ImageGroup, image_groups, parts_of
-from hivtp_hf.evaluation.method_settings import settings_of_methods
-from hivtp_hf.evaluation.metrics import metrics_rows
-from hivtp_hf.evaluation.ratios import DEFAULT_RATIOS, parsed_ratios
-from hivtp_hf.evaluation.result_tables import write_metrics, write_predictions
-from hivtp_hf.evaluation.rows import Row
-from hivtp_hf.evaluation.variants import COMPARED, Variant, chosen_methods, planned_variants, shrunken_grid
-from hivtp_hf.evaluation.wilson import wilson_interval
+from hivtp_hf.evaluation.data import ImageGroup, Row, checked_data, normalised
+from hivtp_hf.evaluation.metrics import (
+    VariantAnswers,
+    answers_of_variants,
+    metrics_rows,
+    wilson_interval,
+    write_metrics,
+    write_predictions,
+)
+from hivtp_hf.evaluation.variants import (
+    COMPARED,
+    DEFAULT_RATIOS,
+    Variant,
+    chosen_methods,
+    parsed_ratios,
+    planned_variants,
+    settings_of_methods,
+    shrunken_grid,
+)
 from hivtp_hf.methods import METHODS
 
 pytestmark = pytest.mark.once
@@ -163,9 +171,8 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 def test_questions_about_an_image_belong_together():
     rows = [Row(Image.new("RGB", (2, 2)), name, "?", "yes") for name in ("a", "b", "a", "c", "b", "a")]
-    groups = image_groups(rows)
-    assert groups == [ImageGroup("a", (0, 2, 5)), ImageGroup("b", (1, 4)), ImageGroup("c", (3,))]
-    assert parts_of(groups, 2) == [groups[:2], groups[2:]]
+    a, b, c = ImageGroup("a", (0, 2, 5)), ImageGroup("b", (1, 4)), ImageGroup("c", (3,))
+    assert checked_data("data", rows, None).parts(2) == [[a, b], [c]]
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, evaluated, table_of, without_times
 from hivtp_hf import selectors_uniform
+from hivtp_hf.checkpoints import CheckpointSource
 from hivtp_hf.conversion import convert_checkpoint
-from hivtp_hf.evaluation import evaluate, part_work
-from hivtp_hf.evaluation.accuracy_plot import draw_accuracy
-from hivtp_hf.evaluation.finished_parts import FinishedParts
+from hivtp_hf.evaluation import answering
+from hivtp_hf.evaluation import run as run_module
+from hivtp_hf.evaluation.plot import draw_accuracy
+from hivtp_hf.evaluation.run_folder import FinishedParts
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
@@ -48,7 +50,7 @@ def names_in(folder):
 
 def counted_parts(monkeypatch, stop_at=None):
     """The parts that are worked through, as a list that fills; before one of them the process is killed."""
-    seen, original = [], part_work.PartWork.results
+    seen, original = [], answering.PartWork.results
 
     def results(self, part, advance):
         if len(seen) == stop_at:
@@ -56,7 +58,7 @@ def counted_parts(monkeypatch, stop_at=None):
         seen.append([group.image_name for group in part])
         return original(self, part, advance)
 
-    monkeypatch.setattr(part_work.PartWork, "results", results)
+    monkeypatch.setattr(answering.PartWork, "results", results)
     return seen
 
 
@@ -153,7 +155,7 @@ def test_a_run_whose_files_were_not_all_written_goes_on(stock, data, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "draw_accuracy", broken)
+        patch.setattr(run_module, "draw_accuracy", broken)
         with pytest.raises(KeyboardInterrupt):
             evaluated(stock, data, tmp_path, methods="uniform", ratios="1/2")
     (folder,) = (path for path in tmp_path.iterdir() if path != data)
@@ -203,14 +205,14 @@ def test_parts_that_cannot_be_read_are_an_error(tmp_path):
 
 def refusing(monkeypatch, name, is_bad):
     """Lets a step of the work fail wherever something bad is among what it is given."""
-    original = getattr(part_work, name)
+    original = getattr(answering, name)
 
     def step(*arguments):
         if is_bad(*arguments):
             raise IndexError("out of range")
         return original(*arguments)
 
-    monkeypatch.setattr(part_work, name, step)
+    monkeypatch.setattr(answering, name, step)
 
 
 def fails_at(row, doing):
@@ -280,18 +282,18 @@ def test_a_broken_pruner_never_looks_like_low_accuracy(stock, data, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("vision_tower", "attention scores|visual features"), ("language_model", "prefill is not finite")],
+    [("vision_tower", "attention scores|visual features"), ("language_model", "prefill are not finite")],
 )
 def test_numbers_that_are_none_stop_the_run(stock, data, tmp_path, monkeypatch, part, message):
-    original = evaluate.load_model
+    original = CheckpointSource.load_model
 
-    def spoilt(*arguments):
-        model = original(*arguments)
+    def spoilt(*arguments, **options):
+        model = original(*arguments, **options)
         layers = [weight for name, weight in getattr(model.model, part).named_parameters() if "layers.1" in name]
         layers[0].data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(evaluate, "load_model", spoilt)
+    monkeypatch.setattr(CheckpointSource, "load_model", spoilt)
     with pytest.raises(RuntimeError, match=f"row . .*({message})"):
         evaluated(stock, data, tmp_path / "runs", methods="hivtp", ratios="1/2")
     assert not list((tmp_path / "runs").iterdir())
@@ -364,14 +366,14 @@ def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(stock, data, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(CheckpointSource, "load_model", None)
     with pytest.raises(ValueError, match=message):
         evaluated(stock, data, tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
 
 
 def test_questions_that_name_the_image_token_are_refused(stock, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(CheckpointSource, "load_model", None)
     data = data_folder(tmp_path / "data", [ROWS[0], ("wide.png", "What does <image> show?", "cats", "colour")])
     with pytest.raises(ValueError, match=r"row 2 \(image 'wide.png'.*not one place for an image"):
         evaluated(stock, data, tmp_path / "runs")
@@ -384,7 +386,7 @@ def test_results_need_a_folder(stock, data, tmp_path):
 
 
 def test_without_matplotlib_no_figure_is_drawn(stock, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "can_plot", lambda: False)
+    monkeypatch.setattr(run_module, "can_plot", lambda: False)
     said = []
     run = evaluated(stock, data, tmp_path / "runs", methods="none", questions=1, say=said.append)
     assert names_in(run.folder) == [name for name in FILES if name != "accuracy.png"]

@@ -15,7 +15,7 @@ from examples.shapes_vqa.packed_questions import prompt_of
 from examples.shapes_vqa.questions import Question, questions_about
 from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, make_scene
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
-from hivtp_hf.evaluation.data_source import load_data
+from hivtp_hf.evaluation.data import load_data
 
 pytestmark = pytest.mark.once
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import transformers
 
+from hivtp_hf.checkpoints.placing import checked_device
 from hivtp_hf.methods import METHODS
 from hivtp_hf.pruning_config import checked_ratio
 from hivtp_hf.visualization.plotting import can_plot
@@ -16,7 +17,7 @@ from hivtp_hf.visualization.plotting import can_plot
 from .bench import Bench, Settings
 from .decode import measure_decode
 from .dtype_choice import choose_dtype
-from .environment import find_device, this_environment
+from .environment import this_environment
 from .import_time import measure_import
 from .memory import measure_memory
 from .models import build_models
@@ -84,7 +85,9 @@ def run_benchmark(
     shape = _chosen("--preset", preset, PRESETS)
     settings = _checked_settings(shape, methods, ratios, images, batches, new_tokens, repeats)
     parts = list(PARTS) if only is None else [part for part in PARTS if part in _known("--only", only, PARTS)]
-    place = find_device(device or shape.device, preset)
+    place = checked_device(device or shape.device, timed=True)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
 
     def progress(line: str) -> None:
         say(f"[{time.perf_counter() - started:6.0f} s] {line}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hivtp_hf.evaluation.wilson import wilson_interval
+from hivtp_hf.evaluation.metrics import wilson_interval
 
 from .held_out import held_out_questions
 from .questions import Balance, Question

@@ -37,7 +37,7 @@ metric_list:
 
 _UTILS = '''"""What lmms-eval asks of a row: its images, and the score of an answer."""
 
-from hivtp_hf.evaluation.answer_text import normalised
+from hivtp_hf.evaluation.data import normalised
 
 
 def images(doc):

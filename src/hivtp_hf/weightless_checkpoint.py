@@ -14,8 +14,9 @@ from .compat import commit_of, found_file
 
 # Arguments of from_pretrained that concern this checkpoint and not its base.
 _OWN = ("revision", "subfolder", "_commit_hash")
-# By these names transformers looks for weights, in this order.
-WEIGHT_NAMES = tuple(f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
+# By these names transformers looks for weights, in this order: each whole, or by its index.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_NAMES = tuple(f"{name}{index}" for name in WEIGHT_FILES for index in ("", ".index.json"))
 # What two configurations must agree in for the weights of one to be those of the other.
 _SHAPES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

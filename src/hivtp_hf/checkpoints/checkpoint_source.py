@@ -1,11 +1,11 @@
 """A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -17,12 +17,12 @@ from huggingface_hub.errors import (
 
 from .. import Family, family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
+from ..files import read_json
 from ..pruning_config import VisualTokenPruningConfig
-from ..weightless_checkpoint import WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
+from ..weightless_checkpoint import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class CheckpointSource(NamedTuple):
@@ -55,6 +55,32 @@ class CheckpointSource(NamedTuple):
         """The pruning settings that it names, as a stock checkpoint may too, or the defaults: those it would be loaded with."""
         return VisualTokenPruningConfig.coerce(self.config.get("pruning_config"))
 
+    def load_config(self, settings: Any) -> Any:
+        """Its configuration in our class, with these pruning settings."""
+        return self.family.config.from_pretrained(self.folder, pruning_config=settings, local_files_only=True)
+
+    def base_without_weights(self, settings: Any) -> Any:
+        """Its base model, without memory for weights: for asking what it can do. A ValueError for settings that do not fit."""
+        with torch.device("meta"):
+            return self.family.base_model(self.load_config(settings))
+
+    def load_processor(self, settings: Any) -> Any:
+        """Its processor, with these pruning settings."""
+        return self.family.processor.from_pretrained(
+            self.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
+        )
+
+    def load_model(self, settings: Any, **options: Any) -> Any:
+        """Its model with a head and these pruning settings. Weights are downloaded by then, its base's if it has none.
+
+        Args:
+            settings: for pruning.
+            **options: of from_pretrained, such as `dtype` and what `placing` returns.
+        """
+        self.weight_files()
+        options = {"dtype": "auto", "cache_dir": self.access["cache_dir"], "local_files_only": True, **options}
+        return self.family.model.from_pretrained(self.folder, pruning_config=settings, **options)
+
     def origin(self) -> BaseCheckpoint:
         """The checkpoint that has its weights: its base, or else itself, at the commit that was opened."""
         if self.base is not None:
@@ -82,9 +108,9 @@ class CheckpointSource(NamedTuple):
         """
         if self.base is not None:
             return self._opened(self.base).weight_files()
-        for name in _WEIGHTS:
+        for name in WEIGHT_FILES:
             index = self.folder / f"{name}.index.json"
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
+            shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [name]
             outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
             if not outside and self.repository is not None:
                 self.repository.download(shards)
@@ -110,7 +136,9 @@ class CheckpointSource(NamedTuple):
             return set()
 
     def _no_weights(self) -> ValueError:
-        return ValueError(f"{self.name} has no weights: one of {', '.join(_WEIGHTS)} or its index is needed. Get all files.")
+        return ValueError(
+            f"{self.name} has no weights: one of {', '.join(WEIGHT_FILES)} or its index is needed. Get all files."
+        )
 
 
 class _Repository(NamedTuple):
@@ -187,18 +215,8 @@ def open_source(
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{name} has no config.json; give a checkpoint with all of its files.")
-    config = _read_json(path)
+    config = read_json(path)
     family = family_of_model_type(config.get("model_type"), name)
     base = BaseCheckpoint.coerce(config.get("base_model"))
     access = {"token": token, "cache_dir": cache_dir}
     return CheckpointSource(name, folder, family, config, repository, base, access)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}. Get the file again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object. Get the file again.")
-    return content

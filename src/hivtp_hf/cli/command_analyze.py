@@ -17,8 +17,8 @@ from rich.table import Table
 from ..analysis import DispersionReport, LayerRow, analyze_layers
 from ..analysis.dispersion import checked_share
 from ..checkpoints import open_source
+from ..checkpoints.placing import placing
 from .image_files import check_targets, read_image
-from .placing import placing
 from .printing import say
 
 _UNDONE = "analysed"

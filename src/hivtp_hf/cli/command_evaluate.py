@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 def evaluate(
     checkpoint: Annotated[str, typer.Option(help="A stock or pruned checkpoint: a folder, or owner/name on the Hub.")],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A folder with questions.csv or questions.jsonl beside images (columns image, question, answer, and if wanted "
-            "question_type), or written by `datasets`. In a clone of the project, its own questions by default."
+            help="A folder with questions.csv or questions.jsonl beside images, or written by `datasets`, or a data set on the "
+            "Hub (owner/name, owner/name@revision); columns image, question, answer, and if wanted question_type. In a clone "
+            "of the project, its own questions by default."
         ),
     ] = None,
+    split: Annotated[str | None, typer.Option(help="The split of data that has several.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods of pruning, base-only and downsample, with commas between; all by default.")
     ] = None,
@@ -58,6 +60,7 @@ def evaluate(
     done = evaluate_checkpoint(
         checkpoint,
         data,
+        split=split,
         methods=methods,
         ratios=ratios,
         questions=questions,

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoints import open_source
+from ..checkpoints.placing import placing
 from ..files import write_whole
 from .image_files import check_targets, read_image
-from .placing import placing
 from .printing import say
 from .pruning_options import with_pruning_options
 
@@ -57,13 +57,7 @@ def visualize(
     source = open_source(checkpoint, revision=revision, cache_dir=cache_dir)
     settings = source.settings().replace(**pruning)
     targets = _targets(images, output, f"_{settings.method}.{file_format.value}", force)
-    processor = source.family.processor.from_pretrained(
-        source.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
-    )
-    source.weight_files()  # downloads them, its base's if it has none
-    model = source.family.model.from_pretrained(
-        source.folder, pruning_config=settings, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placing("auto")
-    )
+    processor, model = source.load_processor(settings), source.load_model(settings, **placing("auto"))
 
     for path, target in zip(images, targets, strict=True):
         image = read_image(path, "drawn")

@@ -1,19 +1,17 @@
 """`convert_checkpoint`: a pruned checkpoint of a stock one, with its weights untouched or with their address alone."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..base_checkpoint import BaseCheckpoint
 from ..cards import PLACEHOLDER_OWNER, model_card
 from ..checkpoints import CheckpointSource, open_source
-from ..files import staged_folder
+from ..files import read_json, staged_folder, write_json
 from ..pruning_config import VisualTokenPruningConfig
 from .file_copies import copy_files
 
@@ -65,10 +63,7 @@ def convert_checkpoint(
     apart_from = [opened.folder, *([Path(origin.name)] if origin.is_local else [])]
     with staged_folder(Path(target), apart_from=apart_from, force=force) as stage:
         _write_configuration(opened, settings, stage, base=origin if config_only else None)
-        processor = opened.family.processor.from_pretrained(
-            opened.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
-        )
-        processor.save_pretrained(stage)
+        opened.load_processor(settings).save_pretrained(stage)
         _forget_foreign_code(stage, opened.family.processor)
         for pattern in _COPIED:
             for path in opened.folder.glob(pattern):
@@ -87,10 +82,9 @@ def _write_configuration(
 ) -> None:
     """config.json and all code that travels."""
     family = source.family
-    config = family.config.from_pretrained(source.folder, pruning_config=settings, local_files_only=True)
+    config = source.base_without_weights(settings).config  # which fits the vision tower, then
     config.architectures = [family.model.__name__]
     config.base_model = base
-    _check_that_it_fits(config, family)
     config.save_pretrained(folder)
     for part in (family.model, family.processor):
         custom_object_save(part, folder)
@@ -115,12 +109,6 @@ def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, 
     (folder / "README.md").write_text(str(made), encoding="utf-8")
 
 
-def _check_that_it_fits(config: Any, family: Any) -> None:
-    """A ValueError where the settings do not fit the vision tower: asked of a model without weights."""
-    with torch.device("meta"):
-        family.base_model(config)
-
-
 def _forget_foreign_code(folder: Path, processor_class: type) -> None:
     """Takes names of the source's own code out of what its processor saved: that code is not copied."""
     module = processor_class.__module__.rpartition(".")[2]
@@ -128,8 +116,8 @@ def _forget_foreign_code(folder: Path, processor_class: type) -> None:
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             for part in (content, *(part for part in content.values() if isinstance(part, dict))):
                 if "auto_map" in part:
                     part["auto_map"] = ours
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, content)

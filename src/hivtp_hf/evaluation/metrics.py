@@ -1,15 +1,62 @@
-"""Accuracy by method, ratio and type of question: the rows of metrics.csv."""
+"""What a run found: the answers under every variant, accuracy by method, ratio and type of question, and both as tables."""
 
+import csv
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from .answer_text import normalised
-from .answers_table import VariantAnswers
-from .evaluation_data import ALL, EvaluationData
+from ..files import write_whole
+from .data import ALL, EvaluationData, ImageGroup, normalised
 from .variants import Variant
-from .wilson import wilson_interval
+
+_Z = statistics.NormalDist().inv_cdf((1 + 0.95) / 2)
+_PREDICTION_COLUMNS = (
+    *("row", "image", "question_type", "question", "answer", "method", "ratio", "seed"),
+    *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens"),
+)
+
+
+class VariantAnswers(NamedTuple):
+    """What came out under one variant.
+
+    Attributes:
+        answers: of every row, as the model wrote it.
+        patches, newlines: tokens of every row's image that entered the language model.
+        prefill_seconds: of every batch, per question.
+    """
+
+    answers: list[str]
+    patches: list[int]
+    newlines: list[int]
+    prefill_seconds: list[float]
+
+
+def answers_of_variants(
+    plan: Sequence[Variant], parts: Sequence[Sequence[ImageGroup]], results: Mapping[int, Any]
+) -> list[VariantAnswers]:
+    """The answers under every variant, in the order of the plan and of the rows.
+
+    Args:
+        plan: the variants.
+        parts: of the data.
+        results: of every part, by its number, what `PartWork.results` returned.
+    """
+    rows = sum(len(group.rows) for part in parts for group in part)
+    table = []
+    for number in range(len(plan)):
+        whole = VariantAnswers([""] * rows, [0] * rows, [0] * rows, [])
+        for index, part in enumerate(parts):
+            of_part = results[index][number]
+            answers = iter(of_part["answers"])
+            for group, patches, newlines in zip(part, of_part["patches"], of_part["newlines"], strict=True):
+                for row in group.rows:
+                    whole.answers[row], whole.patches[row], whole.newlines[row] = next(answers), patches, newlines
+            whole.prefill_seconds.extend(of_part["prefill_seconds"])
+        table.append(whole)
+    return table
 
 
 class MetricsRow(NamedTuple):
@@ -100,3 +147,61 @@ def ratios_of_variants(
         variant: patches(answers) / patches(table[0]) if variant.ratio_is_measured else float(variant.ratio or 1)
         for variant, answers in zip(plan, table, strict=True)
     }
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Both ends of Wilson's 95 % interval for a share, of `correct` among `n`; ValueError unless 0 <= correct <= n > 0.
+
+    It holds all shares p for which the observed one lies within z standard errors sqrt(p (1 - p) / n).
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, Journal of the American
+    Statistical Association 22 (1927), 209-212; recommended for small and large samples by Brown, Cai and DasGupta, Interval
+    estimation for a binomial proportion, Statistical Science 16 (2001), 101-133.
+    """
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"{correct} of {n} is no share; give a number of trials above 0 and of successes from 0 up to it.")
+    share = correct / n
+    scale = 1 + _Z**2 / n
+    centre = (share + _Z**2 / (2 * n)) / scale
+    half = _Z / scale * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    # At both extremes the formula gives 0 and 1 but for rounding.
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == n else centre + half
+    return low, high
+
+
+def write_metrics(path: Path, metrics: Sequence[MetricsRow]) -> None:
+    """Writes a line for every method, ratio and type of question."""
+    _write(path, MetricsRow._fields, metrics)
+
+
+def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant], table: Sequence[VariantAnswers]) -> None:
+    """Writes a line for every answer: rows count from 1, `correct` and `agrees` are 0 or 1, `seed` is that of a random draw."""
+    ratios = ratios_of_variants(data, plan, table)
+
+    def lines() -> Iterable[Sequence[Any]]:
+        for index, row in enumerate(data.rows):
+            for variant, answers in zip(plan, table, strict=True):
+                answer = normalised(answers.answers[index])
+                yield (
+                    *(index + 1, row.image_name, row.question_type, row.question, row.answer),
+                    *(variant.method, ratios[variant], "" if variant.seed is None else variant.seed, answers.answers[index]),
+                    *(int(answer == normalised(row.answer)), int(answer == normalised(table[0].answers[index]))),
+                    *(answers.patches[index], answers.newlines[index]),
+                )
+
+    _write(path, _PREDICTION_COLUMNS, lines())
+
+
+def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    def write(unfinished: Path) -> None:
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([_shown(value) for value in line] for line in lines)
+
+    write_whole(path, write)
+
+
+def _shown(value: Any) -> Any:
+    """Numbers with as many digits as mean something."""
+    return f"{value:.6g}" if isinstance(value, float) else value

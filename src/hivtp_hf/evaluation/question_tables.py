@@ -1,7 +1,12 @@
-"""Rows from a folder: a table `questions.csv` or `questions.jsonl` beside images."""
+"""Rows read by the library `datasets`: tables in folders, what `save_to_disk` wrote, and data sets on the Hub.
 
-import csv
+`datasets` guesses what a column holds. Text is therefore asked for as text where it can be asked for, and what it turned into
+something else is refused rather than turned back: "01" and "1" are two answers.
+"""
+
 import functools
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,38 +15,164 @@ from typing import Any
 from PIL import Image
 
 from ..checked_values import shown
-from .evaluation_data import numbered
-from .rows import Row
+from ..checkpoints.repository_names import is_repository
+from .data import Row, numbered
 
 TABLES = ("questions.csv", "questions.jsonl")
 COLUMNS = ("image", "question", "answer")
 # The first that is there counts.
 TYPE_COLUMNS = ("question_type", "type")
+# What `save_to_disk` leaves beside the data of one split, and above those of several.
+_SAVED = ("state.json", "dataset_dict.json")
+_CSV = {
+    # "none" and "NA" are answers like others, and so is "01".
+    "keep_default_na": False,
+    "converters": dict.fromkeys((*COLUMNS, *TYPE_COLUMNS), str),
+}
+# The column that pandas makes of the first fields where the first row has more fields than there are headings.
+_SHIFTED = "__index_level_0__"
 
 
-def rows_of_table(path: Path) -> Iterator[Row]:
-    """The rows of a table, in their order. Images are not opened yet.
+def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, Iterator[Row]]:
+    """The name of some data, and its rows in their order; images are opened when they are asked for.
+
+    Columns are image (in a folder a path inside it, else an image of `datasets`), question, answer, and if wanted
+    question_type or type.
 
     Args:
-        path: of a CSV file with a line of headings, or of a file with a JSON object a line, in UTF-8. Columns are image
-            (a path in the table's folder), question, answer, and if wanted question_type or type.
+        source: a folder with `questions.csv` (in UTF-8, with a line of headings) or `questions.jsonl` (a JSON object a line),
+            or written by `save_to_disk` of `datasets`; or a data set on the Hub, as `owner/name` or `owner/name@revision`.
+        split: of data that has several.
 
     Raises:
-        ValueError: for missing columns, and for values that are no text; names the row, counted from 1 without headings.
+        ValueError: for what is none of these, for missing columns and values that are no text, where the row is named, and
+            where `datasets` is not installed.
+        OSError: for a data set on the Hub that cannot be downloaded.
     """
-    records = _csv_records(path) if path.suffix == ".csv" else _json_records(path)
-    for index, record in enumerate(records):
-        text = {name: text_of(index, record, name) for name in COLUMNS}
-        yield Row(
-            functools.partial(Image.open, image_path(path.parent, text["image"], index)),
-            text["image"],
-            text["question"],
-            text["answer"],
-            type_of(index, record),
+    folder = Path(source).expanduser()
+    repository, _, revision = str(source).partition("@")
+    if not folder.is_dir():
+        if folder.exists() or not is_repository(repository):
+            raise ValueError(
+                f"`--data` is {source}, which is no folder; give one with a table {' or '.join(TABLES)} and images, or a data "
+                "set on the Hub, as owner/name."
+            )
+        loaded = _datasets(source).load_dataset(repository, revision=revision or None, split=split)
+        return repository.partition("/")[2], _rows_of_dataset(_one_split(loaded, source, split), None)
+
+    there = [folder / name for name in (*TABLES, *_SAVED) if (folder / name).is_file()]
+    if len(there) != 1:
+        names = ", ".join(path.name for path in there) or "none of them"
+        raise ValueError(
+            f"`--data` is {folder}, which has {names}; it must have one of {', '.join(TABLES)} and what `save_to_disk` of the "
+            "library `datasets` writes."
         )
+    datasets, (path,) = _datasets(source), there
+    if split is not None and path.name != _SAVED[1]:
+        raise ValueError(f"`--split` is {split!r}, but {folder} has no splits. Leave it out.")
+    if path.name not in _SAVED:
+        return folder.resolve().name, _rows_of_table(datasets, path)
+    dataset = _one_split(datasets.load_from_disk(str(folder)), source, split)
+    return folder.resolve().name, _rows_of_dataset(dataset, folder)
 
 
-def image_path(folder: Path, name: str, index: int) -> Path:
+def _datasets(source: str | Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is read by the library `datasets`, which cannot be imported: {error}. Install it with `pip install "
+            '"hivtp-hf[data]"`.'
+        ) from error
+    return datasets
+
+
+def _one_split(loaded: Any, source: str | Path, split: str | None) -> Any:
+    """The split of that name, or the only one there is."""
+    if not isinstance(loaded, dict):
+        return loaded
+    if split is None and len(loaded) == 1:
+        (split,) = loaded
+    if split not in loaded:
+        raise ValueError(f"{source} has several splits, and `--split` is {split!r}; give one of {', '.join(loaded)}.")
+    return loaded[split]
+
+
+def _rows_of_table(datasets: Any, path: Path) -> Iterator[Row]:
+    for index, record in enumerate(_records(datasets, path)):
+        if _SHIFTED in record:
+            raise ValueError(
+                f"{numbered(index)} of {path} has more fields than there are headings. Put text with commas in double quotes."
+            )
+        name, question, answer = (_text_of(index, record, column) for column in COLUMNS)
+        image = functools.partial(Image.open, _image_path(path.parent, name, index))
+        yield Row(image, name, question, answer, _type_of(index, record))
+
+
+def _records(datasets: Any, path: Path) -> Iterator[Mapping[str, Any]]:
+    kind, options = ("csv", _CSV) if path.suffix == ".csv" else ("json", {})
+    try:
+        # As a stream, which leaves no copy of the table behind.
+        yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+    except Exception as error:  # each reader raises its own
+        where = "" if kind == "csv" else _broken_line(path)
+        raise ValueError(
+            f"{path} cannot be read{where}: {str(error).strip() or type(error).__name__}. Write it in UTF-8, as CSV with text "
+            "that has commas in double quotes, or as one JSON object a line."
+        ) from error
+
+
+def _broken_line(path: Path) -> str:
+    """Which row is none, where the reader does not say, or counts within blocks of its own."""
+    for index, line in enumerate(line for line in path.read_bytes().splitlines() if line.strip()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in COLUMNS):
+            return f", as {numbered(index)} is no JSON object with text for {', '.join(COLUMNS)}"
+    return ""
+
+
+def _rows_of_dataset(dataset: Any, folder: Path | None) -> Iterator[Row]:
+    """The rows of a split. Images are told apart by their content, as they need have no names."""
+    feature = dataset.features.get("image")
+    if hasattr(feature, "decode"):
+        dataset = dataset.cast_column("image", type(feature)(decode=False))  # files as they are, which tell images apart
+    for index, record in enumerate(dataset):
+        content = _image_file(folder, record, index)
+        name = Path(record["image"].get("path") or "image").name if isinstance(record["image"], Mapping) else record["image"]
+        question, answer = (_text_of(index, record, column) for column in COLUMNS[1:])
+        image_name = f"{name} {hashlib.sha256(content).hexdigest()[:16]}"
+        image = functools.partial(_image_at, dataset, folder, index)
+        yield Row(image, image_name, question, answer, _type_of(index, record))
+
+
+def _image_at(dataset: Any, folder: Path | None, index: int) -> Image.Image:
+    return Image.open(io.BytesIO(_image_file(folder, dataset[index], index)))
+
+
+def _image_file(folder: Path | None, record: Mapping[str, Any], index: int) -> bytes:
+    """The bytes of the file that a row's image is."""
+    value = _value_of(index, record, "image")
+    content = value.get("bytes") if isinstance(value, Mapping) else None
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(content, bytes):
+        return content
+    if folder is None or not isinstance(path, str):
+        raise ValueError(
+            f"{numbered(index)}: the image is {shown(value)}; it must be an image of `datasets` with its bytes, or in a "
+            "folder a path inside it. Save the images in the data."
+        )
+    try:
+        return _image_path(folder, path, index).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{numbered(index)}: the image {path!r} cannot be read: {error}. Save the images in the data."
+        ) from error
+
+
+def _image_path(folder: Path, name: str, index: int) -> Path:
     """Where the image of a row lies; a ValueError for a path that leaves the folder."""
     relative = Path(name)
     if not name or relative.is_absolute() or ".." in relative.parts:
@@ -52,18 +183,18 @@ def image_path(folder: Path, name: str, index: int) -> Path:
     return folder / relative
 
 
-def type_of(index: int, record: Mapping[str, Any]) -> str:
-    """The type of a row's question; empty where the data has no column for it."""
+def _type_of(index: int, record: Mapping[str, Any]) -> str:
+    """The type of a row's question; empty where the data has none."""
     name = next((column for column in TYPE_COLUMNS if column in record), None)
-    if name is None:
+    if name is None or record[name] is None:  # JSON rows without it, where others have it
         return ""
-    question_type = text_of(index, record, name)
+    question_type = _text_of(index, record, name)
     if not question_type.strip():
         raise ValueError(f"{numbered(index)}: {name!r} is empty. Give every row a type, or leave the column out.")
     return question_type.strip()
 
 
-def value_of(index: int, record: Mapping[str, Any], name: str) -> Any:
+def _value_of(index: int, record: Mapping[str, Any], name: str) -> Any:
     """What a row has in a column; a ValueError where there is no such column."""
     if name not in record:
         known = ", ".join(map(repr, record)) or "none"
@@ -73,40 +204,12 @@ def value_of(index: int, record: Mapping[str, Any], name: str) -> Any:
     return record[name]
 
 
-def text_of(index: int, record: Mapping[str, Any], name: str) -> str:
+def _text_of(index: int, record: Mapping[str, Any], name: str) -> str:
     """The text that a row has in a column; a ValueError where there is none."""
-    value = value_of(index, record, name)
+    value = _value_of(index, record, name)
     if not isinstance(value, str):
-        raise ValueError(f"{numbered(index)}: {name!r} is {shown(value)}; it must be text. Write it in quotes.")
+        raise ValueError(
+            f"{numbered(index)}: {name!r} is {shown(value)}; it must be text. Write it in quotes; `datasets` takes a column "
+            "of dates alone for times, so that these must be in CSV."
+        )
     return value
-
-
-def _csv_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark at the beginning
-        reader = csv.DictReader(file, strict=True)
-        index = -1
-        try:
-            for index, record in enumerate(reader):
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"{numbered(index)} of {path} has not as many fields as there are headings. Put text with commas in "
-                        "double quotes."
-                    )
-                yield record
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read after {index + 1} rows: {error}. Write it as CSV in UTF-8.") from None
-
-
-def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        index = -1
-        try:
-            for index, line in enumerate(line for line in file if line.strip()):
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"{numbered(index)} of {path} is no JSON object. Write one object a line.")
-                yield record
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{numbered(index)} of {path} is no JSON: {error}. Write one object a line.") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} cannot be read after {index + 1} rows: {error}. Write it in UTF-8.") from None

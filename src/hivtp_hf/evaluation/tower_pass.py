@@ -1,19 +1,29 @@
-"""`see`: one pass of the vision tower, which all methods and ratios share."""
+"""What enters the language model of some images, under every variant: from one pass of the vision tower over the images.
 
+Shrunken images alone need passes of their own. Every tile is resized to fewer cells a side, and the tower runs on that as on
+any image of another size, with its position embeddings interpolated. Tiles stay what they were of the whole image; crops are
+stitched, un-padded in the same proportions and given a newline a row, as stock does. So an image costs about as many tokens as
+under a pruning method, and all of it is seen, blurred.
+"""
+
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LlavaModel
 
 from ..encoder_layers import ending_early, wanting_features_only
 from ..methods import pruning_method
-from ..pruned_features import gather_evidence
+from ..pruned_features import gather_evidence, prune_features
 from ..pruning_config import VisualTokenPruningConfig
 from ..token_layout import TokenLayout
 from ..tower_passes.both_attentions import BothAttentions
 from ..tower_passes.stock_pass import stock_pass
 from ..visual_evidence import VisualEvidence
+
+_UNPRUNED = VisualTokenPruningConfig(method="none")
 
 
 class SeenImages(NamedTuple):
@@ -61,7 +71,7 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
     base = model.model
     received: set[int] = set()
     from_class_token: set[int] = set()
-    layer = base._feature_layer(VisualTokenPruningConfig(method="none"))
+    layer = base._feature_layer(_UNPRUNED)
     for pruning in prunings:
         base._feature_layer(pruning)
         read = from_class_token if pruning_method(pruning.method).reads_class_attention else received
@@ -73,13 +83,145 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
         shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, both.layers)
         output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
     features = list(output.pooler_output)
-    _check_finite("visual features", features)
+    check_finite("the vision tower's visual features", features)
     by_layer = {"received": both.received.by_layer(), "from_class_token": both.from_class_token.by_layer()}
     for scores in by_layer.values():
-        _check_finite("attention scores", list(scores.values()))
+        check_finite("the vision tower's attention scores", list(scores.values()))
     return SeenImages(features, **by_layer, feature_layer=layer)
 
 
-def _check_finite(what: str, values: Sequence[Tensor]) -> None:
+class KeptTokens(NamedTuple):
+    """What enters the language model of one image.
+
+    Attributes:
+        features: (tokens, hidden), in order.
+        patches: how many of them show a part of the image.
+        newlines: how many are newlines. What is neither is a class token.
+    """
+
+    features: Tensor
+    patches: int
+    newlines: int
+
+
+@torch.no_grad()
+def pruned_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
+    """What the method of the layouts keeps of every image.
+
+    Args:
+        seen: the images.
+        layouts: of every image, under one method's settings.
+
+    Raises:
+        ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
+    """
+    kept_of_images = []
+    for features, kept, layout in zip(*prune_features(seen.evidence_for(layouts)), layouts, strict=True):
+        patches = check_kept_indices(kept, layout)
+        # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
+        kept_of_images.append(KeptTokens(features[len(features) - len(kept) :], patches, layout.num_newlines))
+    return kept_of_images
+
+
+def base_tile_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
+    """The base tile of every image of LLaVA-NeXT, which stock packs first: no crop, no newline."""
+    cells = [layout.grid * layout.grid for layout in layouts]
+    return [KeptTokens(features[:number], number, 0) for features, number in zip(seen.features, cells, strict=True)]
+
+
+def check_kept_indices(kept: Tensor, layout: TokenLayout) -> int:
+    """How many patch tokens are kept; a ValueError where the kept positions are not what the layout's settings say.
+
+    Args:
+        kept: int64 (n,), positions in the packed sequence.
+        layout: of the image.
+    """
+    cells, wanted = len(layout.cells(kept)), sum(layout.group_totals)
+    newlines = len(kept) - cells - layout.num_class_tokens
+    fits = cells == wanted if layout.pruning.exact_count else cells <= wanted
+    if not fits or newlines != layout.num_newlines or not bool((kept.diff() > 0).all()):
+        raise ValueError(
+            f"the method {layout.pruning.method!r} keeps {cells} patch tokens and {newlines} newlines, or not in their order; "
+            f"{wanted} and {layout.num_newlines} were to be kept, ascending. Its selector is broken."
+        )
+    return cells
+
+
+def shrunken_layout(stock: TokenLayout, grid: int, patch_size: int) -> TokenLayout:
+    """How the tokens of an image lie whose tiles have another number of cells a side.
+
+    Args:
+        stock: the unpruned layout of the image.
+        grid: cells per side of a shrunken tile.
+        patch_size: side of a cell in pixels.
+    """
+    if stock.num_tiles == 1:
+        return TokenLayout.single_tile(grid, _UNPRUNED, extra_tokens=stock.num_stock - stock.grid**2)
+    height, width = stock.image_size or (0, 0)
+    tile_size = grid * patch_size
+    # The crops of the image as it was, whichever ones its size would choose among smaller tiles.
+    pinpoint = stock.tile_rows * tile_size, stock.tile_columns * tile_size
+    return TokenLayout.from_image_size(
+        height, width, _UNPRUNED, tile_size=tile_size, patch_size=patch_size, pinpoints=[pinpoint]
+    )
+
+
+@torch.no_grad()
+def shrunken_tokens(model: Any, inputs: Mapping[str, Any], stock: Sequence[TokenLayout], grid: int) -> list[KeptTokens]:
+    """What enters the language model of every image, from a pass of the tower over shrunken tiles.
+
+    Args:
+        model: a pruned model with a language modelling head.
+        inputs: of the processor for the images.
+        stock: their unpruned layouts.
+        grid: cells per side of a shrunken tile.
+
+    Raises:
+        ValueError: where features are not finite.
+    """
+    base = model.model
+    patch_size = base.config.vision_config.patch_size
+    pixels = inputs["pixel_values"]
+    if pixels.ndim == 5:  # images with fewer tiles are padded
+        pixels = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixels, stock, strict=True)])
+    features = _features_of_tiles(base, _resized(pixels, grid * patch_size))
+    images = features.split([layout.num_tiles for layout in stock])
+    kept = []
+    for tiles, layout in zip(images, stock, strict=True):
+        shrunken = shrunken_layout(layout, grid, patch_size)
+        packed = tiles[0] if shrunken.num_tiles == 1 else _packed(tiles, shrunken, base.image_newline)
+        patches = shrunken.num_stock - shrunken.num_newlines - shrunken.num_class_tokens
+        kept.append(KeptTokens(packed, patches, shrunken.num_newlines))
+    return kept
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    """Tiles (tiles, channels, height, width) at so many pixels a side, without the moiré of dropped pixels."""
+    size = (side, side)
+    return torch.nn.functional.interpolate(pixels.float(), size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def _features_of_tiles(base: Any, pixels: Tensor) -> Tensor:
+    """The projected features of every tile, (tiles, tokens, hidden)."""
+    # LLaVA-1.5's own way, which takes every tile for an image and packs nothing. LLaVA-NeXT's differs in packing alone.
+    stock = functools.partial(LlavaModel.get_image_features, base, pixels, return_dict=True, interpolate_pos_encoding=True)
+    with wanting_features_only():
+        output = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
+    features = torch.stack(list(output.pooler_output))
+    check_finite("the vision tower's visual features", features)
+    return features
+
+
+def _packed(tiles: Tensor, layout: TokenLayout, newline: Tensor) -> Tensor:
+    """The features of an image's tiles (tiles, cells, hidden) in the order in which stock packs them."""
+    packed = newline.to(tiles).expand(layout.num_stock, -1).clone()
+    positions = layout.cell_positions
+    tile, row, column = layout.cells(positions).unbind(1)
+    packed[positions.to(packed.device)] = tiles[tile, row * layout.grid + column]
+    return packed
+
+
+def check_finite(what: str, values: Iterable[Tensor]) -> None:
+    """A ValueError unless all values are numbers; `what` names them."""
     if not all(bool(value.isfinite().all()) for value in values):
-        raise ValueError(f"the vision tower returned {what} that are not finite. Load it in another dtype, such as float32.")
+        raise ValueError(f"{what} are not finite. Load the model in another dtype, such as float32 or bfloat16.")

@@ -1,9 +1,10 @@
-"""`Variant`: one way to shorten what the language model sees; and which of them a run compares."""
+"""`Variant`: one way to shorten what the language model sees; and which of them a run compares, under which settings."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from ..methods import METHODS
 from ..pruning_config import VisualTokenPruningConfig
@@ -14,6 +15,15 @@ BASE_ONLY, DOWNSAMPLE = "base-only", "downsample"
 COMPARED = (UNPRUNED, *(name for name in METHODS if name != UNPRUNED), BASE_ONLY, DOWNSAMPLE)
 # Of the method "random", whose results are pooled over them.
 SEEDS = (0, 1, 2)
+DEFAULT_RATIOS = "1,1/2,2/9,1/9,1/18"
+
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+# What the run itself varies.
+_NOT_TO_BE_SET = {
+    "method": "name methods with `--methods`",
+    "retention_ratio": "give `--ratios`",
+    "token_budget": "give `--ratios`",
+}
 
 
 @dataclass(frozen=True)
@@ -99,3 +109,80 @@ def planned_variants(
 def shrunken_grid(grid: int, ratio: Fraction) -> int:
     """Cells per side of the largest tile that has at most a ratio of the cells of one of `grid` a side; at least 1."""
     return max(1, math.isqrt(math.floor(ratio * grid * grid)))
+
+
+def parsed_ratios(text: str) -> tuple[Fraction, ...]:
+    """The ratios of a list such as "1,1/2,0.25", exact, largest first and each once.
+
+    Raises:
+        ValueError: for what is no number, and for numbers that are not above 0 and at most 1.
+    """
+    ratios = set()
+    for part in text.split(","):
+        try:
+            ratio = Fraction(part.strip())
+        except (ValueError, ZeroDivisionError):
+            ratio = None
+        # A share so small that float64 has no number for it keeps nothing of any image.
+        if ratio is None or not 0 < float(ratio) <= 1:
+            raise ValueError(
+                f"`--ratios` is {text!r}, in which {part.strip()!r} is no ratio; give decimals or fractions above 0 and at "
+                f"most 1, separated by commas, such as {DEFAULT_RATIOS}."
+            )
+        ratios.add(ratio)
+    return tuple(sorted(ratios, reverse=True))
+
+
+def settings_of_methods(
+    methods: Sequence[str], own: VisualTokenPruningConfig, changes: Sequence[str]
+) -> dict[str, VisualTokenPruningConfig]:
+    """The settings of every method of the registry but "none": the checkpoint's where it is its own method, else the defaults.
+
+    Args:
+        methods: that are compared.
+        own: the checkpoint's settings.
+        changes: "METHOD.NAME=VALUE", on top of these.
+
+    Raises:
+        ValueError: for a change that cannot be read, of a method that is not compared, and of what the run itself varies; and
+            as `VisualTokenPruningConfig`.
+    """
+    settings = {
+        name: own if own.method == name else VisualTokenPruningConfig(method=name)
+        for name in methods
+        if name in METHODS and name != UNPRUNED
+    }
+    for method, changed in _by_method(changes, settings).items():
+        settings[method] = settings[method].replace(**changed)
+    return settings
+
+
+def _by_method(changes: Sequence[str], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    by_method: dict[str, dict[str, Any]] = {}
+    for text in changes:
+        place, equals, value = text.partition("=")
+        method, dot, name = place.strip().partition(".")
+        if not equals or not dot or not name:
+            raise ValueError(f"`--set` is {text!r}; it must be METHOD.NAME=VALUE, such as hiprune.object_layer=5.")
+        if method not in known:
+            compared = ", ".join(known) or "no method"
+            raise ValueError(
+                f"`--set` is {text!r}, but {method!r} is no method with settings that is compared here; such are: {compared}. "
+                "Leave it out, or name the method with `--methods`."
+            )
+        varied = dict(_NOT_TO_BE_SET, seed=f"leave it out: seeds {SEEDS} are pooled") if method == RANDOM else _NOT_TO_BE_SET
+        if name in varied:
+            raise ValueError(f"`--set` is {text!r}, but the run itself varies {name!r}; {varied[name]}.")
+        by_method.setdefault(method, {})[name] = _value(text, value.strip())
+    return by_method
+
+
+def _value(text: str, value: str) -> Any:
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    raise ValueError(f"`--set` is {text!r}; a value must be a number, true, false or none.")

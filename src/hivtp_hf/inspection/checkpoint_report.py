@@ -76,11 +76,10 @@ def inspect_checkpoint(
     """
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
     settings = source.settings().replace(**(pruning or {}))
-    config = source.family.config.from_pretrained(source.folder, pruning_config=settings, local_files_only=True)
+    model = source.base_without_weights(settings)
+    config = model.config
     text_config = config.get_text_config()
     dtype = next((given for given in (config.dtype, text_config.dtype) if isinstance(given, torch.dtype)), torch.bfloat16)
-    with torch.device("meta"):
-        model = source.family.base_model(config)
 
     reports = []
     for height, width in sizes:

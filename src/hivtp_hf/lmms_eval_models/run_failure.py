@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..evaluation.named_errors import failing_by_row
+from ..evaluation.answering import failing_by_row
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..visualization.plotting import METHOD_COLOURS, OTHER_COLOUR
-from .evaluation_data import ALL
+from .data import ALL
 from .metrics import MetricsRow
 from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED
 

@@ -9,34 +9,30 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
+from ..checkpoints.placing import checked_device
 from ..files import write_whole
 from ..pruning_config import VisualTokenPruningConfig
 from ..visualization.plotting import can_plot
-from .accuracy_plot import draw_accuracy
-from .answer_text import RULE
-from .answers_table import answers_of_variants
-from .checkpoint_identity import checkpoint_identity
-from .data_source import load_data
-from .evaluation_data import EvaluationData
-from .finished_parts import FinishedParts
-from .image_groups import image_groups, parts_of
-from .loaded_model import (
-    base_without_weights,
-    check_dtype,
-    check_settings,
-    checked_device,
-    load_model,
-    load_processor,
-)
-from .method_settings import settings_of_methods
-from .metrics import MetricsRow, metrics_rows
-from .part_work import PartWork, named_row
+from .answering import PartWork
+from .data import RULE, EvaluationData, load_data
+from .environment import checkpoint_identity, code_sha256, slug, this_environment
+from .metrics import MetricsRow, answers_of_variants, metrics_rows, write_metrics, write_predictions
+from .plot import draw_accuracy
 from .prompts import Prompt, prompt_of
-from .ratios import DEFAULT_RATIOS, parsed_ratios
-from .result_tables import write_metrics, write_predictions
-from .run_environment import code_sha256, slug, this_environment
-from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, check_output, run_folder
-from .variants import BASE_ONLY, SEEDS, Variant, chosen_methods, planned_variants
+from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, FinishedParts, check_output, run_folder
+from .variants import (
+    BASE_ONLY,
+    DEFAULT_RATIOS,
+    SEEDS,
+    Variant,
+    chosen_methods,
+    parsed_ratios,
+    planned_variants,
+    settings_of_methods,
+)
+
+_UNPRUNED = VisualTokenPruningConfig(method="none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Evaluation(NamedTuple):
@@ -48,8 +44,9 @@ class Evaluation(NamedTuple):
 
 def evaluate_checkpoint(
     checkpoint: str,
-    data: Path | None = None,
+    data: str | Path | None = None,
     *,
+    split: str | None = None,
     methods: str | None = None,
     ratios: str = DEFAULT_RATIOS,
     questions: int | None = None,
@@ -77,9 +74,10 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: a stock or pruned one of a supported family: a folder, or `owner/name` on the Hub.
-        data: a folder with a table `questions.csv` or `questions.jsonl`, or written by the library `datasets`, with columns
-            image, question, answer, and if wanted question_type; None for the held-out questions of examples/shapes_vqa, in a
-            clone of the project.
+        data: a folder with a table `questions.csv` or `questions.jsonl`, or written by the library `datasets`, or a data set
+            on the Hub, as `owner/name` or `owner/name@revision`; with columns image, question, answer, and if wanted
+            question_type. None for the held-out questions of examples/shapes_vqa, in a clone of the project.
+        split: of data that has several.
         methods: names of methods, "base-only" and "downsample", separated by commas; None for all that fit the checkpoint.
         ratios: shares of patch tokens to keep, separated by commas, as decimals or fractions; 1 is the unpruned model.
         questions: so many of the first ones; None for all (of the project's own: 2,000).
@@ -99,32 +97,32 @@ def evaluate_checkpoint(
         OSError, huggingface_hub.errors.HfHubHTTPError: where the checkpoint cannot be downloaded.
     """
     asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
-    place = checked_device(device)
-    check_dtype(dtype)
+    place = checked_device(device, timed=True)
+    if dtype not in DTYPES:
+        raise ValueError(f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own.")
     for name, number in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
         if number < 1:
             raise ValueError(f"`--{name}` is {number}; it must be a whole number from 1.")
     check_output(output)
-    asked = load_data(data, questions)
+    asked = load_data(data, questions, split)
 
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
-    base = base_without_weights(source)
+    base = source.base_without_weights(_UNPRUNED)
     chosen = _that_fit(asked_methods, base, methods is None, say)
     settings = settings_of_methods(chosen, source.settings(), changes)
-    check_settings(base, settings)
+    _check_settings(base, settings)
     vision = base.config.vision_config
     plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size)
-    processor = load_processor(source)
+    processor = source.load_processor(_UNPRUNED)
     prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
 
-    source.weight_files()  # downloads them, its base's if it has none
-    model = load_model(source, place, dtype, cache_dir)
+    model = source.load_model(_UNPRUNED, dtype=dtype, device_map={"": str(place)})
     environment = this_environment(place, model.dtype)
     config = _config(source, asked, plan, settings, [float(share) for share in shares], batch_size, max_new_tokens)
     what = f"{slug(config['checkpoint']['name'].rpartition('/')[2])}_{slug(asked.name)}"
     folder = run_folder(output, what, config, environment)
     work = PartWork(model, processor, plan, asked, prompts, batch_size, max_new_tokens)
-    parts = parts_of(image_groups(asked.rows), batch_size)
+    parts = asked.parts(batch_size)
     finished = FinishedParts(folder / PARTS)
     try:
         if finished.results:
@@ -171,7 +169,7 @@ def _prompt(processor: Any, data: EvaluationData, row: int) -> Prompt:
     try:
         return prompt_of(processor, data.rows[row].question)
     except ValueError as error:
-        raise ValueError(f"{named_row(data, row)}: {error}") from error
+        raise ValueError(f"{data.named(row)}: {error}") from error
 
 
 def _config(
@@ -208,3 +206,12 @@ def _config(
         "code_sha256": code_sha256(),
     }
     return json.loads(json.dumps(config))
+
+
+def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) -> None:
+    """A ValueError where some method's settings do not fit the vision tower."""
+    for method, pruning in settings.items():
+        try:
+            base._feature_layer(pruning)
+        except ValueError as error:
+            raise ValueError(f"{error} Here: `--set {method}.NAME=VALUE`, or leave {method} out of `--methods`.") from error

@@ -1,4 +1,4 @@
-"""Where a run takes place: machine, versions, commit."""
+"""What a run is of and where it takes place: the checkpoint, the code, machine, versions, commit."""
 
 import datetime
 import hashlib
@@ -8,13 +8,17 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from .._version import __version__
+from ..checkpoints import CheckpointSource
 
 _PACKAGE = Path(__file__).parents[1]
+# Beside the weights: what makes a model of them, and prompts.
+_READ = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,30 @@ def code_sha256() -> str:
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def checkpoint_identity(source: CheckpointSource) -> dict[str, Any]:
+    """What tells a checkpoint from others, as JSON types: its name with a commit, or with a sum over the files of a folder.
+
+    Its weights must be downloaded by now. Folders are called by their last name: where they lie is nobody's business.
+    """
+    if source.repository is not None:
+        identity = {"name": source.name, "revision": source.repository.revision}
+        return identity if source.base is None else {**identity, "weights_of": source.base.to_dict()}
+    weights = source.weight_files()
+    files = sorted({*weights, *(path for pattern in _READ for path in source.folder.glob(pattern) if path.is_file())})
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + _sha256(path))
+    return {"name": source.folder.resolve().name, "sha256": digest.hexdigest()}
+
+
+def _sha256(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.digest()
 
 
 def _cpu_name() -> str:
