@@ -1,35 +1,15 @@
 """The command line in processes of their own whose Hub is one on loopback, and what became of it."""
 
-import inspect
-import json
 import subprocess
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from forked import run_python
 from hub_server import HubServer
 
-_PROGRAM = """
-from __future__ import annotations
-import json, sys
-
-{source}
-
-print(json.dumps({name}(**json.loads(sys.argv[1]))))
-"""
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def program(client: Callable[..., Any], **arguments: Any) -> list[str]:
-    """Arguments for Python that run a function, of which only the source goes along, and prints as JSON what it returns."""
-    source = textwrap.dedent(inspect.getsource(client))
-    text = _PROGRAM.format(source=source, name=client.__name__)
-    return ["-c", text, json.dumps(arguments, default=str)]
 
 
 def command_line(*arguments: object) -> list[str]:

@@ -1,55 +1,67 @@
 """A Hugging Face Hub on this machine, for tests of what is pushed to the Hub and loaded from it by the real client.
 
-`HubServer` is a real HTTP server on loopback that speaks the part of the Hub's API which `huggingface_hub` uses for
-repositories, commits, large files and downloads. Clients reach it through `HF_ENDPOINT`, in processes of their own:
+`HubServer` is a real HTTP server on loopback that speaks the part of the Hub's API which our pushes, transformers' own and
+downloads use; nothing on PyPI is such a server. Clients reach it through `HF_ENDPOINT`, in processes of their own:
 `huggingface_hub` reads its environment at import, and `conftest.py` keeps the test process itself offline. See `run_client`.
 
-It is our own because nothing on PyPI is such a server: `olah` (0.5.4) mirrors the real Hub and takes no pushes, and
-`hf-local-hub` (3.0.0) is a client for a server that its wheel does not have. As on the Hub, large files live on another
-host: the endpoint is 127.0.0.1, and downloads and uploads of LFS objects go to signed addresses on localhost, which refuse
-the client's token. What differs from the Hub:
+As on the Hub, large files live on another host: the endpoint is 127.0.0.1, and downloads and uploads of LFS objects go to
+signed addresses on localhost, which refuse the client's token. What differs from the Hub:
 
-* no Xet: its headers and hashes are absent, so downloads are plain HTTP. Whether uploads use Xet the client decides alone,
-  by whether hf_xet is installed; `HF_HUB_DISABLE_XET=1` in `HubServer.environment` makes it use LFS;
-* the client tells a missing repository from a bad token by a 401's address only where that starts with https, so every such
-  401 carries `X-Error-Code: RepoNotFound`;
-* a model card's metadata has to be YAML, but its values are not checked.
+* no Xet, which `HubServer.environment` switches off in the client: large files go by plain HTTP, in one part;
+* listings come in one page;
+* what goes through LFS is said by a file's suffix and size, not by the repository's .gitattributes;
+* every 401 for a missing repository carries `X-Error-Code: RepoNotFound`, as the client knows it by its address only where
+  that starts with https.
 
 A request that the server has no answer for gets 501 and is listed in `HubServer.unanswered`.
 """
 
 import base64
+import fnmatch
 import hashlib
 import inspect
 import json
 import os
 import re
 import secrets
-import sys
 import tempfile
 import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-import hub_server_repositories as repositories
 from forked import run_python
-from hub_server_repositories import Blob, Commit, Discussion, Repository
+from hub_server_repositories import GITATTRIBUTES, LFS_SUFFIXES, Blob, Commit, Repository
 
-_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-_TYPES = {f"{repo_type}s": repo_type for repo_type in _PREFIXES}
 _FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|\Z)", re.DOTALL)
 # What an environment may hold that would lead a client elsewhere than to this server.
 _STEERING = re.compile("(HF|HUGGING|HUGGINGFACE|TRANSFORMERS)_.*|.*_PROXY|XDG_CACHE_HOME", re.IGNORECASE)
+_IN_API = "/api/(model|dataset)s/([^/]+/[^/]+)"
+_OUTSIDE_API = "/(?:(dataset)s/)?([^/]+/[^/]+)"
+# Methods, addresses as they are sent, and what answers them; groups are unquoted and handed over.
+_ROUTES = (
+    ("POST", "/api/validate-yaml", "_validate_card"),
+    ("POST", "/api/repos/create", "_create"),
+    ("GET", f"{_IN_API}(?:/revision/([^/]+))?", "_info"),
+    ("GET", f"{_IN_API}/tree/([^/]+)(?:/(.+))?", "_tree"),
+    ("POST", f"{_IN_API}/paths-info/([^/]+)", "_paths_info"),
+    ("GET", f"{_IN_API}/refs", "_refs"),
+    ("POST", f"{_IN_API}/branch/([^/]+)", "_new_branch"),
+    ("POST", f"{_IN_API}/preupload/([^/]+)", "_preupload"),
+    ("POST", f"{_IN_API}/commit/([^/]+)", "_commit_of_client"),
+    ("POST", rf"{_OUTSIDE_API}\.git/info/lfs/objects/batch", "_lfs_batch"),
+    ("GET|HEAD", f"{_OUTSIDE_API}/resolve/([^/]+)/(.+)", "_resolve"),
+    ("GET", "/storage/objects/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_from_storage"),
+    ("PUT", "/storage/uploads/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_into_storage"),
+)
 
 
 @dataclass
@@ -63,7 +75,6 @@ class Request:
     target: str = field(repr=False)  # as sent
     body: bytes = field(default=b"", repr=False)
     status: int | None = None  # None where the connection was cut before an answer
-    sent: int = 0  # bytes of the answer's body
 
     @property
     def json(self) -> Any:
@@ -81,12 +92,15 @@ class _Answer:
 
 
 @dataclass
-class _Fault:
+class _Event:
+    """What happens to the next `times` matching requests in place of, or before, their answer."""
+
     method: str | None
     pattern: re.Pattern[str]
-    times: int
-    after_bytes: int = 0
-    answer: _Answer = field(default_factory=_Answer)
+    times: int = 1
+    refusal: "_Refused | None" = None
+    cut_after: int | None = None  # bytes
+    action: Callable[[], Any] | None = None
 
     def concerns(self, request: Request) -> bool:
         return self.times > 0 and self.method in (None, request.method) and bool(self.pattern.search(request.path))
@@ -97,32 +111,23 @@ class _Refused(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
-        self.answer = _refusal(status, message, code, headers)
-
-
-def _refusal(status: int, message: str, code: str | None, headers: Mapping[str, str]) -> _Answer:
-    named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | dict(headers)
-    return _Answer(status, json.dumps({"error": message}).encode(), {"Content-Type": "application/json"} | named)
+        named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | headers
+        self.answer = _json({"error": message}, status, **named)
 
 
 class HubServer:
     """The Hub, for as long as the `with` block lasts.
 
     `token` belongs to the user `user`, who may write to the repositories of that name; `add_user` adds others. Files above
-    `lfs_threshold` bytes or named by .gitattributes go through LFS, in parts where they are larger than `part_size`.
-    Listings come in pages of `page_size`.
+    `lfs_threshold` bytes go through LFS, whatever their name.
     """
 
-    def __init__(
-        self, user: str = "owner", *, lfs_threshold: int = 10 * 2**20, part_size: int = 5 * 2**30, page_size: int = 1000
-    ) -> None:
-        self.lfs_threshold, self.part_size, self.page_size = lfs_threshold, part_size, page_size
+    def __init__(self, user: str = "owner", *, lfs_threshold: int = 10 * 2**20) -> None:
+        self.lfs_threshold = lfs_threshold
         self.requests: list[Request] = []
         self._repositories: dict[tuple[str, str], Repository] = {}
-        self._users: dict[str, tuple[str, tuple[str, ...]]] = {}  # by token: a name and its organizations
-        self._parts: dict[tuple[str, int], bytes] = {}
-        self._faults: list[_Fault] = []
-        self._meanwhile: list[tuple[str, re.Pattern[str], Callable[[], Any]]] = []
+        self._users: dict[str, str] = {}  # by token
+        self._events: list[_Event] = []
         self._lock = threading.RLock()
         self._secret = secrets.token_hex()
         self._http = _HttpServer(("127.0.0.1", 0), _Handler)
@@ -142,10 +147,10 @@ class HubServer:
 
     # What tests set up and look at.
 
-    def add_user(self, name: str, organizations: tuple[str, ...] = ()) -> str:
+    def add_user(self, name: str) -> str:
         """Add a user; gives the user's token."""
         token = f"hf_{name}_{secrets.token_hex(8)}"
-        self._users[token] = (name, organizations)
+        self._users[token] = name
         return token
 
     def add_repository(
@@ -154,15 +159,14 @@ class HubServer:
         files: Mapping[str, bytes] | None = None,
         *,
         private: bool = False,
-        gated: str | bool = False,
+        gated: bool = False,
         repo_type: str = "model",
     ) -> str:
-        """Add a repository with the Hub's .gitattributes and `files`; gives the newest commit's hash."""
-        repository = Repository(repo_id, repo_type, private, "manual" if gated is True else gated)
-        attributes = Blob(repositories.DEFAULT_GITATTRIBUTES)
+        """Add a repository with a .gitattributes, as the Hub makes it, and `files`; gives the newest commit's hash."""
+        repository = Repository(repo_id, repo_type, private, gated)
         with self._lock:
             self._repositories[repo_type, repo_id] = repository
-            repository.commit("refs/heads/main", {".gitattributes": attributes}, "initial commit")
+            repository.commit("refs/heads/main", {".gitattributes": Blob(GITATTRIBUTES)}, "initial commit")
             if files:
                 self.commit(repo_id, files, repo_type=repo_type)
         return repository.refs["refs/heads/main"]
@@ -173,23 +177,21 @@ class HubServer:
         changes: Mapping[str, bytes | None],
         *,
         revision: str = "main",
-        title: str = "Upload files",
         repo_type: str = "model",
     ) -> str:
         """Commit to a repository without any client, as somebody else would; gives the commit's hash."""
         with self._lock:
             repository = self.repository(repo_id, repo_type)
-            blobs = {path: None if content is None else Blob(content) for path, content in changes.items()}
-            attributes = blobs.get(".gitattributes") or self._file(repository, revision, ".gitattributes")
-            for path, blob in blobs.items():
-                size = len(blob.content) if blob else 0
-                if blob and repositories.goes_through_lfs(path, size, attributes.content, self.lfs_threshold):
-                    blobs[path] = Blob(blob.content, lfs=True)
+            blobs: dict[str, Blob | None] = {}
+            for path, content in changes.items():
+                blob = None if content is None else Blob(content, lfs=self._goes_through_lfs(path, len(content)))
+                blobs[path] = blob
+                if blob and blob.lfs:
                     repository.objects[blob.sha256] = blob.content
-            return self._commit(repository, revision, blobs, title).oid
+            return repository.commit(repository.ref_of(revision) or revision, blobs, "Upload files").oid
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
-        """The repository itself: `refs`, `discussions`, `objects`, whether it is `private` ..."""
+        """The repository itself: `refs`, `pull_requests`, `objects`, whether it is `private` ..."""
         return self._repositories[repo_type, repo_id]
 
     @property
@@ -197,17 +199,16 @@ class HubServer:
         """All repositories."""
         return list(self._repositories.values())
 
-    def files(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> dict[str, bytes]:
-        """The content of all files at a branch, tag, hash or `refs/pr/N`."""
-        return {path: blob.content for path, blob in self._found(repo_id, revision, repo_type).files.items()}
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """The content of all files of a model's repository at a branch, tag, hash or `refs/pr/N`."""
+        return {path: blob.content for path, blob in self.commits(repo_id, revision)[0].files.items()}
 
-    def commits(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> list[Commit]:
-        """The commits up to `revision`, the newest first."""
-        return self.repository(repo_id, repo_type).log(self._found(repo_id, revision, repo_type).oid)
-
-    def grant(self, repo_id: str, user: str, *, repo_type: str = "model") -> None:
-        """Let a user download from a gated repository."""
-        self.repository(repo_id, repo_type).granted.add(user)
+    def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
+        """The commits of a model's repository up to `revision`, the newest first."""
+        commits = self.repository(repo_id).log(revision)
+        if not commits:
+            raise KeyError(f"{repo_id} has no revision {revision}")
+        return commits
 
     def asked(self, method: str | None = None, pattern: str = "") -> list[Request]:
         """The requests so far of this method whose path has a match of the pattern."""
@@ -219,40 +220,26 @@ class HubServer:
         return [request for request in list(self.requests) if request.status == HTTPStatus.NOT_IMPLEMENTED]
 
     def fail(
-        self,
-        method: str | None,
-        path_pattern: str,
-        *,
-        status: int,
-        times: int = 1,
-        gated: bool = False,
-        code: str | None = None,
-        retry_after: int | None = None,
-        message: str | None = None,
+        self, method: str | None, path_pattern: str, *, status: int, times: int = 1, retry_after: int | None = None
     ) -> None:
-        """Refuse the next `times` requests of this method whose path has a match of the pattern.
-
-        401 and 404 say that the repository was not found, unless it is said to be `gated` or `code` says something else,
-        such as EntryNotFound.
-        """
-        code = code or ("GatedRepo" if gated else "RepoNotFound" if status in (401, 404) else None)
+        """Refuse the next `times` requests of this method whose path has a match of the pattern."""
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        answer = _refusal(status, message or HTTPStatus(status).phrase, code, headers)
-        self._faults.append(_Fault(method, re.compile(path_pattern), times, answer=answer))
+        refusal = _Refused(status, HTTPStatus(status).phrase, **headers)
+        self._events.append(_Event(method, re.compile(path_pattern), times, refusal=refusal))
 
-    def cut(self, path_pattern: str, *, after_bytes: int, times: int = 1, method: str | None = None) -> None:
+    def cut(self, path_pattern: str, *, after_bytes: int, times: int = 1) -> None:
         """Cut the connection for the next `times` matching requests once `after_bytes` bytes of the body went over it.
 
         That is the answer's body for GET and else the request's. Shorter bodies pass, and do not count.
         """
-        self._faults.append(_Fault(method, re.compile(path_pattern), times, after_bytes, _Answer(0)))
+        self._events.append(_Event(None, re.compile(path_pattern), times, cut_after=after_bytes))
 
     def meanwhile(self, method: str, path_pattern: str, action: Callable[[], Any]) -> None:
         """Let somebody else act just before the next request of this method whose path has a match of the pattern is answered.
 
         Requests that are refused or cut off do not count.
         """
-        self._meanwhile.append((method, re.compile(path_pattern), action))
+        self._events.append(_Event(method, re.compile(path_pattern), action=action))
 
     def environment(self, home: Path | str, *, token: str | bool | None = True, offline: bool = False) -> dict[str, str]:
         """The environment of a process whose Hub is this server and whose cache and settings are in `home`.
@@ -277,23 +264,25 @@ class HubServer:
 
     # What requests are answered with.
 
-    def _take_fault(self, request: Request, kind: Callable[[_Fault], bool]) -> _Fault | None:
+    def _take(self, request: Request, kind: Callable[[_Event], bool]) -> _Event | None:
         with self._lock:
-            fault = next((fault for fault in self._faults if kind(fault) and fault.concerns(request)), None)
-            if fault:
-                fault.times -= 1
-            return fault
+            event = next((event for event in self._events if kind(event) and event.concerns(request)), None)
+            if event:
+                event.times -= 1
+            return event
+
+    def _cut_after(self, request: Request, size: int) -> int:
+        """After how many of `size` bytes the connection is cut: after all of them, if it is not."""
+        event = self._take(request, lambda event: event.cut_after is not None and size > event.cut_after)
+        return size if event is None or event.cut_after is None else event.cut_after
 
     def _answer(self, request: Request) -> _Answer:
-        if fault := self._take_fault(request, lambda fault: fault.answer.status > 0):
-            return fault.answer
         try:
+            if (event := self._take(request, lambda event: event.refusal is not None)) and event.refusal:
+                raise event.refusal
             with self._lock:
-                for awaited in list(self._meanwhile):
-                    method, pattern, action = awaited
-                    if method == request.method and pattern.search(request.path):
-                        self._meanwhile.remove(awaited)
-                        action()
+                if (event := self._take(request, lambda event: event.action is not None)) and event.action:
+                    event.action()
                 return self._route(request)
         except _Refused as refused:
             return refused.answer
@@ -302,46 +291,11 @@ class HubServer:
             return _unanswered(request).answer
 
     def _route(self, request: Request) -> _Answer:
-        parts = [unquote(part) for part in urlsplit(request.target).path.strip("/").split("/")]
-        if parts[0] == "storage":
-            return self._in_storage(request, parts[1:])
-        if parts[0] != "api":
-            repo_type = _TYPES.get(parts[0], "model")
-            return self._outside_api(request, repo_type, parts[1:] if parts[0] in _TYPES else parts)
-        match request.method, parts[1:]:
-            case "GET", ["whoami-v2"]:
-                return self._whoami(request)
-            case "POST", ["validate-yaml"]:
-                return self._validate_card(request.json["content"])
-            case "POST", ["repos", "create"]:
-                return self._create(request)
-            case "DELETE", ["repos", "delete"]:
-                repository = self._repository(request, *self._named(request), write=True)
-                del self._repositories[repository.repo_type, repository.repo_id]
-                return _json({})
-            case "POST", ["complete_multipart", sha256]:
-                return self._complete_multipart(request, sha256)
-            case method, [kind, *rest] if kind in _TYPES:
-                verbs = [index for index in (1, 2) if f"_on_{_spelled(method, rest[index:])}" in dir(type(self))]
-                if verbs:
-                    answer: Callable[..., _Answer] = getattr(self, f"_on_{_spelled(method, rest[verbs[-1] :])}")
-                    return answer(request, _TYPES[kind], "/".join(rest[: verbs[-1]]), *rest[verbs[-1] + 1 :])
-                if method == "GET" and len(rest) <= 2:
-                    return self._on_get_revision(request, _TYPES[kind], "/".join(rest), "main")
-        raise _unanswered(request)
-
-    def _outside_api(self, request: Request, repo_type: str, parts: list[str]) -> _Answer:
-        """Files as they are downloaded, and Git LFS."""
-        path = "/".join(parts)
-        if found := re.fullmatch(r"(.+)\.git/info/lfs/objects/(batch|verify)", path):
-            answer = self._lfs_batch if found[2] == "batch" else self._lfs_verify
-            return answer(request, repo_type, found[1])
-        for index in (1, 2):
-            if parts[index : index + 1] == ["resolve"] and len(parts) > index + 2 and request.method in ("GET", "HEAD"):
-                revision, *names = parts[index + 1 :]
-                if revision == "refs" and len(names) > 2:  # a reference whose slashes are not quoted
-                    revision, names = "/".join([revision, *names[:2]]), names[2:]
-                return self._resolve(request, repo_type, "/".join(parts[:index]), revision, "/".join(names))
+        for methods, pattern, name in _ROUTES:
+            found = re.fullmatch(pattern, urlsplit(request.target).path)
+            if found and request.method in methods.split("|"):
+                answer: Callable[..., _Answer] = getattr(self, name)
+                return answer(request, *(group and unquote(group) for group in found.groups()))
         raise _unanswered(request)
 
     # Who asks, and for which repository.
@@ -353,241 +307,79 @@ class HubServer:
         user = self._users.get(authorization.removeprefix("Bearer "))
         if user is None:
             raise _Refused(401, "Invalid credentials in Authorization header")
-        return user[0]
+        return user
 
-    def _belongs(self, user: str | None, namespace: str) -> bool:
-        return any(namespace in (name, *organizations) for name, organizations in self._users.values() if name == user)
-
-    def _repository(
-        self, request: Request, repo_type: str, repo_id: str, *, write: bool = False, signed_in: bool = False
-    ) -> Repository:
-        """The repository, if whoever asks may see it, and may write to it where that is asked."""
+    def _repository(self, request: Request, repo_type: str | None, repo_id: str) -> Repository:
+        """The repository, if whoever asks may see it."""
         user = self._who(request)
-        repository = self._repositories.get((repo_type, repo_id))
-        if repository is None or (repository.private and not self._belongs(user, repository.namespace)):
-            if user is None:
-                raise _Refused(401, "Invalid username or password.", "RepoNotFound")
-            raise _Refused(404, "Repository not found", "RepoNotFound")
-        if user is None and (write or signed_in):
+        repository = self._repositories.get((repo_type or "model", repo_id))
+        if repository is None or (repository.private and user != repository.namespace):
+            raise _Refused(404 if user else 401, "Repository not found", "RepoNotFound")
+        return repository
+
+    def _writable(self, request: Request, repo_type: str | None, repo_id: str, write: bool = True) -> Repository:
+        """The repository, if whoever asks may write to it; everybody who may see it may open a pull request."""
+        repository, user = self._repository(request, repo_type, repo_id), self._who(request)
+        if user is None:
             raise _Refused(401, "Invalid username or password.", "RepoNotFound")
-        if write and not self._belongs(user, repository.namespace):
+        if write and not request.asks("create_pr") and user != repository.namespace:
             raise _Refused(403, f"Forbidden: you don't have write access to {repo_id}")
         return repository
 
-    def _open_gate(self, request: Request, repository: Repository) -> None:
-        user = self._who(request)
-        if not repository.gated or user in repository.granted or self._belongs(user, repository.namespace):
-            return
-        restricted = f"Access to {repository.repo_type} {repository.repo_id} is restricted"
-        if user is None:
-            raise _Refused(401, f"{restricted}. You must have access to it and be authenticated to access it.", "GatedRepo")
-        raise _Refused(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
-
-    def _at(self, repository: Repository, revision: str) -> Commit:
-        commit = repository.find(revision)
+    def _at(self, repository: Repository, revision: str | None) -> Commit:
+        commit = repository.find(revision or "main")
         if commit is None:
             raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def _found(self, repo_id: str, revision: str, repo_type: str) -> Commit:
-        commit = self.repository(repo_id, repo_type).find(revision)
-        if commit is None:
-            raise KeyError(f"{repo_id} has no revision {revision}")
-        return commit
-
-    def _file(self, repository: Repository, revision: str, path: str) -> Blob:
-        commit = repository.find(revision)
-        return (commit.files.get(path) if commit else None) or Blob(b"")
-
-    def _url(self, repository: Repository) -> str:
-        return f"{self.endpoint}/{_PREFIXES[repository.repo_type]}{repository.repo_id}"
-
-    # The account and its repositories.
-
-    def _whoami(self, request: Request) -> _Answer:
-        user = self._who(request)
+    def _create(self, request: Request) -> _Answer:
+        asked, user = request.json, self._who(request)
+        namespace = asked.get("organization") or user
+        repo_id = f"{namespace}/{asked['name']}"
         if user is None:
             raise _Refused(401, "Invalid username or password.")
-        organizations = next(organizations for name, organizations in self._users.values() if name == user)
-        orgs = [{"type": "org", "name": name, "roleInOrg": "write"} for name in organizations]
-        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        return _json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": orgs, "auth": token})
-
-    def _named(self, request: Request) -> tuple[str, str]:
-        asked = request.json
-        return asked.get("type") or "model", f"{asked.get('organization') or self._who(request)}/{asked['name']}"
-
-    def _create(self, request: Request) -> _Answer:
-        if self._who(request) is None:
-            raise _Refused(401, "Invalid username or password.")
-        repo_type, repo_id = self._named(request)
-        namespace = repo_id.rpartition("/")[0]
-        if not self._belongs(self._who(request), namespace):
-            text = f'You don\'t have the rights to create a {repo_type} under the namespace "{namespace}"'
-            raise _Refused(403, text)
-        exists = (repo_type, repo_id) in self._repositories
+        if user != namespace:
+            raise _Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        exists = ("model", repo_id) in self._repositories
         if not exists:
-            private = request.json.get("visibility") == "private" or bool(request.json.get("private"))
-            self.add_repository(repo_id, private=private, repo_type=repo_type)
-        answer = {"url": self._url(self.repository(repo_id, repo_type)), "name": repo_id, "id": repo_id}
-        if exists:
-            answer["error"] = f"You already created this {repo_type} repo"
-        return _json(answer, status=409 if exists else 200)
+            self.add_repository(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        return _json({"url": f"{self.endpoint}/{repo_id}"}, status=409 if exists else 200)
 
-    def _validate_card(self, content: str) -> _Answer:
-        found = _FRONT_MATTER.match(content)
-        if not found:
-            return _json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+    def _validate_card(self, request: Request) -> _Answer:
+        found = _FRONT_MATTER.match(request.json["content"])
         try:
-            metadata = yaml.safe_load(found[1])
-        except yaml.YAMLError as error:
-            return _json({"errors": [{"message": str(error)}], "warnings": []}, status=400)
-        if not isinstance(metadata, dict):
-            return _json({"errors": [{"message": "metadata must be an object"}], "warnings": []}, status=400)
-        return _json({"errors": [], "warnings": []})
-
-    def _on_put_settings(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=True)
-        asked = request.json
-        if "visibility" in asked or "private" in asked:
-            repository.private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        repository.gated = asked.get("gated", repository.gated)
-        return _json({"private": repository.private, "gated": repository.gated})
-
-    def _on_get_auth_check(self, request: Request, repo_type: str, repo_id: str, write: str = "") -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=bool(write))
-        self._open_gate(request, repository)
-        return _json({})
+            valid = found is None or isinstance(yaml.safe_load(found[1]), dict)
+        except yaml.YAMLError:
+            valid = False
+        errors = [] if valid else [{"message": "the metadata is no YAML object"}]
+        return _json({"errors": errors, "warnings": []}, status=200 if valid else 400)
 
     # What is in a repository.
 
-    def _on_get_revision(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+    def _info(self, request: Request, repo_type: str, repo_id: str, revision: str | None = None) -> _Answer:
         repository = self._repository(request, repo_type, repo_id)
         commit = self._at(repository, revision)
-        siblings: list[dict[str, Any]] = []
-        for path, blob in commit.files.items():
-            siblings.append({"rfilename": path})
-            if request.asks("blobs"):
-                siblings[-1] |= {"size": len(blob.content), "blobId": blob.oid}
-                if blob.lfs:
-                    lfs = {"sha256": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
-                    siblings[-1]["lfs"] = lfs
-        card = self._card(commit)
-        info = {
-            "_id": hashlib.sha1(repo_id.encode()).hexdigest()[:24],
-            "id": repo_id,
-            "modelId": repo_id,
-            "author": repository.namespace,
-            "sha": commit.oid,
-            "createdAt": _date(repository.log("main")[-1]),
-            "lastModified": _date(commit),
-            "private": repository.private,
-            "gated": repository.gated,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [*(card.get("tags") or []), *filter(None, [card.get("library_name")])],
-            "siblings": siblings,
-            "usedStorage": sum(map(len, repository.objects.values())),
-        }
-        info |= {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
-        info |= {"cardData": card} if card else {}
-        expand = request.query.get("expand") or request.query.get("expand[]")
-        if expand:
-            info = {name: value for name, value in info.items() if name in ("_id", "id", *expand)}
-        return _json(info)
+        siblings = [{"rfilename": path} for path in commit.files]
+        return _json({"id": repo_id, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
 
-    def _card(self, commit: Commit) -> dict[str, Any]:
-        readme = commit.files.get("README.md")
-        found = _FRONT_MATTER.match(readme.content.decode()) if readme else None
-        with suppress(yaml.YAMLError):
-            metadata = yaml.safe_load(found[1]) if found else None
-            return json.loads(json.dumps(metadata, default=str)) if isinstance(metadata, dict) else {}
-        return {}
-
-    def _on_get_tree(self, request: Request, repo_type: str, repo_id: str, revision: str, *folder: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
-        commit = self._at(repository, revision)
-        prefix = "".join(f"{name}/" for name in folder)
-        if prefix and not any(path.startswith(prefix) for path in commit.files):
-            raise _Refused(404, f'{prefix[:-1]} does not exist on "{revision}"', "EntryNotFound")
-        entries = [
-            entry for entry in self._entries(repository, commit, request.asks("expand")) if entry["path"] + "/" != prefix
-        ]
-        entries = [entry for entry in entries if entry["path"].startswith(prefix)]
+    def _tree(self, request: Request, repo_type: str, repo_id: str, revision: str, folder: str | None = None) -> _Answer:
+        commit = self._at(self._repository(request, repo_type, repo_id), revision)
+        prefix = f"{folder}/" if folder else ""
+        entries = [entry for entry in _entries(commit) if entry["path"].startswith(prefix)]
+        if not entries:
+            raise _Refused(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
         if not request.asks("recursive"):
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
-        return self._page(request, entries)
+        return _json(entries)
 
-    def _on_post_paths_info(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+    def _paths_info(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+        commit = self._at(self._repository(request, repo_type, repo_id), revision)
+        wanted = parse_qs(request.body.decode())["paths"]
+        return _json([entry for entry in _entries(commit) if entry["path"] in wanted])
+
+    def _refs(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
         repository = self._repository(request, repo_type, repo_id)
-        commit = self._at(repository, revision)
-        if "json" in request.headers.get("content-type", ""):
-            paths, expand = request.json["paths"], bool(request.json.get("expand"))
-        else:
-            form = parse_qs(request.body.decode())
-            paths, expand = form.get("paths", []), form.get("expand", [""])[0].lower() == "true"
-        wanted = {path.rstrip("/") for path in paths}
-        return _json([entry for entry in self._entries(repository, commit, expand) if entry["path"] in wanted])
-
-    def _entries(self, repository: Repository, commit: Commit, expand: bool) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        for path, oid in repositories.tree_hashes(commit.files).items():
-            if path:
-                entries.append({"type": "directory", "oid": oid, "size": 0, "path": path})
-        for path, blob in commit.files.items():
-            entry = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
-            if blob.lfs:
-                entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
-            if expand:
-                log = repository.log(commit.oid)
-                last = next(c for c in reversed(log) if c.files.get(path) == blob)
-                entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": _date(last)}
-            entries.append(entry)
-        return sorted(entries, key=lambda entry: entry["path"])
-
-    def _on_get_commits(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
-        log = repository.log(self._at(repository, revision).oid)
-        items = [
-            {"id": c.oid, "title": c.title, "message": c.message, "authors": [{"user": c.author}], "date": _date(c)}
-            for c in log
-        ]
-        return self._page(request, items)
-
-    def _page(self, request: Request, items: list[Any]) -> _Answer:
-        """One page of a listing, with the address of the next as the Hub gives it."""
-        start = int(request.query.get("cursor", ["0"])[0])
-        answer = _json(items[start : start + self.page_size])
-        if start + self.page_size < len(items):
-            query = request.query | {"cursor": [str(start + self.page_size)]}
-            address = f"{self.endpoint}{urlsplit(request.target).path}?{urlencode(query, doseq=True)}"
-            answer.headers["Link"] = f'<{address}>; rel="next"'
-        return answer
-
-    def _resolve(self, request: Request, repo_type: str, repo_id: str, revision: str, path: str) -> _Answer:
-        """A file: itself where git has it, or where to get it from storage."""
-        repository = self._repository(request, repo_type, repo_id)
-        self._open_gate(request, repository)
-        commit = self._at(repository, revision)
-        blob = commit.files.get(path)
-        if blob is None:
-            raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
-        name = quote(path.rpartition("/")[2])
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
-        headers["Content-Disposition"] = f"inline; filename*=UTF-8''{name}; filename=\"{name}\";"
-        if not blob.lfs:
-            return _ranged(request, blob.content, headers)
-        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": f'"{blob.sha256}"'}
-        headers["Location"] = self._signed(f"objects/{repository.repo_type}/{repo_id}/{blob.sha256}")
-        return _Answer(302, f"Found. Redirecting to {headers['Location']}".encode(), headers)
-
-    # References.
-
-    def _on_get_refs(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
-        kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"}
-        kinds |= {"pullRequests": "refs/pr/"} if request.asks("include_prs") else {}
+        kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/", "pullRequests": "refs/pr/"}
         refs: dict[str, list[dict[str, str]]] = {kind: [] for kind in kinds}
         for kind, prefix in kinds.items():
             for ref, oid in repository.refs.items():
@@ -595,92 +387,64 @@ class HubServer:
                     refs[kind].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid})
         return _json(refs)
 
-    def _on_post_branch(self, request: Request, repo_type: str, repo_id: str, branch: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=True)
-        return self._new_ref(repository, f"refs/heads/{branch}", request.json.get("startingPoint") or "main")
+    def _resolve(self, request: Request, repo_type: str | None, repo_id: str, revision: str, path: str) -> _Answer:
+        """A file: itself where git has it, or where to get it from storage."""
+        repository = self._repository(request, repo_type, repo_id)
+        user = self._who(request)
+        if repository.gated and user != repository.namespace:
+            raise _Refused(403 if user else 401, f"Access to {repo_id} is restricted.", "GatedRepo")
+        commit = self._at(repository, revision)
+        blob = commit.files.get(path)
+        if blob is None:
+            raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        if not blob.lfs:
+            return _ranged(request, blob.content, headers)
+        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": f'"{blob.sha256}"'}
+        headers["Location"] = self._signed("objects", repository, blob.sha256)
+        return _Answer(302, b"", headers)
 
-    def _on_post_tag(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=True)
-        return self._new_ref(repository, f"refs/tags/{request.json['tag']}", revision)
+    # Uploads.
 
-    def _new_ref(self, repository: Repository, ref: str, revision: str) -> _Answer:
-        start = self._at(repository, revision)
+    def _new_branch(self, request: Request, repo_type: str, repo_id: str, branch: str) -> _Answer:
+        repository = self._writable(request, repo_type, repo_id)
+        start = self._at(repository, request.json.get("startingPoint"))
+        ref = f"refs/heads/{branch}"
         if ref in repository.refs:
             raise _Refused(409, f"Reference already exists: {ref}")
         repository.refs[ref] = start.oid
         return _json({"ref": ref})
 
-    def _on_delete_branch(self, request: Request, repo_type: str, repo_id: str, branch: str) -> _Answer:
-        return self._delete_ref(request, repo_type, repo_id, f"refs/heads/{branch}")
+    def _goes_through_lfs(self, path: str, size: int) -> bool:
+        return bool(size) and (size > self.lfs_threshold or path.endswith(LFS_SUFFIXES))
 
-    def _on_delete_tag(self, request: Request, repo_type: str, repo_id: str, tag: str) -> _Answer:
-        return self._delete_ref(request, repo_type, repo_id, f"refs/tags/{tag}")
-
-    def _delete_ref(self, request: Request, repo_type: str, repo_id: str, ref: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=True)
-        if ref == "refs/heads/main":
-            raise _Refused(403, "Cannot delete the main branch")
-        if repository.refs.pop(ref, None) is None:
-            raise _Refused(404, f"Invalid rev id: {ref}", "RevisionNotFound")
-        return _json({})
-
-    # Uploads.
-
-    def _on_post_preupload(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        """How each file is to be uploaded, and whether it is there already."""
-        creates = request.asks("create_pr")
-        repository = self._repository(request, repo_type, repo_id, write=not creates, signed_in=True)
+    def _preupload(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+        """How each file is to be uploaded, whether .gitignore leaves it out, and whether it is there already."""
+        repository = self._writable(request, repo_type, repo_id)
         commit = self._at(repository, revision)
-        attributes = self._file(repository, revision, ".gitattributes").content
-        gitignore = request.json.get("gitIgnore", self._file(repository, revision, ".gitignore").content.decode())
+        ignored = request.json.get("gitIgnore", commit.files.get(".gitignore", Blob(b"")).content.decode()).split()
         answers = []
         for file in request.json["files"]:
             path, present = file["path"], commit.files.get(file["path"])
-            lfs = repositories.goes_through_lfs(path, file["size"], attributes, self.lfs_threshold)
-            answer = {"path": path, "uploadMode": "lfs" if lfs else "regular"}
-            answer["shouldIgnore"] = repositories.ignored(path, gitignore)
+            answer = {"path": path, "uploadMode": "lfs" if self._goes_through_lfs(path, file["size"]) else "regular"}
+            answer["shouldIgnore"] = any(fnmatch.fnmatchcase(path, pattern) for pattern in ignored)
             if present:
                 answer["oid"] = present.sha256 if present.lfs else present.oid
             answers.append(answer)
         return _json({"files": answers, "commitOid": commit.oid})
 
-    def _lfs_batch(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
+    def _lfs_batch(self, request: Request, repo_type: str | None, repo_id: str) -> _Answer:
         asked = request.json
-        repository = self._repository(request, repo_type, repo_id, write="ref" in asked, signed_in=True)
-        if asked["operation"] != "upload":
-            raise _unanswered(request)
+        repository = self._writable(request, repo_type, repo_id, write="ref" in asked)
         objects = []
-        multipart = "multipart" in asked.get("transfers", [])
         for wanted in asked["objects"]:
-            sha256, size = wanted["oid"], wanted["size"]
-            objects.append({"oid": sha256, "size": size})
-            if sha256 in repository.objects:
-                continue  # no actions: there already
-            place = f"uploads/{repo_type}/{repo_id}/{sha256}"
-            upload: dict[str, Any] = {"href": self._signed(place)}
-            if multipart and size > self.part_size:
-                numbers = range(1, -(-size // self.part_size) + 1)
-                upload["header"] = {"chunk_size": str(self.part_size)}
-                upload["header"] |= {f"{number:05}": self._signed(f"{place}/{number}") for number in numbers}
-                query = urlencode({"repo": f"{repo_type}/{repo_id}", "signature": self._signature(sha256)})
-                upload["href"] = f"{self.endpoint}/api/complete_multipart/{sha256}?{query}"
-            verify = {"href": f"{self._url(repository)}.git/info/lfs/objects/verify"}
-            objects[-1]["actions"] = {"upload": upload, "verify": verify}
-        chosen = "multipart" if multipart else "basic"
-        answer = _json({"transfer": chosen, "objects": objects})
-        answer.headers["Content-Type"] = "application/vnd.git-lfs+json"
-        return answer
+            objects.append({"oid": wanted["oid"], "size": wanted["size"]})
+            if wanted["oid"] not in repository.objects:  # without actions: there already
+                objects[-1]["actions"] = {"upload": {"href": self._signed("uploads", repository, wanted["oid"])}}
+        return _json({"transfer": "basic", "objects": objects})
 
-    def _lfs_verify(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, signed_in=True)
-        stored = repository.objects.get(request.json["oid"])
-        if stored is None or len(stored) != request.json["size"]:
-            raise _Refused(404, "The object was not uploaded, or not all of it")
-        return _json({})
-
-    def _on_post_commit(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        creates = request.asks("create_pr")
-        repository = self._repository(request, repo_type, repo_id, write=not creates, signed_in=True)
+    def _commit_of_client(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+        repository = self._writable(request, repo_type, repo_id)
         before = self._at(repository, revision)
         header: dict[str, Any] = {}
         changes: dict[str, Blob | None] = {}
@@ -691,181 +455,79 @@ class HubServer:
                 case "header":
                     header = value
                 case "file":
-                    content = base64.b64decode(value["content"])
-                    if len(content) > self.lfs_threshold:
-                        raise _Refused(400, f"{value['path']} is too large for git: please use Git LFS")
-                    changes[value["path"]] = Blob(content)
+                    changes[value["path"]] = Blob(base64.b64decode(value["content"]))
                 case "lfsFile":
-                    if value["oid"] not in repository.objects:
-                        raise _Refused(400, f"The LFS object of {value['path']} was not uploaded: {value['oid']}")
                     changes[value["path"]] = Blob(repository.objects[value["oid"]], lfs=True)
-                case "deletedFile" | "deletedFolder":
+                case "deletedFile":
                     changes[value["path"]] = None
-                case other:
-                    raise _Refused(400, f"Unknown operation: {other}")
+                case _:
+                    raise _unanswered(request)
         if not before.oid.startswith(header.get("parentCommit") or ""):
             raise _Refused(412, "A commit has happened since. Please refresh and try again.")
-        title, message, author = header["summary"], header.get("description") or "", self._who(request) or ""
-        number = len(repository.discussions) + 1
-        ref = f"refs/pr/{number}" if creates else revision
-        commit = self._commit(repository, ref, changes, title, message, author, base=before.oid if creates else "")
-        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{self._url(repository)}/commit/{commit.oid}"}
-        if creates:
-            repository.open_discussion(title, message, author, base=before.oid)
-            repository.refs[ref] = commit.oid
-            answer["pullRequestUrl"] = f"{self._url(repository)}/discussions/{number}"
-        return _json(answer)
-
-    def _commit(
-        self,
-        repository: Repository,
-        revision: str,
-        changes: Mapping[str, Blob | None],
-        title: str,
-        message: str = "",
-        author: str = "",
-        base: str = "",
-    ) -> Commit:
-        """Commit, with .gitattributes naming every LFS file."""
-        ref = revision if base else repository.ref_of(revision)
+        number = len(repository.pull_requests) + 1
+        ref = f"refs/pr/{number}" if request.asks("create_pr") else repository.ref_of(revision)
         if ref is None or ref.startswith("refs/tags/"):
             raise _Refused(400, f"{revision} is no branch to commit to")
-        attributes = changes.get(".gitattributes") or self._file(repository, base or ref, ".gitattributes")
-        large = [path for path, blob in changes.items() if blob and blob.lfs]
-        tracked = repositories.track_by_lfs(large, attributes.content)
-        if tracked != attributes.content:
-            changes = {**changes, ".gitattributes": Blob(tracked)}
-        try:
-            return repository.commit(ref, changes, title, message, author, base)
-        except repositories.MissingPath as missing:
-            raise _Refused(404, f"A file with this name doesn't exist: {missing}", "EntryNotFound") from None
+        commit = repository.commit(ref, changes, header["summary"], header.get("description") or "", before.oid)
+        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{commit.oid}"}
+        if request.asks("create_pr"):
+            repository.pull_requests.append(self._who(request) or "")
+            answer["pullRequestUrl"] = f"{self.endpoint}/{repo_id}/discussions/{number}"
+        return _json(answer)
 
     # Storage, on its own host: addresses that are valid because they are signed.
 
-    def _signature(self, path: str) -> str:
-        return hashlib.sha256(f"{self._secret}/{path}".encode()).hexdigest()
+    def _signed(self, kind: str, repository: Repository, sha256: str) -> str:
+        return f"{self.storage}/{kind}/{repository.repo_type}/{repository.repo_id}/{sha256}?signature={self._secret}"
 
-    def _signed(self, path: str) -> str:
-        return f"{self.storage}/{path}?signature={self._signature(path)}"
-
-    def _check_signature(self, request: Request, path: str) -> None:
+    def _check_signature(self, request: Request) -> None:
         if "authorization" in request.headers:
             raise _Refused(400, "Only one auth mechanism allowed")  # what S3 says
-        if request.query.get("signature") != [self._signature(path)]:
+        if request.query.get("signature") != [self._secret]:
             raise _Refused(403, "SignatureDoesNotMatch")
 
-    def _in_storage(self, request: Request, parts: list[str]) -> _Answer:
-        self._check_signature(request, "/".join(parts))
-        match request.method, parts:
-            case "GET" | "HEAD", ["objects", repo_type, namespace, name, sha256]:
-                content = self.repository(f"{namespace}/{name}", repo_type).objects[sha256]
-                return _ranged(request, content, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
-            case "PUT", ["uploads", repo_type, namespace, name, sha256]:
-                self._store(repo_type, f"{namespace}/{name}", sha256, request.body)
-            case "PUT", ["uploads", _, _, _, sha256, number]:
-                self._parts[sha256, int(number)] = request.body
-            case _:
-                raise _unanswered(request)
-        return _Answer(200, headers={"ETag": _md5(request.body)})
+    def _from_storage(self, request: Request, repo_type: str, repo_id: str, sha256: str) -> _Answer:
+        self._check_signature(request)
+        content = self.repository(repo_id, repo_type).objects[sha256]
+        return _ranged(request, content, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
 
-    def _store(self, repo_type: str, repo_id: str, sha256: str, content: bytes) -> None:
-        if hashlib.sha256(content).hexdigest() != sha256:
+    def _into_storage(self, request: Request, repo_type: str, repo_id: str, sha256: str) -> _Answer:
+        self._check_signature(request)
+        if hashlib.sha256(request.body).hexdigest() != sha256:
             raise _Refused(400, "The content is not what its SHA-256 says")
-        self.repository(repo_id, repo_type).objects[sha256] = content
-
-    def _complete_multipart(self, request: Request, sha256: str) -> _Answer:
-        self._check_signature(request, sha256)
-        repo_type, _, repo_id = request.query["repo"][0].partition("/")
-        parts = [(part["partNumber"], part["etag"]) for part in request.json["parts"]]
-        stored = {number: content for (oid, number), content in self._parts.items() if oid == sha256}
-        if request.json["oid"] != sha256 or parts != [(number, _md5(stored[number])) for number in sorted(stored)]:
-            raise _Refused(400, "InvalidPart")
-        self._store(repo_type, repo_id, sha256, b"".join(stored[number] for number in sorted(stored)))
-        for number in stored:
-            del self._parts[sha256, number]
-        return _json({})
-
-    # Discussions and pull requests.
-
-    def _on_get_discussions(self, request: Request, repo_type: str, repo_id: str, number: str = "") -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
-        if not number:
-            listed = [self._described(repository, discussion) for discussion in repository.discussions]
-            return _json({"discussions": listed, "count": len(listed), "start": 0})
-        discussion = self._discussion(repository, number)
-        created, author = discussion.created.isoformat().replace("+00:00", ".000Z"), {"name": discussion.author}
-        comment = {"edited": False, "hidden": False, "latest": {"raw": discussion.description}}
-        event = {"id": f"{number:>024}", "type": "comment", "createdAt": created, "author": author, "data": comment}
-        answer = self._described(repository, discussion) | {"events": [event]}
-        if discussion.base:
-            changes = {"base": "refs/heads/main", "mergeCommitId": discussion.merge_commit}
-            answer |= {"changes": changes, "filesWithConflicts": [], "diff": ""}
-        return _json(answer)
-
-    def _on_post_discussions(
-        self, request: Request, repo_type: str, repo_id: str, number: str = "", action: str = ""
-    ) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id, write=bool(action), signed_in=True)
-        user = self._who(request) or ""
-        if action == "merge":
-            repository.merge(self._discussion(repository, number), user)
-            return _json({})
-        if number:
-            raise _unanswered(request)
-        asked = request.json
-        base = self._at(repository, "main").oid if asked.get("pullRequest") else None
-        opened = repository.open_discussion(asked["title"], asked["description"], user, base)
-        return _json({"num": opened.num, "url": f"{self._url(repository)}/discussions/{opened.num}"})
-
-    def _discussion(self, repository: Repository, number: str) -> Discussion:
-        found = [discussion for discussion in repository.discussions if str(discussion.num) == number]
-        if not found:
-            raise _Refused(404, "Discussion not found")
-        return found[0]
-
-    def _described(self, repository: Repository, discussion: Discussion) -> dict[str, Any]:
-        return {
-            "num": discussion.num,
-            "title": discussion.title,
-            "author": {"name": discussion.author},
-            "createdAt": discussion.created.isoformat().replace("+00:00", ".000Z"),
-            "status": discussion.status,
-            "isPullRequest": discussion.base is not None,
-            "repo": {"name": repository.repo_id, "type": repository.repo_type},
-        }
+        self.repository(repo_id, repo_type).objects[sha256] = request.body
+        return _Answer()
 
 
-def _json(content: Any, status: int = 200) -> _Answer:
-    return _Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=utf-8"})
+def _entries(commit: Commit) -> list[dict[str, Any]]:
+    """The files and folders of a commit, as listings name them."""
+    folders = {str(parent) for path in commit.files for parent in Path(path).parents} - {"."}
+    entries: list[dict[str, Any]] = [
+        {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path} for path in folders
+    ]
+    for path, blob in commit.files.items():
+        entry = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
+        if blob.lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: entry["path"])
+
+
+def _json(content: Any, status: int = 200, **headers: str) -> _Answer:
+    return _Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json", **headers})
 
 
 def _unanswered(request: Request) -> _Refused:
     return _Refused(HTTPStatus.NOT_IMPLEMENTED, f"This server has no answer to {request.method} {request.path}")
 
 
-def _date(commit: Commit) -> str:
-    return commit.date.isoformat().replace("+00:00", ".000Z")
-
-
-def _md5(content: bytes) -> str:
-    return f'"{hashlib.md5(content).hexdigest()}"'
-
-
-def _spelled(method: str, parts: list[str]) -> str:
-    return f"{method}_{parts[0].replace('-', '_')}".lower() if parts else ""
-
-
 def _ranged(request: Request, content: bytes, headers: dict[str, str]) -> _Answer:
-    """The content, or the part of it that a Range header asks for."""
-    size = len(content)
-    found = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-    if not found or not any(found.groups()):
+    """The content, or all of it from where a download goes on."""
+    found = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
+    if not found:
         return _Answer(200, content, headers)
-    first = int(found[1]) if found[1] else max(size - int(found[2]), 0)
-    last = min(int(found[2]), size - 1) if found[1] and found[2] else size - 1
-    if first > last:
-        return _Answer(416, b"", headers | {"Content-Range": f"bytes */{size}"})
-    return _Answer(206, content[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
+    first, size = int(found[1]), len(content)
+    return _Answer(206, content[first:], headers | {"Content-Range": f"bytes {first}-{size - 1}/{size}"})
 
 
 class _HttpServer(ThreadingHTTPServer):
@@ -875,12 +537,7 @@ class _HttpServer(ThreadingHTTPServer):
     hub: HubServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may go away at any time
-            super().handle_error(request, client_address)
-
-
-class _Cut(Exception):
-    """The connection is to be closed now."""
+        pass  # a client may go away at any time; our own mistakes are answered with 501
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -893,40 +550,26 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, unquote(address.path), headers, parse_qs(address.query), self.path)
         self.server.hub.requests.append(request)
-        try:
-            if "transfer-encoding" in headers:  # storage takes no body whose length is not known, and the client sends none
-                self.close_connection = True
-                return self._send(request, _unanswered(request).answer)
-            self._read_body(request)
-            self._send(request, self.server.hub._answer(request))
-        except _Cut:
+        size = int(headers.get("content-length", 0))
+        request.body = self.rfile.read(self.server.hub._cut_after(request, size))
+        if len(request.body) < size:  # cut by us or by the client
             self.close_connection = True
+        else:
+            self._send(request, self.server.hub._answer(request))
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
-
-    def _read_body(self, request: Request) -> None:
-        """Read the body, or as much of it as comes before the connection is cut."""
-        size = int(request.headers.get("content-length", 0))
-        cut = self.server.hub._take_fault(request, lambda fault: not fault.answer.status and size > fault.after_bytes)
-        request.body = self.rfile.read(cut.after_bytes if cut else size)
-        if len(request.body) < size:
-            raise _Cut  # by us or by the client
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _send(self, request: Request, answer: _Answer) -> None:
         body = b"" if request.method == "HEAD" else answer.body
-        cut = None
-        if request.method == "GET":
-            cut = self.server.hub._take_fault(request, lambda f: not f.answer.status and len(body) > f.after_bytes)
+        end = self.server.hub._cut_after(request, len(body)) if request.method == "GET" else len(body)
         request.status = answer.status
-        request.sent = cut.after_bytes if cut else len(body)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value.encode("ascii", "replace").decode())
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        self.wfile.write(memoryview(body)[: request.sent])
-        if cut:
-            raise _Cut
+        self.wfile.write(body[:end])
+        self.close_connection = self.close_connection or end < len(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -942,6 +585,19 @@ print(json.dumps({name}(**json.loads(sys.argv[1])), default=str))
 """
 
 
+def program(client: Callable[..., Any] | str, **arguments: Any) -> list[str]:
+    """Arguments for Python that run a function, of which only the source goes along, and print as JSON what it returns.
+
+    The function must import what it uses; a client given as source is the body of such a function.
+    """
+    if isinstance(client, str):
+        name = "client"
+        source = f"def client({', '.join(arguments)}):\n{textwrap.indent(textwrap.dedent(client), '    ')}"
+    else:
+        name, source = client.__name__, textwrap.dedent(inspect.getsource(client))
+    return ["-c", _PROGRAM.format(source=source, name=name), json.dumps(arguments, default=str)]
+
+
 def run_client(
     hub: HubServer,
     client: Callable[..., Any] | str,
@@ -951,22 +607,13 @@ def run_client(
     offline: bool = False,
     **arguments: Any,
 ) -> Any:
-    """What `client(**arguments)` returns in a process of its own whose Hub is `hub`.
+    """What `client(**arguments)` returns in a process of its own whose Hub is `hub`; see `program`.
 
     `home`, `token` and `offline` are those of `HubServer.environment`; without a home the client gets a new, empty one.
-    Only the function's source goes there, so it must import what it uses; a client given as source is the body of such a
-    function. Arguments and result travel as JSON.
     """
-    if home is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return run_client(hub, client, home=Path(folder), token=token, offline=offline, **arguments)
-    if isinstance(client, str):
-        name = "client"
-        source = f"def client({', '.join(arguments)}):\n{textwrap.indent(textwrap.dedent(client), '    ')}"
-    else:
-        name, source = client.__name__, textwrap.dedent(inspect.getsource(client))
-    home.mkdir(parents=True, exist_ok=True)
-    program = ["-c", _PROGRAM.format(source=source, name=name), json.dumps(arguments, default=str)]
-    finished = run_python(program, home, hub.environment(home, token=token, offline=offline))
+    with tempfile.TemporaryDirectory() as empty:
+        home = home or Path(empty)
+        home.mkdir(parents=True, exist_ok=True)
+        finished = run_python(program(client, **arguments), home, hub.environment(home, token=token, offline=offline))
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])

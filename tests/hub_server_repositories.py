@@ -1,31 +1,19 @@
 """Repositories as the Hugging Face Hub keeps them, in memory: what `hub_server` serves over HTTP.
 
-Hashes are git's own (blobs, trees, commits; an LFS file is the blob of its pointer) over a clock that ticks once per
-commit, so that the same pushes give the same hashes in every run.
+A file's hash is git's own, as the client compares it (an LFS file is the blob of its pointer). A commit's hash is made of what
+the commit holds, so that the same pushes give the same hashes in every run.
 """
 
-import fnmatch
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
-_EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
-_LFS = "filter=lfs diff=lfs merge=lfs -text"
-_LFS_PATTERNS = (
-    "*.7z *.arrow *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.lfs.* *.mlmodel *.model *.msgpack *.npy *.npz *.onnx *.ot "
-    "*.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors saved_model/**/* *.tar.* *.tar *.tflite *.tgz *.wasm *.xz "
-    "*.zip *.zst *tfevents*"
-)
-# What the Hub puts into every new model repository.
-DEFAULT_GITATTRIBUTES = "".join(f"{pattern} {_LFS}\n" for pattern in _LFS_PATTERNS.split()).encode()
-
-
-def git_hash(kind: str, body: bytes) -> str:
-    """The hash git gives an object: 40 hexadecimal digits."""
-    return hashlib.sha1(b"%s %d\0" % (kind.encode(), len(body)) + body).hexdigest()
+# Of what the Hub's .gitattributes names: the kinds of files that checkpoints and data sets have.
+LFS_SUFFIXES = (".bin", ".model", ".parquet", ".pt", ".safetensors")
+GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
 
 @dataclass(frozen=True)
@@ -47,63 +35,19 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        return git_hash("blob", self.pointer if self.lfs else self.content)
-
-
-def tree_hashes(files: Mapping[str, Blob]) -> dict[str, str]:
-    """The hash of every folder of a commit, by path; the root's path is empty."""
-    folders: dict[str, dict[str, Blob | None]] = {"": {}}
-    for path, file in files.items():
-        parent, _, name = path.rpartition("/")
-        folders.setdefault(parent, {})[name] = file
-        while parent:
-            grandparent, _, name = parent.rpartition("/")
-            folders.setdefault(grandparent, {})[name] = None
-            parent = grandparent
-    hashes: dict[str, str] = {}
-    for folder in sorted(folders, key=lambda path: (-path.count("/"), path == "")):  # the deepest first, the root last
-        entries = []
-        for name, blob in folders[folder].items():  # a folder in it has no blob
-            oid = blob.oid if blob else hashes[f"{folder}/{name}" if folder else name]
-            entry = f"{'100644' if blob else '40000'} {name}\0".encode() + bytes.fromhex(oid)
-            entries.append(((name if blob else f"{name}/").encode(), entry))
-        hashes[folder] = git_hash("tree", b"".join(entry for _, entry in sorted(entries)))
-    return hashes
+        stored = self.pointer if self.lfs else self.content
+        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit: a title, a message, an author and all files as they are from then on."""
+    """One commit: a title, a message and all files as they are from then on."""
 
     oid: str
     parent: str | None
     title: str
     message: str
-    author: str
-    date: datetime
     files: dict[str, Blob] = field(repr=False)
-
-
-@dataclass
-class Discussion:
-    """A discussion, or a pull request where `base` is the commit that it starts from."""
-
-    num: int
-    title: str
-    description: str
-    author: str
-    created: datetime
-    base: str | None = None
-    status: str = "open"
-    merge_commit: str | None = None
-
-
-class ParentMoved(Exception):
-    """Somebody committed since the commit that the client knows."""
-
-
-class MissingPath(Exception):
-    """There is nothing to delete at this path."""
 
 
 @dataclass
@@ -113,20 +57,15 @@ class Repository:
     repo_id: str
     repo_type: str = "model"
     private: bool = False
-    gated: str | bool = False
+    gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     history: dict[str, Commit] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict, repr=False)  # LFS, by sha256
-    granted: set[str] = field(default_factory=set)
-    discussions: list[Discussion] = field(default_factory=list)
+    pull_requests: list[str] = field(default_factory=list)  # whose; the first is at refs/pr/1
 
     @property
     def namespace(self) -> str:
         return self.repo_id.rpartition("/")[0]
-
-    @property
-    def now(self) -> datetime:
-        return _EPOCH + timedelta(seconds=len(self.history))
 
     def ref_of(self, revision: str) -> str | None:
         """The full name of a branch, tag or pull request, if there is one of that name."""
@@ -152,87 +91,19 @@ class Repository:
         return commits
 
     def commit(
-        self, ref: str, changes: Mapping[str, Blob | None], title: str, message: str = "", author: str = "", base: str = ""
+        self, ref: str, changes: Mapping[str, Blob | None], title: str, message: str = "", base: str | None = None
     ) -> Commit:
-        """Put a commit on `ref`, which need not exist if `base` says what comes before; `None` deletes a file or folder."""
+        """Put a commit on `ref`, which need not exist if `base` says what comes before; `None` deletes a file."""
         parent = base or self.refs.get(ref)
         files = dict(self.history[parent].files) if parent else {}
         for path, blob in changes.items():
             if blob:
                 files[path] = blob
-                continue
-            gone = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
-            if not gone:
-                raise MissingPath(path)
-            for name in gone:
-                del files[name]
+            else:
+                del files[path]
         files = dict(sorted(files.items()))
-        date, author = self.now, author or self.namespace
-        person = f"{author} <{author}@users.noreply.huggingface.co> {int(date.timestamp())} +0000"
-        header = [f"tree {tree_hashes(files)['']}", *([f"parent {parent}"] if parent else [])]
-        header += [f"author {person}", f"committer {person}"]
-        text = f"{title}\n\n{message}" if message else title
-        oid = git_hash("commit", ("\n".join(header) + f"\n\n{text}\n").encode())
-        commit = Commit(oid, parent, title, message, author, date, files)
-        self.history[oid] = commit
-        self.refs[ref] = oid
+        held = [parent, title, message, {path: blob.oid for path, blob in files.items()}]
+        commit = Commit(hashlib.sha1(json.dumps(held).encode()).hexdigest(), parent, title, message, files)
+        self.history[commit.oid] = commit
+        self.refs[ref] = commit.oid
         return commit
-
-    def open_discussion(self, title: str, description: str, author: str, base: str | None = None) -> Discussion:
-        """Open a discussion, or with `base` a pull request whose reference stands at that commit."""
-        opened = Discussion(len(self.discussions) + 1, title, description, author, self.now, base)
-        self.discussions.append(opened)
-        if base:
-            self.refs[f"refs/pr/{opened.num}"] = base
-        return opened
-
-    def merge(self, request: Discussion, author: str) -> Commit:
-        """Put what a pull request changes on the main branch."""
-        before = self.history[request.base or ""].files
-        after = self.history[self.refs[f"refs/pr/{request.num}"]].files
-        changes: dict[str, Blob | None] = {path: None for path in before if path not in after}
-        changes |= {path: blob for path, blob in after.items() if before.get(path) != blob}
-        merged = self.commit("refs/heads/main", changes, f"{request.title} (#{request.num})", author=author)
-        request.status, request.merge_commit = "merged", merged.oid
-        return merged
-
-
-def goes_through_lfs(path: str, size: int, gitattributes: bytes, threshold: int) -> bool:
-    """Whether the Hub wants a file as an LFS object: .gitattributes says so, or it is larger than `threshold`."""
-    return bool(size) and (size > threshold or tracked_by_lfs(path, gitattributes))
-
-
-def tracked_by_lfs(path: str, gitattributes: bytes) -> bool:
-    """Whether .gitattributes names a path; the last line that speaks of it decides."""
-    tracked = False
-    for line in gitattributes.decode().splitlines():
-        pattern, *attributes = line.split() or [""]
-        if not pattern.startswith("#") and _matches(path, pattern):
-            for attribute in attributes:
-                if attribute.lstrip("-!").split("=")[0] == "filter":
-                    tracked = attribute == "filter=lfs"
-    return tracked
-
-
-def track_by_lfs(paths: list[str], gitattributes: bytes) -> bytes:
-    """.gitattributes with a line for every path that it does not name yet, as the Hub adds them."""
-    added = [f"{path} {_LFS}\n" for path in paths if not tracked_by_lfs(path, gitattributes)]
-    return gitattributes + "".join(added).encode()
-
-
-def ignored(path: str, gitignore: str) -> bool:
-    """Whether .gitignore names a path or a folder above it: plain patterns, `!` and comments."""
-    parts = path.split("/")
-    ignoring = False
-    for line in filter(None, map(str.strip, gitignore.splitlines())):
-        pattern = line.lstrip("!").strip("/")
-        if line.startswith("#"):
-            continue
-        if any(_matches("/".join(parts[: length + 1]), pattern) for length in range(len(parts))):
-            ignoring = not line.startswith("!")
-    return ignoring
-
-
-def _matches(path: str, pattern: str) -> bool:
-    subject = path if "/" in pattern else path.rpartition("/")[2]
-    return fnmatch.fnmatchcase(subject, pattern.replace("**/", ""))

@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from hub_commands import commands, finished, program
-from hub_server import HubServer, Request, run_client
+from hub_commands import commands, finished
+from hub_server import HubServer, Request, program, run_client
 
 WEIGHTS = "model.safetensors"
 CARD = """\

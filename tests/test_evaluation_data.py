@@ -10,8 +10,8 @@ from PIL import Image
 
 from evaluations import HEADINGS, ROWS, SIZES, data_folder
 from hivtp_hf.evaluation.data import load_data
-from hub_commands import finished, program
-from hub_server import HubServer
+from hub_commands import finished
+from hub_server import HubServer, program
 from tiny_models import photo
 
 pytestmark = pytest.mark.once

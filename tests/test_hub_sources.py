@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from checkpoints import GEOMETRY
 from families import FAMILIES
 from hivtp_hf.inspection import inspect_checkpoint
-from hub_commands import command_line, commands, contents, finished, message_of, program
-from hub_server import HubServer
+from hub_commands import command_line, commands, contents, finished, message_of
+from hub_server import HubServer, program
 from nightly import mostly_nightly
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo

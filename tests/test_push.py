@@ -148,7 +148,7 @@ def test_later_pushes(small, tmp_path):
         assert at[4].keys() == at[1].keys()
         assert at[5]["configuration_hivtp_llava.py"] == EVIL.encode()
         assert [commit.oid for commit in hub.commits("owner/model", "refs/pr/1")][:3] == [pushed[8], pushed[6], pushed[3]]
-        assert [request.author for request in hub.repository("owner/model").discussions] == ["guest"]
+        assert hub.repository("owner/model").pull_requests == ["guest"]
         assert f"Pull request: {hub.endpoint}/owner/model/discussions/1" in outcomes[6]["out"]
         # A pull request that would change nothing is none.
         assert pushed[7] == pushed[3]

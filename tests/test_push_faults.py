@@ -1,18 +1,21 @@
 """Pushes that the Hub refuses, or that something breaks off: one message, nothing half done, and then they go on."""
 
 import hashlib
+import json
 import re
 
 import pytest
 
 from checkpoints import build_pruned_checkpoint
-from hub_commands import contents, message_of
+from forked import run_python
+from hub_commands import command_line, contents, message_of
 from hub_server import HubServer
 from pushes import (
     WEIGHTS,
     check_that_no_token_got_out,
     pushed_commit,
     run_commands,
+    with_changes,
     with_shards,
 )
 
@@ -90,6 +93,24 @@ def test_what_passes_is_waited_for(small, tmp_path):
             assert 200 in [request.status for request in hub.asked(method, pattern)], pattern
         assert outcome["slept"] == 2 * len(steps)
         assert "answers 429; trying again in 31 s." in outcome["err"]
+
+
+def test_a_refused_commit_leaves_nothing_where_uploads_use_xet(small, tmp_path):
+    # As users have it, and with the number of refusals after which `upload_folder` commits a part of the files. A checkpoint
+    # without weights, as nothing of it goes through storage.
+    config = json.loads((small / "config.json").read_text()) | {"base_model": {"name": "owner/base", "revision": "0" * 40}}
+    folder = with_changes(small, tmp_path / "folder", {"config.json": json.dumps(config), WEIGHTS: None})
+    assert len(contents(folder)) > 20
+    with HubServer() as hub:
+        before = hub.add_repository("owner/model")
+        hub.fail("POST", "/commit/", status=400, times=6)
+        environment = hub.environment(tmp_path / "home") | {"HF_HUB_DISABLE_XET": "0"}
+        (tmp_path / "home").mkdir()
+        run = run_python(command_line("push", folder, "owner/model"), tmp_path / "home", environment)
+        assert run.returncode == 1, run.stderr
+        assert "Bad request for commit endpoint" in run.stderr
+        assert hub.repository("owner/model").refs == {"refs/heads/main": before}
+        assert not hub.unanswered
 
 
 def test_what_is_cut_goes_on(small, tmp_path):

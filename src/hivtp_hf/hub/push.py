@@ -180,15 +180,19 @@ def _check_that_no_weights_go(repo_id: str, place: _Place) -> None:
 
 
 def _commit(api: HfApi, repo_id: str, place: _Place, checkpoint: LocalCheckpoint, create_pr: bool) -> PushedCheckpoint:
-    """Sends what is not there yet, and then makes all changes in one commit."""
+    """Sends what is not there yet, and then makes all changes in one commit.
+
+    `HfApi.upload_folder` (huggingface_hub 2.4) cannot take its place. With hf_xet, which is installed by default, it commits in
+    parts: where the Hub refuses a commit several times, a part of the checkpoint may go in without the rest, and a pull request
+    stays open and empty. With or without hf_xet, it leaves out what a .gitignore of the repository names, without a word.
+    """
     additions = []
     for name, content in checkpoint.files.items():
         there = place.files.get(name)
         if there is None or there.lfs is None or isinstance(content, bytes) or not is_same_file(content, there):
             additions.append(CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content)))
     stale = sorted(name for name in place.files if name not in checkpoint.files and _changes_what_loads(name))
-    # Files first: a new branch appears when nothing but the commit is missing. A .gitignore of the repository, which would
-    # leave files out without a word, does not count.
+    # Files first: a new branch appears when nothing but the commit is missing. No .gitignore counts.
     patiently(
         lambda: api.preupload_lfs_files(
             repo_id,

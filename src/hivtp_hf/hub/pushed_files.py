@@ -53,11 +53,6 @@ def check_no_token(files: Mapping[str, Content], large: list[str], token: str) -
             raise ValueError(f"{name} holds the token that is in use, which must not be published. Take it out of the file.")
 
 
-def size_of(content: Content) -> int:
-    """How many bytes these are."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
 def _walked(root: Path) -> Iterator[Path]:
     """Everything in a folder that is not hidden, without folders that are no links: what these hold comes by itself."""
 
