@@ -18,7 +18,6 @@ A request that the server has no answer for gets 501 and is listed in `HubServer
 
 import base64
 import fnmatch
-import hashlib
 import inspect
 import json
 import os
@@ -39,7 +38,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 from forked import run_python
-from hub_server_repositories import GITATTRIBUTES, LFS_SUFFIXES, Blob, Commit, Repository
+from hub_server_repositories import GITATTRIBUTES, Commit, Repository, goes_through_lfs, oid_of, pointer_to, sha256_of
 
 _FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|\Z)", re.DOTALL)
 # What an environment may hold that would lead a client elsewhere than to this server.
@@ -59,8 +58,8 @@ _ROUTES = (
     ("POST", f"{_IN_API}/commit/([^/]+)", "_commit_of_client"),
     ("POST", rf"{_OUTSIDE_API}\.git/info/lfs/objects/batch", "_lfs_batch"),
     ("GET|HEAD", f"{_OUTSIDE_API}/resolve/([^/]+)/(.+)", "_resolve"),
-    ("GET", "/storage/objects/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_from_storage"),
-    ("PUT", "/storage/uploads/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_into_storage"),
+    ("GET", "/storage/(objects)/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_storage"),
+    ("PUT", "/storage/(uploads)/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_storage"),
 )
 
 
@@ -118,12 +117,10 @@ class _Refused(Exception):
 class HubServer:
     """The Hub, for as long as the `with` block lasts.
 
-    `token` belongs to the user `user`, who may write to the repositories of that name; `add_user` adds others. Files above
-    `lfs_threshold` bytes go through LFS, whatever their name.
+    `token` belongs to the user `user`, who may write to the repositories of that name; `add_user` adds others.
     """
 
-    def __init__(self, user: str = "owner", *, lfs_threshold: int = 10 * 2**20) -> None:
-        self.lfs_threshold = lfs_threshold
+    def __init__(self, user: str = "owner") -> None:
         self.requests: list[Request] = []
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._users: dict[str, str] = {}  # by token
@@ -134,7 +131,7 @@ class HubServer:
         self._http.hub = self
         port = self._http.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
-        self.storage = f"http://localhost:{port}/storage"
+        self._storage_address = f"http://localhost:{port}/storage"
         self.user, self.token = user, self.add_user(user)
 
     def __enter__(self) -> "HubServer":
@@ -154,41 +151,27 @@ class HubServer:
         return token
 
     def add_repository(
-        self,
-        repo_id: str,
-        files: Mapping[str, bytes] | None = None,
-        *,
-        private: bool = False,
-        gated: bool = False,
-        repo_type: str = "model",
+        self, repo_id: str, files: Mapping[str, bytes] | None = None, *, repo_type: str = "model", **access: bool
     ) -> str:
-        """Add a repository with a .gitattributes, as the Hub makes it, and `files`; gives the newest commit's hash."""
-        repository = Repository(repo_id, repo_type, private, gated)
+        """Add a repository with a .gitattributes, as the Hub makes it, and `files`; gives the newest commit's hash.
+
+        `access` says whether it is `private` or `gated`; else everybody may see it.
+        """
+        repository = Repository(repo_id, repo_type, **access)
         with self._lock:
             self._repositories[repo_type, repo_id] = repository
-            repository.commit("refs/heads/main", {".gitattributes": Blob(GITATTRIBUTES)}, "initial commit")
+            repository.commit("refs/heads/main", {".gitattributes": GITATTRIBUTES}, "initial commit")
             if files:
                 self.commit(repo_id, files, repo_type=repo_type)
         return repository.refs["refs/heads/main"]
 
     def commit(
-        self,
-        repo_id: str,
-        changes: Mapping[str, bytes | None],
-        *,
-        revision: str = "main",
-        repo_type: str = "model",
+        self, repo_id: str, changes: Mapping[str, bytes | None], *, revision: str = "main", repo_type: str = "model"
     ) -> str:
         """Commit to a repository without any client, as somebody else would; gives the commit's hash."""
         with self._lock:
             repository = self.repository(repo_id, repo_type)
-            blobs: dict[str, Blob | None] = {}
-            for path, content in changes.items():
-                blob = None if content is None else Blob(content, lfs=self._goes_through_lfs(path, len(content)))
-                blobs[path] = blob
-                if blob and blob.lfs:
-                    repository.objects[blob.sha256] = blob.content
-            return repository.commit(repository.ref_of(revision) or revision, blobs, "Upload files").oid
+            return repository.commit(repository.ref_of(revision) or revision, changes, "Upload files").oid
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
         """The repository itself: `refs`, `pull_requests`, `objects`, whether it is `private` ..."""
@@ -201,14 +184,11 @@ class HubServer:
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The content of all files of a model's repository at a branch, tag, hash or `refs/pr/N`."""
-        return {path: blob.content for path, blob in self.commits(repo_id, revision)[0].files.items()}
+        return dict(self.commits(repo_id, revision)[0].files)
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The commits of a model's repository up to `revision`, the newest first."""
-        commits = self.repository(repo_id).log(revision)
-        if not commits:
-            raise KeyError(f"{repo_id} has no revision {revision}")
-        return commits
+        return self.repository(repo_id).log(revision)
 
     def asked(self, method: str | None = None, pattern: str = "") -> list[Request]:
         """The requests so far of this method whose path has a match of the pattern."""
@@ -366,8 +346,6 @@ class HubServer:
         commit = self._at(self._repository(request, repo_type, repo_id), revision)
         prefix = f"{folder}/" if folder else ""
         entries = [entry for entry in _entries(commit) if entry["path"].startswith(prefix)]
-        if not entries:
-            raise _Refused(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
         if not request.asks("recursive"):
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
         return _json(entries)
@@ -394,14 +372,14 @@ class HubServer:
         if repository.gated and user != repository.namespace:
             raise _Refused(403 if user else 401, f"Access to {repo_id} is restricted.", "GatedRepo")
         commit = self._at(repository, revision)
-        blob = commit.files.get(path)
-        if blob is None:
+        content = commit.files.get(path)
+        if content is None:
             raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
-        if not blob.lfs:
-            return _ranged(request, blob.content, headers)
-        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": f'"{blob.sha256}"'}
-        headers["Location"] = self._signed("objects", repository, blob.sha256)
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{oid_of(path, content)}"', "Accept-Ranges": "bytes"}
+        if not goes_through_lfs(path, len(content)):
+            return _ranged(request, content, headers)
+        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{sha256_of(content)}"'}
+        headers["Location"] = self._signed("objects", repository, sha256_of(content))
         return _Answer(302, b"", headers)
 
     # Uploads.
@@ -415,21 +393,19 @@ class HubServer:
         repository.refs[ref] = start.oid
         return _json({"ref": ref})
 
-    def _goes_through_lfs(self, path: str, size: int) -> bool:
-        return bool(size) and (size > self.lfs_threshold or path.endswith(LFS_SUFFIXES))
-
     def _preupload(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
         """How each file is to be uploaded, whether .gitignore leaves it out, and whether it is there already."""
         repository = self._writable(request, repo_type, repo_id)
         commit = self._at(repository, revision)
-        ignored = request.json.get("gitIgnore", commit.files.get(".gitignore", Blob(b"")).content.decode()).split()
+        ignored = request.json.get("gitIgnore", commit.files.get(".gitignore", b"").decode()).split()
         answers = []
         for file in request.json["files"]:
-            path, present = file["path"], commit.files.get(file["path"])
-            answer = {"path": path, "uploadMode": "lfs" if self._goes_through_lfs(path, file["size"]) else "regular"}
+            path, large = file["path"], goes_through_lfs(file["path"], file["size"])
+            answer = {"path": path, "uploadMode": "lfs" if large else "regular"}
             answer["shouldIgnore"] = any(fnmatch.fnmatchcase(path, pattern) for pattern in ignored)
-            if present:
-                answer["oid"] = present.sha256 if present.lfs else present.oid
+            if path in commit.files:
+                present = commit.files[path]
+                answer["oid"] = sha256_of(present) if large else oid_of(path, present)
             answers.append(answer)
         return _json({"files": answers, "commitOid": commit.oid})
 
@@ -447,7 +423,7 @@ class HubServer:
         repository = self._writable(request, repo_type, repo_id)
         before = self._at(repository, revision)
         header: dict[str, Any] = {}
-        changes: dict[str, Blob | None] = {}
+        changes: dict[str, bytes | None] = {}
         for line in request.body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -455,9 +431,9 @@ class HubServer:
                 case "header":
                     header = value
                 case "file":
-                    changes[value["path"]] = Blob(base64.b64decode(value["content"]))
+                    changes[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":
-                    changes[value["path"]] = Blob(repository.objects[value["oid"]], lfs=True)
+                    changes[value["path"]] = repository.objects[value["oid"]]
                 case "deletedFile":
                     changes[value["path"]] = None
                 case _:
@@ -478,39 +454,32 @@ class HubServer:
     # Storage, on its own host: addresses that are valid because they are signed.
 
     def _signed(self, kind: str, repository: Repository, sha256: str) -> str:
-        return f"{self.storage}/{kind}/{repository.repo_type}/{repository.repo_id}/{sha256}?signature={self._secret}"
+        return f"{self._storage_address}/{kind}/{repository.repo_type}/{repository.repo_id}/{sha256}?signature={self._secret}"
 
-    def _check_signature(self, request: Request) -> None:
+    def _storage(self, request: Request, kind: str, repo_type: str, repo_id: str, sha256: str) -> _Answer:
         if "authorization" in request.headers:
             raise _Refused(400, "Only one auth mechanism allowed")  # what S3 says
         if request.query.get("signature") != [self._secret]:
             raise _Refused(403, "SignatureDoesNotMatch")
-
-    def _from_storage(self, request: Request, repo_type: str, repo_id: str, sha256: str) -> _Answer:
-        self._check_signature(request)
-        content = self.repository(repo_id, repo_type).objects[sha256]
-        return _ranged(request, content, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
-
-    def _into_storage(self, request: Request, repo_type: str, repo_id: str, sha256: str) -> _Answer:
-        self._check_signature(request)
-        if hashlib.sha256(request.body).hexdigest() != sha256:
+        objects = self.repository(repo_id, repo_type).objects
+        if kind == "objects":
+            return _ranged(request, objects[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+        if sha256_of(request.body) != sha256:
             raise _Refused(400, "The content is not what its SHA-256 says")
-        self.repository(repo_id, repo_type).objects[sha256] = request.body
+        objects[sha256] = request.body
         return _Answer()
 
 
 def _entries(commit: Commit) -> list[dict[str, Any]]:
-    """The files and folders of a commit, as listings name them."""
+    """The folders and files of a commit, as listings name them."""
     folders = {str(parent) for path in commit.files for parent in Path(path).parents} - {"."}
-    entries: list[dict[str, Any]] = [
-        {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path} for path in folders
-    ]
-    for path, blob in commit.files.items():
-        entry = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
-        if blob.lfs:
-            entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+    entries: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "path": path} for path in sorted(folders)]
+    for path, content in commit.files.items():
+        entry = {"type": "file", "oid": oid_of(path, content), "size": len(content), "path": path}
+        if goes_through_lfs(path, len(content)):
+            entry["lfs"] = {"oid": sha256_of(content), "size": len(content), "pointerSize": len(pointer_to(content))}
         entries.append(entry)
-    return sorted(entries, key=lambda entry: entry["path"])
+    return entries
 
 
 def _json(content: Any, status: int = 200, **headers: str) -> _Answer:

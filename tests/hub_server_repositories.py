@@ -9,34 +9,32 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 # Of what the Hub's .gitattributes names: the kinds of files that checkpoints and data sets have.
-LFS_SUFFIXES = (".bin", ".model", ".parquet", ".pt", ".safetensors")
-GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+_LFS_SUFFIXES = (".bin", ".model", ".parquet", ".pt", ".safetensors")
+_LARGEST_OF_GIT = 10 * 2**20  # bytes
+GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in _LFS_SUFFIXES).encode()
 
 
-@dataclass(frozen=True)
-class Blob:
-    """One version of one file."""
+def goes_through_lfs(path: str, size: int) -> bool:
+    """Whether the Hub wants a file as an LFS object."""
+    return size > 0 and (size > _LARGEST_OF_GIT or path.endswith(_LFS_SUFFIXES))
 
-    content: bytes = field(repr=False)
-    lfs: bool = False
 
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
-    @cached_property
-    def pointer(self) -> bytes:
-        """What git stores in place of an LFS file."""
-        lines = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return lines.encode()
 
-    @cached_property
-    def oid(self) -> str:
-        stored = self.pointer if self.lfs else self.content
-        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+def oid_of(path: str, content: bytes) -> str:
+    """git's hash of a file, or of the pointer that git stores in its place."""
+    if goes_through_lfs(path, len(content)):
+        content = pointer_to(content)
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def pointer_to(content: bytes) -> bytes:
+    lines = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_of(content)}\nsize {len(content)}\n"
+    return lines.encode()
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Commit:
     parent: str | None
     title: str
     message: str
-    files: dict[str, Blob] = field(repr=False)
+    files: dict[str, bytes] = field(repr=False)
 
 
 @dataclass
@@ -91,18 +89,20 @@ class Repository:
         return commits
 
     def commit(
-        self, ref: str, changes: Mapping[str, Blob | None], title: str, message: str = "", base: str | None = None
+        self, ref: str, changes: Mapping[str, bytes | None], title: str, message: str = "", base: str | None = None
     ) -> Commit:
         """Put a commit on `ref`, which need not exist if `base` says what comes before; `None` deletes a file."""
         parent = base or self.refs.get(ref)
         files = dict(self.history[parent].files) if parent else {}
-        for path, blob in changes.items():
-            if blob:
-                files[path] = blob
-            else:
+        for path, content in changes.items():
+            if content is None:
                 del files[path]
+                continue
+            files[path] = content
+            if goes_through_lfs(path, len(content)):
+                self.objects[sha256_of(content)] = content
         files = dict(sorted(files.items()))
-        held = [parent, title, message, {path: blob.oid for path, blob in files.items()}]
+        held = [parent, title, message, {path: oid_of(path, content) for path, content in files.items()}]
         commit = Commit(hashlib.sha1(json.dumps(held).encode()).hexdigest(), parent, title, message, files)
         self.history[commit.oid] = commit
         self.refs[ref] = commit.oid

@@ -96,7 +96,7 @@ def check_that_no_token_got_out(hub: HubServer, outcomes: list[dict[str, Any]], 
             assert not any(token.encode() in content for content in repository.objects.values())
             for commit in repository.history.values():
                 assert token not in commit.title + commit.message
-                assert not any(token.encode() in blob.content for blob in commit.files.values())
+                assert not any(token.encode() in content for content in commit.files.values())
 
 
 def answers(sources: list[list[str | None]], without_package: bool) -> list[list[Any]]:

@@ -156,15 +156,13 @@ def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
         hub.add_repository("owner/gated", small, gated=True)
         hub.add_repository("owner/bert", {"config.json": b'{"model_type": "bert"}', WEIGHTS: b"w"})
         hub.add_repository("owner/bare", {name: content for name, content in small.items() if name != WEIGHTS})
-        for name in ("open", "down", "stalled", "half", "denied"):
+        for name in ("down", "stalled", "denied"):
             hub.add_repository(f"owner/{name}", small)
         hub.fail(None, "^/api/models/owner/down", status=503, times=FOREVER)
         hub.fail(None, "^/owner/stalled/resolve/.*/config.json", status=503, times=FOREVER)
-        hub.fail(None, "^/storage/objects/model/owner/half/", status=503, times=FOREVER)
         hub.fail(None, "^/storage/objects/model/owner/denied/", status=403, times=FOREVER)
         expected = [
             ("owner/absent", [], None, "404|Repository Not Found"),
-            ("owner/absent", [], stranger, "404|Repository Not Found"),
             ("owner/private", [], stranger, "404|Repository Not Found"),
             ("owner/fine", [], "hf_no_such_token_0123456789", "401|Invalid"),
             ("owner/gated", [], None, "gated|restricted"),
@@ -173,23 +171,19 @@ def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
             ("owner/fine", ["--revision", "0" * 40], None, "0{40}"),
             ("owner/down", [], None, "503"),
             ("owner/stalled", [], None, "An error happened while trying to locate the file on the Hub"),
-            ("owner/half", [], None, "503"),
             ("owner/denied", [], None, "403"),
             ("owner/bert", [], None, "has the model type 'bert'"),
             ("owner/bare", [], None, "has no weights"),
             ("owner/fine/more", [], None, "is no folder, and no repository on the Hub"),
             ("owner/..bad", [], None, "owner/..bad"),
-            ("owner/open", ["--retention-ratio", "50"], stranger, "write 0.5"),
         ]
         cases = [{"arguments": ["convert", source, target, *options], "token": token} for source, options, token, _ in expected]
-        inspected = [
-            {"arguments": ["inspect", source, *options], "token": token} for source, options, token, _ in expected[:10]
-        ]
+        inspected = [{"arguments": ["inspect", source, *options], "token": token} for source, options, token, _ in expected[:9]]
         run = finished(hub, tmp_path / "home", program(commands, cases=[*cases, *inspected], parent=parent))
         assert run.returncode == 0, run.stderr
         tokens = [stranger, hub.token, "hf_no_such_token_0123456789"]
         outcomes = json.loads(run.stdout.splitlines()[-1])
-        for (source, options, _, text), outcome in zip([*expected, *expected[:10]], outcomes, strict=True):
+        for (source, options, _, text), outcome in zip([*expected, *expected[:9]], outcomes, strict=True):
             message = message_of(outcome, tokens)
             assert re.search(text, message), (source, options, message)
         assert not hub.unanswered

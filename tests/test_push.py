@@ -53,7 +53,7 @@ def test_what_is_pushed_loads_without_the_package(folders, tmp_path):
     (whole / "copy.json").symlink_to("generation_config.json")
     (whole / "again").symlink_to("figures", target_is_directory=True)
     before = contents(whole)
-    with HubServer(lfs_threshold=50_000) as hub:
+    with HubServer() as hub:
         cases = [(["push", whole, "owner/whole", "--private"], hub.token), (["push", sharded, "owner/sharded"], hub.token)]
         outcomes = run_commands(hub, tmp_path / "home", cases)
         check_that_no_token_got_out(hub, outcomes, [hub.token])
