@@ -43,8 +43,8 @@ from hub_server_repositories import GITATTRIBUTES, Commit, Repository, goes_thro
 _FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|\Z)", re.DOTALL)
 # What an environment may hold that would lead a client elsewhere than to this server.
 _STEERING = re.compile("(HF|HUGGING|HUGGINGFACE|TRANSFORMERS)_.*|.*_PROXY|XDG_CACHE_HOME", re.IGNORECASE)
-_IN_API = "/api/(model|dataset)s/([^/]+/[^/]+)"
-_OUTSIDE_API = "/(?:(dataset)s/)?([^/]+/[^/]+)"
+_IN_API = "/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
+_OUTSIDE_API = "/((?:datasets/)?[^/]+/[^/]+)"
 # Methods, addresses as they are sent, and what answers them; groups are unquoted and handed over.
 _ROUTES = (
     ("POST", "/api/validate-yaml", "_validate_card"),
@@ -58,8 +58,8 @@ _ROUTES = (
     ("POST", f"{_IN_API}/commit/([^/]+)", "_commit_of_client"),
     ("POST", rf"{_OUTSIDE_API}\.git/info/lfs/objects/batch", "_lfs_batch"),
     ("GET|HEAD", f"{_OUTSIDE_API}/resolve/([^/]+)/(.+)", "_resolve"),
-    ("GET", "/storage/(objects)/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_storage"),
-    ("PUT", "/storage/(uploads)/([^/]+)/([^/]+/[^/]+)/([^/]+)", "_storage"),
+    ("GET", "/storage/(objects)/(.+)/([^/]+)", "_storage"),
+    ("PUT", "/storage/(uploads)/(.+)/([^/]+)", "_storage"),
 )
 
 
@@ -92,14 +92,13 @@ class _Answer:
 
 @dataclass
 class _Event:
-    """What happens to the next `times` matching requests in place of, or before, their answer."""
+    """What happens to the next `times` matching requests before they are answered, or while bytes are on their way."""
 
     method: str | None
     pattern: re.Pattern[str]
     times: int = 1
-    refusal: "_Refused | None" = None
-    cut_after: int | None = None  # bytes
     action: Callable[[], Any] | None = None
+    cut_after: int = 0  # bytes, where there is no action
 
     def concerns(self, request: Request) -> bool:
         return self.times > 0 and self.method in (None, request.method) and bool(self.pattern.search(request.path))
@@ -122,7 +121,7 @@ class HubServer:
 
     def __init__(self, user: str = "owner") -> None:
         self.requests: list[Request] = []
-        self._repositories: dict[tuple[str, str], Repository] = {}
+        self._repositories: dict[str, Repository] = {}
         self._users: dict[str, str] = {}  # by token
         self._events: list[_Event] = []
         self._lock = threading.RLock()
@@ -150,32 +149,29 @@ class HubServer:
         self._users[token] = name
         return token
 
-    def add_repository(
-        self, repo_id: str, files: Mapping[str, bytes] | None = None, *, repo_type: str = "model", **access: bool
-    ) -> str:
+    def add_repository(self, repo_id: str, files: Mapping[str, bytes] | None = None, **access: bool) -> str:
         """Add a repository with a .gitattributes, as the Hub makes it, and `files`; gives the newest commit's hash.
 
-        `access` says whether it is `private` or `gated`; else everybody may see it.
+        `repo_id` is `owner/name` or `datasets/owner/name`. `access` says whether it is `private` or `gated`; else everybody may
+        see it.
         """
-        repository = Repository(repo_id, repo_type, **access)
+        repository = Repository(repo_id, **access)
         with self._lock:
-            self._repositories[repo_type, repo_id] = repository
+            self._repositories[repo_id] = repository
             repository.commit("refs/heads/main", {".gitattributes": GITATTRIBUTES}, "initial commit")
             if files:
-                self.commit(repo_id, files, repo_type=repo_type)
+                self.commit(repo_id, files)
         return repository.refs["refs/heads/main"]
 
-    def commit(
-        self, repo_id: str, changes: Mapping[str, bytes | None], *, revision: str = "main", repo_type: str = "model"
-    ) -> str:
+    def commit(self, repo_id: str, changes: Mapping[str, bytes | None], *, revision: str = "main") -> str:
         """Commit to a repository without any client, as somebody else would; gives the commit's hash."""
         with self._lock:
-            repository = self.repository(repo_id, repo_type)
+            repository = self.repository(repo_id)
             return repository.commit(repository.ref_of(revision) or revision, changes, "Upload files").oid
 
-    def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
+    def repository(self, repo_id: str) -> Repository:
         """The repository itself: `refs`, `pull_requests`, `objects`, whether it is `private` ..."""
-        return self._repositories[repo_type, repo_id]
+        return self._repositories[repo_id]
 
     @property
     def repositories(self) -> list[Repository]:
@@ -183,11 +179,11 @@ class HubServer:
         return list(self._repositories.values())
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The content of all files of a model's repository at a branch, tag, hash or `refs/pr/N`."""
+        """The content of all files at a branch, tag, hash or `refs/pr/N`."""
         return dict(self.commits(repo_id, revision)[0].files)
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
-        """The commits of a model's repository up to `revision`, the newest first."""
+        """The commits up to `revision`, the newest first."""
         return self.repository(repo_id).log(revision)
 
     def asked(self, method: str | None = None, pattern: str = "") -> list[Request]:
@@ -204,8 +200,11 @@ class HubServer:
     ) -> None:
         """Refuse the next `times` requests of this method whose path has a match of the pattern."""
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        refusal = _Refused(status, HTTPStatus(status).phrase, **headers)
-        self._events.append(_Event(method, re.compile(path_pattern), times, refusal=refusal))
+
+        def refuse() -> None:
+            raise _Refused(status, HTTPStatus(status).phrase, **headers)
+
+        self._events.append(_Event(method, re.compile(path_pattern), times, refuse))
 
     def cut(self, path_pattern: str, *, after_bytes: int, times: int = 1) -> None:
         """Cut the connection for the next `times` matching requests once `after_bytes` bytes of the body went over it.
@@ -215,10 +214,7 @@ class HubServer:
         self._events.append(_Event(None, re.compile(path_pattern), times, cut_after=after_bytes))
 
     def meanwhile(self, method: str, path_pattern: str, action: Callable[[], Any]) -> None:
-        """Let somebody else act just before the next request of this method whose path has a match of the pattern is answered.
-
-        Requests that are refused or cut off do not count.
-        """
+        """Let somebody else act before the next request of this method whose path has a match of the pattern is answered."""
         self._events.append(_Event(method, re.compile(path_pattern), action=action))
 
     def environment(self, home: Path | str, *, token: str | bool | None = True, offline: bool = False) -> dict[str, str]:
@@ -253,13 +249,11 @@ class HubServer:
 
     def _cut_after(self, request: Request, size: int) -> int:
         """After how many of `size` bytes the connection is cut: after all of them, if it is not."""
-        event = self._take(request, lambda event: event.cut_after is not None and size > event.cut_after)
-        return size if event is None or event.cut_after is None else event.cut_after
+        event = self._take(request, lambda event: event.action is None and size > event.cut_after)
+        return event.cut_after if event else size
 
     def _answer(self, request: Request) -> _Answer:
         try:
-            if (event := self._take(request, lambda event: event.refusal is not None)) and event.refusal:
-                raise event.refusal
             with self._lock:
                 if (event := self._take(request, lambda event: event.action is not None)) and event.action:
                     event.action()
@@ -289,17 +283,17 @@ class HubServer:
             raise _Refused(401, "Invalid credentials in Authorization header")
         return user
 
-    def _repository(self, request: Request, repo_type: str | None, repo_id: str) -> Repository:
+    def _repository(self, request: Request, repo_id: str) -> Repository:
         """The repository, if whoever asks may see it."""
         user = self._who(request)
-        repository = self._repositories.get((repo_type or "model", repo_id))
+        repository = self._repositories.get(repo_id)
         if repository is None or (repository.private and user != repository.namespace):
             raise _Refused(404 if user else 401, "Repository not found", "RepoNotFound")
         return repository
 
-    def _writable(self, request: Request, repo_type: str | None, repo_id: str, write: bool = True) -> Repository:
+    def _writable(self, request: Request, repo_id: str, write: bool = True) -> Repository:
         """The repository, if whoever asks may write to it; everybody who may see it may open a pull request."""
-        repository, user = self._repository(request, repo_type, repo_id), self._who(request)
+        repository, user = self._repository(request, repo_id), self._who(request)
         if user is None:
             raise _Refused(401, "Invalid username or password.", "RepoNotFound")
         if write and not request.asks("create_pr") and user != repository.namespace:
@@ -320,7 +314,7 @@ class HubServer:
             raise _Refused(401, "Invalid username or password.")
         if user != namespace:
             raise _Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        exists = ("model", repo_id) in self._repositories
+        exists = repo_id in self._repositories
         if not exists:
             self.add_repository(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         return _json({"url": f"{self.endpoint}/{repo_id}"}, status=409 if exists else 200)
@@ -336,27 +330,28 @@ class HubServer:
 
     # What is in a repository.
 
-    def _info(self, request: Request, repo_type: str, repo_id: str, revision: str | None = None) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
+    def _info(self, request: Request, repo_id: str, revision: str | None = None) -> _Answer:
+        repository = self._repository(request, repo_id)
         commit = self._at(repository, revision)
         siblings = [{"rfilename": path} for path in commit.files]
-        return _json({"id": repo_id, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
+        name = repo_id.removeprefix("datasets/")
+        return _json({"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
 
-    def _tree(self, request: Request, repo_type: str, repo_id: str, revision: str, folder: str | None = None) -> _Answer:
-        commit = self._at(self._repository(request, repo_type, repo_id), revision)
+    def _tree(self, request: Request, repo_id: str, revision: str, folder: str | None = None) -> _Answer:
+        commit = self._at(self._repository(request, repo_id), revision)
         prefix = f"{folder}/" if folder else ""
         entries = [entry for entry in _entries(commit) if entry["path"].startswith(prefix)]
         if not request.asks("recursive"):
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
         return _json(entries)
 
-    def _paths_info(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        commit = self._at(self._repository(request, repo_type, repo_id), revision)
+    def _paths_info(self, request: Request, repo_id: str, revision: str) -> _Answer:
+        commit = self._at(self._repository(request, repo_id), revision)
         wanted = parse_qs(request.body.decode())["paths"]
         return _json([entry for entry in _entries(commit) if entry["path"] in wanted])
 
-    def _refs(self, request: Request, repo_type: str, repo_id: str) -> _Answer:
-        repository = self._repository(request, repo_type, repo_id)
+    def _refs(self, request: Request, repo_id: str) -> _Answer:
+        repository = self._repository(request, repo_id)
         kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/", "pullRequests": "refs/pr/"}
         refs: dict[str, list[dict[str, str]]] = {kind: [] for kind in kinds}
         for kind, prefix in kinds.items():
@@ -365,9 +360,9 @@ class HubServer:
                     refs[kind].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid})
         return _json(refs)
 
-    def _resolve(self, request: Request, repo_type: str | None, repo_id: str, revision: str, path: str) -> _Answer:
+    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> _Answer:
         """A file: itself where git has it, or where to get it from storage."""
-        repository = self._repository(request, repo_type, repo_id)
+        repository = self._repository(request, repo_id)
         user = self._who(request)
         if repository.gated and user != repository.namespace:
             raise _Refused(403 if user else 401, f"Access to {repo_id} is restricted.", "GatedRepo")
@@ -384,8 +379,8 @@ class HubServer:
 
     # Uploads.
 
-    def _new_branch(self, request: Request, repo_type: str, repo_id: str, branch: str) -> _Answer:
-        repository = self._writable(request, repo_type, repo_id)
+    def _new_branch(self, request: Request, repo_id: str, branch: str) -> _Answer:
+        repository = self._writable(request, repo_id)
         start = self._at(repository, request.json.get("startingPoint"))
         ref = f"refs/heads/{branch}"
         if ref in repository.refs:
@@ -393,9 +388,9 @@ class HubServer:
         repository.refs[ref] = start.oid
         return _json({"ref": ref})
 
-    def _preupload(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
+    def _preupload(self, request: Request, repo_id: str, revision: str) -> _Answer:
         """How each file is to be uploaded, whether .gitignore leaves it out, and whether it is there already."""
-        repository = self._writable(request, repo_type, repo_id)
+        repository = self._writable(request, repo_id)
         commit = self._at(repository, revision)
         ignored = request.json.get("gitIgnore", commit.files.get(".gitignore", b"").decode()).split()
         answers = []
@@ -409,9 +404,9 @@ class HubServer:
             answers.append(answer)
         return _json({"files": answers, "commitOid": commit.oid})
 
-    def _lfs_batch(self, request: Request, repo_type: str | None, repo_id: str) -> _Answer:
+    def _lfs_batch(self, request: Request, repo_id: str) -> _Answer:
         asked = request.json
-        repository = self._writable(request, repo_type, repo_id, write="ref" in asked)
+        repository = self._writable(request, repo_id, write="ref" in asked)
         objects = []
         for wanted in asked["objects"]:
             objects.append({"oid": wanted["oid"], "size": wanted["size"]})
@@ -419,8 +414,8 @@ class HubServer:
                 objects[-1]["actions"] = {"upload": {"href": self._signed("uploads", repository, wanted["oid"])}}
         return _json({"transfer": "basic", "objects": objects})
 
-    def _commit_of_client(self, request: Request, repo_type: str, repo_id: str, revision: str) -> _Answer:
-        repository = self._writable(request, repo_type, repo_id)
+    def _commit_of_client(self, request: Request, repo_id: str, revision: str) -> _Answer:
+        repository = self._writable(request, repo_id)
         before = self._at(repository, revision)
         header: dict[str, Any] = {}
         changes: dict[str, bytes | None] = {}
@@ -454,14 +449,14 @@ class HubServer:
     # Storage, on its own host: addresses that are valid because they are signed.
 
     def _signed(self, kind: str, repository: Repository, sha256: str) -> str:
-        return f"{self._storage_address}/{kind}/{repository.repo_type}/{repository.repo_id}/{sha256}?signature={self._secret}"
+        return f"{self._storage_address}/{kind}/{repository.repo_id}/{sha256}?signature={self._secret}"
 
-    def _storage(self, request: Request, kind: str, repo_type: str, repo_id: str, sha256: str) -> _Answer:
+    def _storage(self, request: Request, kind: str, repo_id: str, sha256: str) -> _Answer:
         if "authorization" in request.headers:
             raise _Refused(400, "Only one auth mechanism allowed")  # what S3 says
         if request.query.get("signature") != [self._secret]:
             raise _Refused(403, "SignatureDoesNotMatch")
-        objects = self.repository(repo_id, repo_type).objects
+        objects = self.repository(repo_id).objects
         if kind == "objects":
             return _ranged(request, objects[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
         if sha256_of(request.body) != sha256:

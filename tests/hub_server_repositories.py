@@ -53,7 +53,6 @@ class Repository:
     """One repository with its history, its references and its large objects."""
 
     repo_id: str
-    repo_type: str = "model"
     private: bool = False
     gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
@@ -63,7 +62,7 @@ class Repository:
 
     @property
     def namespace(self) -> str:
-        return self.repo_id.rpartition("/")[0]
+        return self.repo_id.split("/")[-2]
 
     def ref_of(self, revision: str) -> str | None:
         """The full name of a branch, tag or pull request, if there is one of that name."""

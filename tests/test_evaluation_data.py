@@ -265,8 +265,8 @@ def test_datasets_on_the_hub_are_downloaded(tmp_path):
         dataset_of(records).to_parquet(tmp_path / split)
         files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / split).read_bytes()
     with HubServer() as hub:
-        first = hub.add_repository("owner/questions", files, repo_type="dataset")
-        hub.commit("owner/questions", dict.fromkeys(list(files)[:1]), repo_type="dataset")  # leaves one split
+        first = hub.add_repository("datasets/owner/questions", files)
+        hub.commit("datasets/owner/questions", dict.fromkeys(list(files)[:1]))  # leaves one split
         cases = [("owner/questions", None), (f"owner/questions@{first}", "train"), (f"owner/questions@{first}", None)]
         cases += [("owner/questions", "dev"), ("owner/nothing", None)]
         done = finished(hub, tmp_path / "home", program(downloaded, cases=cases))

@@ -160,7 +160,7 @@ def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
             hub.add_repository(f"owner/{name}", small)
         hub.fail(None, "^/api/models/owner/down", status=503, times=FOREVER)
         hub.fail(None, "^/owner/stalled/resolve/.*/config.json", status=503, times=FOREVER)
-        hub.fail(None, "^/storage/objects/model/owner/denied/", status=403, times=FOREVER)
+        hub.fail(None, "^/storage/objects/owner/denied/", status=403, times=FOREVER)
         expected = [
             ("owner/absent", [], None, "404|Repository Not Found"),
             ("owner/private", [], stranger, "404|Repository Not Found"),
@@ -196,10 +196,10 @@ def test_a_fault_that_passes_is_survived(small, tmp_path):
     with HubServer() as hub:
         for name in ("limited", "busy", "cut"):
             hub.add_repository(f"owner/{name}", small)
-        hub.fail("GET", "^/storage/objects/model/owner/limited/", status=429, retry_after=1)
+        hub.fail("GET", "^/storage/objects/owner/limited/", status=429, retry_after=1)
         hub.fail("GET", "^/owner/busy/resolve/.*/tokenizer.json", status=429, retry_after=1)
         hub.fail("HEAD", "^/owner/busy/resolve/.*/config.json", status=503)
-        hub.cut("^/storage/objects/model/owner/cut/", after_bytes=half)
+        hub.cut("^/storage/objects/owner/cut/", after_bytes=half)
         names = ("limited", "busy", "cut")
         cases = [{"arguments": ["convert", f"owner/{name}", str(parent / name)]} for name in names]
         run = finished(hub, tmp_path / "home", program(commands, cases=cases, parent=parent))

@@ -474,7 +474,7 @@ def test_its_code_runs_without_the_package_from_the_hub(tiny, tmp_path, family, 
         assert code.count(commit) == 1
         printed, module, name = run_client(hub, run_from_the_hub, code=code, photograph=str(tmp_path / "photo.png"))
         assert not hub.unanswered
-        assert bool(hub.asked("GET", f"^/storage/objects/model/{BASE}/")) == (not has_weights)
+        assert bool(hub.asked("GET", f"^/storage/objects/{BASE}/")) == (not has_weights)
     assert module.startswith("transformers_modules.")
     assert name == FAMILIES[family].model.__name__
     assert printed.count("tokens: ") == 3

@@ -212,7 +212,7 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         assert commits[4] == commits[3]  # nothing to change
 
         # One upload: of the complete form. Its weights are taken away with the next push.
-        assert [request.path.split("/")[5] for request in uploads(hub)] == ["small"]
+        assert [request.path.split("/")[4] for request in uploads(hub)] == ["small"]
         assert WEIGHTS in hub.files("owner/small", commits[0])
         for commit, (folder, name, *_) in list(zip(commits, accepted, strict=True))[1:3]:
             files, local = hub.files(name, commit), contents(folder)

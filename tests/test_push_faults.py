@@ -39,7 +39,7 @@ def test_refusals_are_one_message_and_change_nothing(small, tmp_path):
         repository = hub.repository("owner/tagged")
         repository.refs["refs/tags/v1"] = repository.refs["refs/heads/main"]
         hub.fail(None, "^/api/models/owner/down", status=503, times=FOREVER)
-        hub.fail("PUT", "^/storage/uploads/model/owner/shut/", status=403, times=FOREVER)
+        hub.fail("PUT", "^/storage/uploads/owner/shut/", status=403, times=FOREVER)
         expected = [
             # arguments, token, what the message says
             (["owner/open"], unknown, "401.*the Hub does not know the token: log in with `hf auth login`"),
