@@ -1,11 +1,12 @@
 """The command line in processes of their own whose Hub is one on loopback, and what became of it."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from forked import run_python
-from hub_server import HubServer
+from hub_server import HubServer, program
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,6 +68,21 @@ def commands(cases: list[dict[str, Any]], parent: str) -> list[dict[str, Any]]:
             left = sorted(path.name for path in Path(parent).iterdir())
             outcomes.append({"status": status, "out": out.read(), "err": err.read(), "left": left, "slept": len(slept)})
     return outcomes
+
+
+def run_commands(
+    hub: HubServer, home: Path, cases: list[tuple[list[Any], str | None]], parent: Path | None = None
+) -> list[dict[str, Any]]:
+    """How the command line ended for each (arguments, token), one after the other in one process.
+
+    Each outcome names what then lies in `parent`, a folder that is made here.
+    """
+    parent = parent or home / "nothing_is_left_here"
+    parent.mkdir(parents=True, exist_ok=True)
+    listed = [{"arguments": list(map(str, arguments)), "token": token} for arguments, token in cases]
+    run = finished(hub, home, program(commands, cases=listed, parent=parent))
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def message_of(outcome: dict[str, Any], tokens: list[str]) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from hub_commands import commands, finished
-from hub_server import HubServer, Request, program, run_client
+from hub_server import HubServer, Request, run_client
 
 WEIGHTS = "model.safetensors"
 CARD = """\
@@ -61,16 +60,6 @@ def with_shards(source: Path, target: Path) -> Path:
     size = sum(weight.nbytes for weight in weights.values())
     (target / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
     return target
-
-
-def run_commands(hub: HubServer, home: Path, cases: list[tuple[list[Any], str | None]]) -> list[dict[str, Any]]:
-    """How the command line ended for each (arguments, token), one after the other in one process."""
-    parent = home / "nothing_is_left_here"
-    parent.mkdir(parents=True, exist_ok=True)
-    listed = [{"arguments": list(map(str, arguments)), "token": token} for arguments, token in cases]
-    run = finished(hub, home, program(commands, cases=listed, parent=parent))
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def pushed_commit(outcome: dict[str, Any], repo_id: str) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from checkpoints import GEOMETRY
 from families import FAMILIES
 from hivtp_hf.inspection import inspect_checkpoint
-from hub_commands import command_line, commands, contents, finished, message_of
+from hub_commands import command_line, contents, finished, message_of, run_commands
 from hub_server import HubServer, program
 from nightly import mostly_nightly
 from tiny_checkpoint import build_stock_checkpoint
@@ -147,8 +147,7 @@ def test_inspection_takes_no_weights(stock, tmp_path):
 
 def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
     parent = tmp_path / "parent"
-    parent.mkdir()
-    target = str(parent / "pruned")
+    target = parent / "pruned"
     with HubServer() as hub:
         stranger = hub.add_user("stranger")
         hub.add_repository("owner/fine", small)
@@ -177,12 +176,10 @@ def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
             ("owner/fine/more", [], None, "is no folder, and no repository on the Hub"),
             ("owner/..bad", [], None, "owner/..bad"),
         ]
-        cases = [{"arguments": ["convert", source, target, *options], "token": token} for source, options, token, _ in expected]
-        inspected = [{"arguments": ["inspect", source, *options], "token": token} for source, options, token, _ in expected[:9]]
-        run = finished(hub, tmp_path / "home", program(commands, cases=[*cases, *inspected], parent=parent))
-        assert run.returncode == 0, run.stderr
+        cases = [(["convert", source, target, *options], token) for source, options, token, _ in expected]
+        inspected = [(["inspect", source, *options], token) for source, options, token, _ in expected[:9]]
+        outcomes = run_commands(hub, tmp_path / "home", [*cases, *inspected], parent)
         tokens = [stranger, hub.token, "hf_no_such_token_0123456789"]
-        outcomes = json.loads(run.stdout.splitlines()[-1])
         for (source, options, _, text), outcome in zip([*expected, *expected[:9]], outcomes, strict=True):
             message = message_of(outcome, tokens)
             assert re.search(text, message), (source, options, message)
@@ -190,21 +187,16 @@ def test_refusals_are_one_message_and_leave_nothing(small, tmp_path):
 
 
 def test_a_fault_that_passes_is_survived(small, tmp_path):
-    parent = tmp_path / "parent"
-    parent.mkdir()
-    half = len(small[WEIGHTS]) // 2
+    parent, names = tmp_path / "parent", ("limited", "busy", "cut")
     with HubServer() as hub:
-        for name in ("limited", "busy", "cut"):
+        for name in names:
             hub.add_repository(f"owner/{name}", small)
         hub.fail("GET", "^/storage/objects/owner/limited/", status=429, retry_after=1)
         hub.fail("GET", "^/owner/busy/resolve/.*/tokenizer.json", status=429, retry_after=1)
         hub.fail("HEAD", "^/owner/busy/resolve/.*/config.json", status=503)
-        hub.cut("^/storage/objects/owner/cut/", after_bytes=half)
-        names = ("limited", "busy", "cut")
-        cases = [{"arguments": ["convert", f"owner/{name}", str(parent / name)]} for name in names]
-        run = finished(hub, tmp_path / "home", program(commands, cases=cases, parent=parent))
-        assert run.returncode == 0, run.stderr
-        outcomes = dict(zip(names, json.loads(run.stdout.splitlines()[-1]), strict=True))
+        hub.cut("^/storage/objects/owner/cut/", after_bytes=len(small[WEIGHTS]) // 2)
+        cases = [(["convert", f"owner/{name}", parent / name], None) for name in names]
+        outcomes = dict(zip(names, run_commands(hub, tmp_path / "home", cases, parent), strict=True))
         # Each fault was met: what it hit was asked for again.
         statuses = {name: [r.status for r in hub.asked("GET", f"^/storage/.*owner/{name}/")] for name in names}
         assert [r.status for r in hub.asked("HEAD", "^/owner/busy/resolve/.*/config.json")].count(503) == 1
@@ -220,18 +212,14 @@ def test_a_fault_that_passes_is_survived(small, tmp_path):
 
 def test_a_download_that_is_cut_again_and_again(small, tmp_path):
     parent, home = tmp_path / "parent", tmp_path / "home"
-    parent.mkdir()
     target = parent / "pruned"
     with HubServer() as hub:
         hub.add_repository("owner/tiny", small)
         hub.add_repository("owner/config", small)
         hub.cut("^/storage/objects/", after_bytes=0, times=40)
         hub.cut("^/owner/config/resolve/.*/config.json", after_bytes=10, times=40)
-        sources = ("owner/tiny", "owner/config")
-        cases = [{"arguments": ["convert", source, str(target)], "token": hub.token} for source in sources]
-        run = finished(hub, home, program(commands, cases=cases, parent=parent))
-        assert run.returncode == 0, run.stderr
-        for outcome in json.loads(run.stdout.splitlines()[-1]):
+        cases = [(["convert", source, target], hub.token) for source in ("owner/tiny", "owner/config")]
+        for outcome in run_commands(hub, home, cases, parent):
             message_of(outcome, [hub.token])
         assert 0 < len(hub.asked("GET", "^/storage/objects/")) < 40
     # The same repository on a Hub that is well again, and the cache as the failures left it.
@@ -245,17 +233,13 @@ def test_a_download_that_is_cut_again_and_again(small, tmp_path):
 
 def test_no_hub_at_all(small, tmp_path):
     parent, home = tmp_path / "parent", tmp_path / "home"
-    parent.mkdir()
     with HubServer() as hub:
         hub.add_repository("owner/tiny", small)
         first = finished(hub, home, command_line("inspect", "owner/tiny", "--json"), hub.token)
         assert first.returncode == 0, first.stderr
     # Configuration is in the cache by now, weights are not.
-    sources = ("owner/tiny", "owner/other")
-    cases = [{"arguments": ["convert", source, str(parent / "pruned")], "token": hub.token} for source in sources]
-    run = finished(hub, home, program(commands, cases=cases, parent=parent))
-    assert run.returncode == 0, run.stderr
-    for outcome in json.loads(run.stdout.splitlines()[-1]):
+    cases = [(["convert", source, parent / "pruned"], hub.token) for source in ("owner/tiny", "owner/other")]
+    for outcome in run_commands(hub, home, cases, parent):
         message_of(outcome, [hub.token])
 
 

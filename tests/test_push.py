@@ -8,7 +8,7 @@ import pytest
 from checkpoints import build_pruned_checkpoint
 from families import FAMILIES
 from hivtp_hf.conversion import convert_checkpoint
-from hub_commands import contents, message_of
+from hub_commands import contents, message_of, run_commands
 from hub_server import HubServer, run_client
 from pushes import (
     CARD,
@@ -16,7 +16,6 @@ from pushes import (
     check_same_answers,
     check_that_no_token_got_out,
     pushed_commit,
-    run_commands,
     uploads,
     with_changes,
     with_settings,

@@ -8,16 +8,9 @@ import pytest
 
 from checkpoints import build_pruned_checkpoint
 from forked import run_python
-from hub_commands import command_line, contents, message_of
+from hub_commands import command_line, contents, message_of, run_commands
 from hub_server import HubServer
-from pushes import (
-    WEIGHTS,
-    check_that_no_token_got_out,
-    pushed_commit,
-    run_commands,
-    with_changes,
-    with_shards,
-)
+from pushes import WEIGHTS, check_that_no_token_got_out, pushed_commit, with_changes, with_shards
 
 pytestmark = pytest.mark.once
 
