@@ -131,7 +131,7 @@ class HubServer:
         port = self._http.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
         self._storage_address = f"http://localhost:{port}/storage"
-        self.user, self.token = user, self.add_user(user)
+        self.token = self.add_user(user)
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
@@ -316,7 +316,7 @@ class HubServer:
             raise _Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         exists = repo_id in self._repositories
         if not exists:
-            self.add_repository(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+            self.add_repository(repo_id, private=asked.get("visibility") == "private")
         return _json({"url": f"{self.endpoint}/{repo_id}"}, status=409 if exists else 200)
 
     def _validate_card(self, request: Request) -> _Answer:
