@@ -108,6 +108,7 @@ def test_files_that_are_missing_or_wrong(folder, changes, message):
             "another repository",
         ),
         ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "own.Images"}}}, r"has no own\.py"),
+        ("config.json", {"base_model": {"name": "owner/base", "revision": "main"}}, "40 hexadecimal"),
         ("config.json", {"base_model": {"name": "owner/base", "revision": COMMIT}}, "has weights"),
         ("config.json", {"base_model": {"name": "/models/base", "revision": None}}, "a folder of this machine"),
     ],
@@ -173,11 +174,13 @@ def test_what_is_no_file(folder):
     [
         ({"repo_id": "name"}, "must be owner/name"),
         ({"repo_id": "owner/name/more"}, "must be owner/name"),
+        ({"repo_id": "owner/-bad-"}, "must be owner/name"),
         ({"repo_id": "../name"}, "must be owner/name"),
         ({"revision": "dev", "create_pr": True}, "not both"),
         ({"revision": COMMIT}, "name of a branch"),
         ({"revision": ""}, "name of a branch"),
         ({"token": None}, "log in with `hf auth login`"),
+        ({"token": False}, "log in with `hf auth login`"),
     ],
 )
 def test_arguments(folder, arguments, message):
