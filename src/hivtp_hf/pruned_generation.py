@@ -20,7 +20,7 @@ from .compat import (
     with_cache_named,
 )
 from .encoder_layers import wanting_features_only
-from .pruned_model import PrunedImageFeaturesOutput
+from .pruned_model import PrunedImageFeaturesOutput, encoded_images, has_pixels
 from .pruned_pretrained import PrunedPreTrainedMixin
 from .pruning_config import checked_ratio
 from .surplus_placeholders import (
@@ -91,7 +91,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         chunk = self._setting(prompt, "prefill_chunk_size")
         if chunk is None or prefills_images_in_chunks():
             return
-        if prompt.get("pixel_values") is not None or (prompt.get("mm_encoder_outputs") or {}).get("image") is not None:
+        if has_pixels(prompt) or encoded_images(prompt) is not None:
             raise ValueError(
                 f"`prefill_chunk_size` is {chunk}, with images: transformers {transformers.__version__} drops the images from "
                 "a prefill in chunks. The first release that works is 5.23.0 (`pip install --upgrade "

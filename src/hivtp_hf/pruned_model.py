@@ -55,11 +55,13 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
     kept_indices: list[torch.LongTensor] | None = None
 
 
-def _encoded_images(arguments: Mapping[str, Any]) -> Any:
+def encoded_images(arguments: Mapping[str, Any]) -> Any:
+    """The images of a call that come encoded, as `get_image_features` returns them, or None."""
     return (arguments.get("mm_encoder_outputs") or {}).get("image")
 
 
-def _has_pixels(arguments: Mapping[str, Any]) -> bool:
+def has_pixels(arguments: Mapping[str, Any]) -> bool:
+    """Whether images of a call come as pixels."""
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
@@ -220,10 +222,10 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
 
     def _check_placeholders(self, arguments: Mapping[str, Any]) -> None:
         """Fails before anything runs if the prompt has other than one placeholder per kept token."""
-        encoded, layouts = _encoded_images(arguments), None
+        encoded, layouts = encoded_images(arguments), None
         if encoded is not None:
             retained = [len(features) for features in encoded.pooler_output]
-        elif _has_pixels(arguments):
+        elif has_pixels(arguments):
             layouts = self._layouts(
                 arguments["pixel_values"],
                 arguments.get("image_sizes"),
@@ -239,8 +241,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
 
     def _encode_ahead(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
         """The images of a call, encoded before the language model runs and left among its arguments instead of pixels."""
-        encoded = _encoded_images(arguments)
-        if encoded is None and _has_pixels(arguments):
+        encoded = encoded_images(arguments)
+        if encoded is None and has_pixels(arguments):
             inputs = ("pixel_values", "image_sizes", "retention_ratio")
             names = (*inputs, "vision_feature_layer", "vision_feature_select_strategy")
             with wanting_features_only():

@@ -1,7 +1,6 @@
 """A pruned checkpoint in a folder, found to be whole before anything of it is pushed. Nothing of it is executed."""
 
 import fnmatch
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from .. import family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
 from ..checkpoints import open_source
+from ..files import read_json
 from ..pruning_config import VisualTokenPruningConfig
 from .pushed_files import Content, files_of_folder
 
@@ -147,14 +147,7 @@ def _auto_map_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_of(files: Mapping[str, Path], name: str) -> dict[str, Any]:
-    path = _path_of(files, name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}. {_AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object. {_AGAIN}")
-    return content
+    return read_json(_path_of(files, name), _AGAIN)
 
 
 def _path_of(files: Mapping[str, Path], name: str) -> Path:
