@@ -3,24 +3,33 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
-import importlib
-from typing import Any, NamedTuple
-
-import transformers
+import sys
+from typing import Any
 
 from ._version import __version__
-from .checked_values import shown
-from .configuration_hivtp_llava import HIVTPLlavaConfig
-from .configuration_hivtp_llava_next import HIVTPLlavaNextConfig
-from .methods import METHODS
-from .modeling_hivtp_llava import HIVTPLlavaForConditionalGeneration, HIVTPLlavaModel
-from .modeling_hivtp_llava_next import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextModel
-from .processing_hivtp_llava import HIVTPLlavaProcessor
-from .processing_hivtp_llava_next import HIVTPLlavaNextProcessor
-from .pruning_config import VisualTokenPruningConfig
-from .token_layout import TokenLayout
+from .families import FAMILIES, register_auto_classes
+from .families.base import Family
+from .families.llava import (
+    HIVTPLlavaConfig,
+    HIVTPLlavaForConditionalGeneration,
+    HIVTPLlavaModel,
+    HIVTPLlavaProcessor,
+)
+from .families.llava_next import (
+    HIVTPLlavaNextConfig,
+    HIVTPLlavaNextForConditionalGeneration,
+    HIVTPLlavaNextModel,
+    HIVTPLlavaNextProcessor,
+)
+from .methods.base import PruningMethod
+from .pruning.checked_values import shown
+from .pruning.evidence import Evidence, VisualEvidence
+from .pruning.layout import TokenLayout
+from .pruning.registry import METHODS, register_method
+from .pruning.settings import Setting, VisualTokenPruningConfig
 
 __all__ = [
+    "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
     "HIVTPLlavaModel",
@@ -29,43 +38,28 @@ __all__ = [
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
     "HIVTPLlavaProcessor",
+    "PruningMethod",
+    "Setting",
     "TokenLayout",
+    "VisualEvidence",
     "VisualTokenPruningConfig",
     "__version__",
+    "register_method",
     "select_hivtp",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`select_hivtp` and the other methods' selections, `select_<method>`: imported when they are asked for."""
-    method = name.removeprefix("select_")
-    if name != method and method in METHODS:
-        module = f"{__name__}.selectors_{method}"
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if error.name != module:  # the method "none" has no such file
-                raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """`select_hivtp` and the other methods' selections, `select_<method>`, from the files of their methods."""
+    method = METHODS.get(name.removeprefix("select_")) if name.startswith("select_") else None
+    selection = None if method is None else getattr(sys.modules[type(method).__module__], name, None)
+    if selection is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return selection
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *(f"select_{name}" for name, method in METHODS.items() if not method.keeps_everything)})
-
-
-class Family(NamedTuple):
-    """One family's classes: configuration, base model, model with a language modelling head, processor."""
-
-    config: Any
-    base_model: Any
-    model: Any
-    processor: Any
-
-
-FAMILIES = (
-    Family(HIVTPLlavaNextConfig, HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor),
-    Family(HIVTPLlavaConfig, HIVTPLlavaModel, HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
-)
 
 
 def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
@@ -75,22 +69,13 @@ def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
         model_type: as config.json says it.
         checkpoint: how to call the checkpoint in the message.
     """
-    for family in FAMILIES:
-        if model_type in (family.config.model_type, family.config.stock_model_type):
-            return family
-    known = ", ".join(repr(kind) for family in FAMILIES for kind in (family.config.stock_model_type, family.config.model_type))
-    raise ValueError(
-        f"{checkpoint} has the model type {shown(model_type)}; known are {known}. Give a checkpoint of one of these."
-    )
+    types = {kind.model_type: family for family in FAMILIES for kind in (family.stock_classes().config, family.classes().config)}
+    if not isinstance(model_type, str) or model_type not in types:
+        raise ValueError(
+            f"{checkpoint} has the model type {shown(model_type)}; known are {', '.join(map(repr, types))}. Give a checkpoint "
+            "of one of these."
+        )
+    return types[model_type]
 
 
-def _register_auto_classes() -> None:
-    for config, base_model, model, processor in FAMILIES:
-        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        transformers.AutoModel.register(config, base_model, exist_ok=True)
-        transformers.AutoProcessor.register(config, processor, exist_ok=True)
-        transformers.AutoModelForImageTextToText.register(config, model, exist_ok=True)
-        transformers.AutoModelForMultimodalLM.register(config, model, exist_ok=True)
-
-
-_register_auto_classes()
+register_auto_classes()

@@ -1,0 +1,161 @@
+"""What a model family must provide.
+
+A family is one file: a subclass of `Family`, and thin subclasses of the stock configuration, processor and models that name it.
+Add the `Family` to `FAMILIES` of families/__init__.py, and every method, command, card and test knows it. Which methods run on
+it is derived from `provides`, and written down nowhere.
+
+How the two families here, and two that are to come, answer:
+
+| | LLaVA-1.5 | LLaVA-NeXT | LLaVA-OneVision | Qwen2.5-VL |
+|---|---|---|---|---|
+| image becomes | one square tile | a base tile and crops, `image_sizes` | the same, crops stitched, resampled above nine; frames of a video | a rectangle, `image_grid_thw` |
+| size of an image, from a call | the tower's own | a row of `image_sizes` | that, and how many images its prompt has (`batch_num_images`) | a row of `image_grid_thw` |
+| size of an image, from a processor | `crop_size` | the original image | the same | `smart_resize` of the original |
+| packed | class token or none, cells | base cells, rows of crops each with a newline | base cells, rows with newlines | merged cells, raster order |
+| encoder | `vision_tower`, CLIP or SigLIP | the same | SigLIP | `visual`, window order, packed images |
+| feature | a hidden state, by `vision_feature_layer` | the same | the last layer's | the last block's, merged 2 x 2 |
+| attention becomes cells by | dropping the class token's column | the same | `pack_image_features` itself | mean of 2 x 2 patches, back from window order |
+| provides | received and class attention, features | the same | received attention, features | received attention of full blocks, features |
+| positions | follow the sequence | the same | the same | cut with the tokens |
+
+Where a family to come needs what nobody here needs yet (rectangles, several streams, positions), the contract grows by a method
+with a default that is right for the families here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ..methods import METHOD_CLASSES  # registered by it
+from ..pruning.evidence import Evidence, evidence_to_read
+from ..pruning.layout import TokenLayout
+from ..pruning.registry import METHODS
+from ..pruning.settings import VisualTokenPruningConfig
+
+
+class FamilyClasses(NamedTuple):
+    """One family's classes: configuration, base model, model with a language modelling head, processor."""
+
+    config: Any
+    base_model: Any
+    model: Any
+    processor: Any
+
+
+class Family(ABC):
+    """One model family: what about it differs from others. Instances hold no state.
+
+    `arguments` are always those of a call of `get_image_features` or `forward`, by name; missing ones mean the configuration's.
+
+    Attributes:
+        name: of its stock model type, and the end of its own.
+        title: what people call it.
+        provides: the kinds of evidence that its published towers have.
+        image_inputs: the arguments that say what the images of a call are, pixels first.
+        feature_arguments: the arguments that say how features are made of them.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    provides: ClassVar[frozenset[Evidence]]
+    image_inputs: ClassVar[tuple[str, ...]]
+    feature_arguments: ClassVar[tuple[str, ...]] = ()
+
+    # What it is made of.
+
+    @abstractmethod
+    def classes(self) -> FamilyClasses:
+        """Ours."""
+
+    @abstractmethod
+    def stock_classes(self) -> FamilyClasses:
+        """Those of transformers that ours subclass, and whose key renamings ours take."""
+
+    # The vision encoder.
+
+    @abstractmethod
+    def encoder(self, model: Any) -> nn.Module:
+        """The vision encoder of a base model, stock's or ours."""
+
+    @abstractmethod
+    def num_layers(self, config: Any) -> int:
+        """The depth of the encoder."""
+
+    @abstractmethod
+    def feature_layer(self, config: Any, arguments: Mapping[str, Any]) -> int:
+        """The encoder layer, 0-based, whose output is the visual feature; -1 where that is what enters the first layer."""
+
+    def provided_by(self, model: Any) -> frozenset[Evidence]:
+        """The kinds of evidence that this very model has; towers of one family may differ."""
+        return self.provides
+
+    def check_config(self, config: Any) -> None:  # noqa: B027  (most families take every configuration)
+        """Refuses, before a model is built, what the family cannot prune: a ValueError."""
+
+    def ending_early(
+        self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
+    ) -> Callable[..., Any]:
+        """`stock`, a call of stock's `get_image_features`, without layers that nothing is read from; `stock` by default.
+
+        Args:
+            stock: takes further keywords.
+            config: of the model.
+            arguments: of the call.
+            layers: whose attention is read.
+        """
+        return stock
+
+    # How images lie as tokens. Processor and model both come here, and nothing else counts.
+
+    @abstractmethod
+    def image_sizes(self, model: Any, arguments: Mapping[str, Any]) -> list[Any]:
+        """Of every image of a call what its layout follows from, such as (height, width) in pixels.
+
+        Raises:
+            ValueError: for inputs that are no images of this family.
+        """
+
+    @abstractmethod
+    def layout(
+        self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
+    ) -> TokenLayout:
+        """The layout of an image of a size, as `image_sizes` gives it or (height, width) in pixels, in a model."""
+
+    @abstractmethod
+    def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
+        """A ValueError where the pixels of a call are not those of images that lie so."""
+
+    @abstractmethod
+    def cell_scores(self, scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
+        """The attention of the tokens of an encoder as that of cells: float32 (tiles of all images, grid, grid).
+
+        Raises:
+            ValueError: where scores are not of images that lie so.
+        """
+
+    @abstractmethod
+    def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
+        """The layout of an image of so many pixels, as a processor of ours sees it."""
+
+    @abstractmethod
+    def layouts_of_inputs(
+        self, processor: Any, inputs: Mapping[str, Any], prunings: Sequence[VisualTokenPruningConfig]
+    ) -> list[TokenLayout]:
+        """The layout of every image of a finished call of a processor, from its inputs and the settings of each image."""
+
+    # Tests and demo.
+
+    @abstractmethod
+    def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
+        """What a small configuration needs beside its towers' ones, for tiles of so many pixels."""
+
+    @abstractmethod
+    def tiny_image_processor(self, config: Any) -> dict[str, Any]:
+        """The preprocessor_config.json of a small checkpoint with this configuration."""
+
+
+def methods_of(provided: frozenset[Evidence]) -> list[str]:
+    """The methods that run, under their default settings, where these kinds of evidence are provided."""
+    return [name for name in METHODS if evidence_to_read(VisualTokenPruningConfig(name), provided) is not None]

@@ -1,0 +1,106 @@
+"""What LLaVA families share: an encoder that sees square tiles one by one, and features that are a hidden state of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..pruning.compat import side_of
+from ..pruning.encoder_layers import without_unread_layers
+from ..pruning.evidence import Evidence
+from ..pruning.layout import TokenLayout
+from ..pruning.processing import PrunedProcessorMixin
+from ..pruning.settings import check_no_setting_among
+from .base import Family
+
+
+class LlavaTowersFamily(Family):
+    """A family over a `vision_tower` with `vision_feature_layer` and `vision_feature_select_strategy`."""
+
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION, Evidence.FEATURES})
+    feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
+
+    def encoder(self, model: Any) -> nn.Module:
+        return model.vision_tower
+
+    def num_layers(self, config: Any) -> int:
+        return config.vision_config.num_hidden_layers
+
+    def feature_layer(self, config: Any, arguments: Mapping[str, Any]) -> int:
+        given = feature_argument(config, arguments, "vision_feature_layer")
+        # An index among the hidden states, of which the first enters the first layer; of a list the last one is meant.
+        index = given if isinstance(given, int) else given[-1]
+        return index - 1 if index >= 0 else self.num_layers(config) + index
+
+    def provided_by(self, model: Any) -> frozenset[Evidence]:
+        # CLIP puts a class token before the patches, SigLIP does not.
+        names = (name.rpartition(".")[2] for name, _ in self.encoder(model).named_parameters())
+        has_class_token = any(name in ("class_embedding", "cls_token") for name in names)
+        return self.provides if has_class_token else self.provides - {Evidence.CLASS_ATTENTION}
+
+    def ending_early(
+        self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
+    ) -> Callable[..., Any]:
+        feature_layer = feature_argument(config, arguments, "vision_feature_layer")
+        return without_unread_layers(stock, config.vision_config, feature_layer, layers)
+
+    def cell_scores(self, scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
+        grid, tiles = layouts[0].grid, sum(layout.num_tiles for layout in layouts)
+        extra_tokens = scores.shape[1] - grid * grid
+        if scores.shape[0] != tiles or extra_tokens not in (0, 1):
+            raise ValueError(
+                f"the vision tower scored {scores.shape[0]} tiles of {scores.shape[1]} tokens; the images need {tiles} tiles "
+                f"of {grid * grid} cells, with or without a class token. Check `image_sizes` and the tower's image size."
+            )
+        return scores[:, extra_tokens:].view(-1, grid, grid)
+
+    def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
+        return {}
+
+
+def has_class_token(model: Any) -> bool:
+    """Whether the encoder of one of our models has a class token."""
+    return Evidence.CLASS_ATTENTION in model.provided_evidence
+
+
+def feature_argument(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument of a call that says how features are made; where it is missing or None, the configuration's."""
+    given = arguments.get(name)
+    return getattr(config, name) if given is None else given
+
+
+class LlavaTowersProcessorMixin(PrunedProcessorMixin):
+    """What the processors of these families share. Comes before the stock class."""
+
+    # Spelled out, as transformers takes from this signature which stored settings it may hand over.
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        pruning_config=None,
+        **kwargs,
+    ):
+        check_no_setting_among(kwargs)
+        self.pruning_config = pruning_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    def tile_size(self) -> int:
+        """Side in pixels of the tiles that the image processor makes."""
+        crop, size = getattr(self.image_processor, "crop_size", None), self.image_processor.size
+        if crop and getattr(self.image_processor, "do_center_crop", True):  # not every image processor crops
+            return side_of(crop, "height")
+        return side_of(size, "shortest_edge") or side_of(size, "height")

@@ -1,0 +1,27 @@
+"""The pruning methods. A new one is a file of this folder and its line in `METHOD_CLASSES`."""
+
+from ..pruning.registry import register_method
+from ..pruning.settings import describe_settings
+from .base import PruningMethod
+from .cls_attention import ClassAttention
+from .gprune import GPrune
+from .hiprune import HiPrune
+from .hivtp import HIVTP
+from .keep_everything import KeepEverything
+from .random import Random
+from .uniform import Uniform
+
+# In this order they are listed everywhere.
+METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
+    HIVTP,
+    HiPrune,
+    GPrune,
+    ClassAttention,
+    Random,
+    Uniform,
+    KeepEverything,
+)
+
+for _method in METHOD_CLASSES:
+    register_method(_method)
+describe_settings()

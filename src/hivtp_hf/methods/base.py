@@ -1,0 +1,118 @@
+"""What a pruning method must provide.
+
+A method is one class in one file: subclass `PruningMethod`, add the class to `METHOD_CLASSES` of methods/__init__.py (or call
+`hivtp_hf.register_method` from a package of your own), and every family, command, figure and card knows it. A method never sees
+a model. It sees evidence, and says which cells stay.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..pruning.evidence import Evidence, VisualEvidence
+from ..pruning.layout import TokenLayout
+from ..pruning.settings import Setting, VisualTokenPruningConfig
+from .ranking import share_of_tiles
+
+
+class PruningMethod(ABC):
+    """A way to choose visual tokens. Instances hold no state.
+
+    Attributes:
+        name: what `pruning_config.method` says.
+        rule: what it keeps, in a line, and where that is from.
+        settings: its own, beside those that all methods share.
+        colour: of its lines and points in figures.
+        citation: BibTeX of the papers that it is from, which model cards cite; empty where there is none.
+        default_retention_ratio: what `retention_ratio` reads where no budget is given.
+        keeps_everything: whether it prunes nothing, so that a ratio below 1 would be a slip.
+        content_dependent_count: whether its published selection keeps a number that depends on the image's content, so that
+            `exact_count=False` means something.
+    """
+
+    name: ClassVar[str]
+    rule: ClassVar[str]
+    settings: ClassVar[tuple[Setting, ...]] = ()
+    colour: ClassVar[str] = "#555555"
+    citation: ClassVar[str] = ""
+    default_retention_ratio: ClassVar[float | None] = 0.5
+    keeps_everything: ClassVar[bool] = False
+    content_dependent_count: ClassVar[bool] = False
+
+    def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
+        """The kinds of evidence that it needs: sets that would each do, best first. By default it looks at nothing."""
+        return (frozenset(),)
+
+    def layers(self, pruning: VisualTokenPruningConfig, feature_layer: int) -> Sequence[int]:
+        """The encoder layers, 0-based and ascending, whose attention it reads; none by default.
+
+        Lazy where settings bound it, such as a range: it is asked for before they are held against an encoder's depth.
+
+        Args:
+            pruning: the settings.
+            feature_layer: the layer whose output is the visual feature.
+        """
+        return ()
+
+    def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
+        """How many cells are kept of each group of cells among which it chooses, from geometry alone.
+
+        By default a rounded share of every tile, base tile first. `pruning` has the ratio, not `layout`.
+        """
+        return share_of_tiles(layout, pruning)
+
+    @abstractmethod
+    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        """The cells that stay: bool (tiles of all images, grid, grid), as many of each group as `count` says."""
+
+    def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor | None:
+        """The scores by which it ranks, float (tiles, grid, grid) and NaN for cells that have none; None where it does not."""
+        return None
+
+
+def check_tiles(valid: Tensor, **scores: Tensor) -> None:
+    """Refuses tensors that are not tiles of cells: selections are public functions.
+
+    Args:
+        valid: must be bool (tiles, grid, grid).
+        **scores: by the name of their argument; must be floating point and of the same shape.
+
+    Raises:
+        ValueError: names the argument, what was given and what it must be.
+    """
+    for name, given in (("valid", valid), *scores.items()):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"`{name}` is a {type(given).__name__}; it must be a torch.Tensor.")
+    if valid.ndim != 3 or valid.shape[1] != valid.shape[2] or valid.shape[1] == 0:
+        raise ValueError(
+            f"`valid` has shape {tuple(valid.shape)}; it must be (tiles, grid, grid), with square tiles of at least one cell."
+        )
+    if valid.dtype != torch.bool:
+        raise ValueError(f"`valid` is {valid.dtype}; it must be bool.")
+    for name, given in scores.items():
+        if given.shape != valid.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(given.shape)} and `valid` {tuple(valid.shape)}; both must be (tiles, grid, grid)."
+            )
+        if not given.dtype.is_floating_point:
+            raise ValueError(f"`{name}` is {given.dtype}; it must be floating point.")
+
+
+def settings_of(method: str, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> VisualTokenPruningConfig:
+    """The settings of a selection, also given as a dict.
+
+    Raises:
+        ValueError: for another method's settings, and for a token budget, which means another ratio for each image.
+    """
+    pruning = VisualTokenPruningConfig.coerce(pruning)
+    if pruning.method != method:
+        raise ValueError(f"`pruning` has the method {pruning.method!r}; select_{method} needs {method!r}.")
+    if pruning.token_budget is not None:
+        raise ValueError(
+            f"`pruning` has a `token_budget` ({pruning.token_budget}), whose meaning depends on the image; give a "
+            "`retention_ratio`, such as that of `TokenLayout.pruning`."
+        )
+    return pruning

@@ -1,0 +1,25 @@
+"""The method "none": everything stays, as in the stock model."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..pruning.evidence import VisualEvidence
+from ..pruning.layout import TokenLayout
+from ..pruning.settings import VisualTokenPruningConfig
+from .base import PruningMethod
+
+
+class KeepEverything(PruningMethod):
+    """No pruning at all: what the other methods are compared with."""
+
+    name = "none"
+    rule = "everything, as the stock model"
+    default_retention_ratio = None
+    keeps_everything = True
+
+    def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
+        return layout.valid_per_tile
+
+    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return evidence.valid

@@ -1,0 +1,81 @@
+"""What methods that rank share: how many cells a ratio keeps, ranks, and the best of each group, for all tiles at once.
+
+Nothing here leaves the device or loops over tiles or cells. Ties always go to the lower index.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pruning.layout import TokenLayout
+
+
+def rounded_share(cells: int, retention_ratio: float) -> int:
+    """How many of `cells` a ratio keeps: rounded, halves up, in Python's float64; never more than there are."""
+    return min(cells, math.floor(retention_ratio * cells + 0.5))
+
+
+def totals_of_tiles(cells: Tensor, pruning: Any) -> Tensor:
+    """How many cells of every tile are kept, int64 (tiles,), for valid cells bool (tiles, cells), on their device.
+
+    From a table that Python's own float64 arithmetic fills: a product on the device may have another floor, may be contracted
+    with the addition by a compiler, and has no float64 at all on some devices.
+    """
+    share = [rounded_share(number, pruning.retention_ratio) for number in range(cells.shape[1] + 1)]
+    return torch.tensor(share, device=cells.device)[cells.sum(1)]
+
+
+def share_of_tiles(layout: TokenLayout, pruning: Any) -> Sequence[int]:
+    """Cells kept of every tile of an image, base tile first."""
+    return [rounded_share(cells, pruning.retention_ratio) for cells in layout.valid_per_tile]
+
+
+def descending_rank(scores: Tensor) -> Tensor:
+    """The place of every score in its row, 0 for the highest; equal scores rank by index.
+
+    Args:
+        scores: (rows, n), any float dtype; compared in float32.
+
+    Returns:
+        int64 (rows, n), a permutation of 0 .. n-1 in every row. NaN ranks before all numbers.
+    """
+    order = torch.sort(scores.float(), dim=1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def keep_best_of_groups(rank: Tensor, groups: Tensor, quota: Tensor) -> Tensor:
+    """A mask of the `quota[row, group]` best-ranked members of every group.
+
+    Args:
+        rank: int64 (rows, n), distinct within a row, smaller is better.
+        groups: int64 (rows, n), the group of each member from 0; the number of groups itself means "in none".
+        quota: int64 (rows, groups), how many to keep of each; a group that is smaller is kept whole.
+
+    Returns:
+        bool (rows, n).
+    """
+    members = rank.shape[1]
+    order = torch.argsort(groups * members + rank, dim=1)
+    group_in_order = groups.gather(1, order)
+    quota = torch.nn.functional.pad(quota, (0, 1))  # those in no group have a quota of 0
+    sizes = torch.zeros_like(quota).scatter_add_(1, groups, torch.ones_like(groups))
+    first = sizes.cumsum(1) - sizes
+    place_in_group = torch.arange(members, device=rank.device) - first.gather(1, group_in_order)
+    kept_in_order = place_in_group < quota.gather(1, group_in_order)
+    return torch.zeros_like(kept_in_order).scatter_(1, order, kept_in_order)
+
+
+def keep_best(rank: Tensor, members: Tensor, number: Tensor) -> Tensor:
+    """A mask of the best-ranked members of every row: bool (rows, n).
+
+    Args:
+        rank: int64 (rows, n), distinct within a row, smaller is better.
+        members: bool (rows, n), who may be kept.
+        number: int64 (rows,), how many of each row; where there are fewer members, all of them.
+    """
+    # One group, number 0, of the members; the others are in none.
+    return keep_best_of_groups(rank, (~members).long(), number[:, None])

@@ -1,0 +1,51 @@
+"""A baseline that looks at nothing: cells of every tile at even distances in raster order.
+
+Source: ours. What a method gains over it, it gains by looking.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..pruning.evidence import VisualEvidence
+from ..pruning.settings import VisualTokenPruningConfig
+from .base import PruningMethod, check_tiles, settings_of
+from .ranking import totals_of_tiles
+
+
+class Uniform(PruningMethod):
+    """Cells at even distances."""
+
+    name = "uniform"
+    rule = "a baseline: cells at even distances in raster order"
+    colour = "#F0E442"
+
+    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return select_uniform(evidence.valid, pruning)
+
+
+def select_uniform(valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:
+    """Evenly spaced cells, of all tiles of all images of a batch at once.
+
+    Of n valid cells of a tile, counted in raster order from 0, of which k are to stay, cell i is kept where
+    floor((i + 1) * k / n) > floor(i * k / n).
+
+    Args:
+        valid: bool (tiles, grid, grid); other cells are never kept and take no budget.
+        pruning: a config of the method "uniform" with a retention ratio, or its settings as a dict.
+
+    Returns:
+        bool (tiles, grid, grid). Each tile keeps `rounded_share(valid cells, retention_ratio)` cells.
+
+    Raises:
+        ValueError: on a shape or dtype that does not fit, another method's config, and a token budget in place of a ratio.
+    """
+    check_tiles(valid)
+    settings = settings_of("uniform", pruning)
+    cells = valid.flatten(1)
+    number = cells.sum(1, keepdim=True)
+    total = totals_of_tiles(cells, settings)[:, None]
+    up_to_here = cells.cumsum(1) * total
+    number = number.clamp(min=1)  # nothing is kept of a tile without valid cells, but it must not divide by 0
+    return (cells & (up_to_here // number > (up_to_here - total) // number)).view_as(valid)

@@ -1,0 +1,1 @@
+"""What every checkpoint needs, whatever its method and family. Imports nothing of ours from outside this folder."""

@@ -1,0 +1,179 @@
+"""What every family's model with a language modelling head shares: loss and generation on pruned image features."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .compat import (
+    cache_among,
+    cache_argument,
+    cache_of,
+    named_arguments,
+    parameters_of,
+    prefills_images_in_chunks,
+    with_cache_named,
+)
+from .encoder_layers import wanting_features_only
+from .model import PrunedImageFeaturesOutput, encoded_images, has_pixels
+from .pretrained import PrunedPreTrainedMixin
+from .settings import checked_ratio
+from .surplus_placeholders import (
+    cached_length,
+    check_cached_placeholders,
+    check_sliding_window,
+    move_labels,
+    remember_surplus,
+    surplus_of_features,
+    with_cached_surplus,
+)
+
+
+class PrunedGenerationMixin(PrunedPreTrainedMixin):
+    """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
+
+    def _build_on(self, base_model: Any) -> None:
+        """Called by a family's constructor: what stock's does, on a base model of ours."""
+        self.model = base_model
+        text = self.config.text_config
+        self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""
+        arguments = kwargs
+        if not self.config.pruning_config.exact_count:
+            arguments, args = named_arguments(type(self).forward, self, args, kwargs), ()
+            if arguments.get("labels") is not None:
+                encoded = self.model._encode_ahead(arguments)
+                surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
+                arguments["labels"] = move_labels(arguments["labels"], surplus)
+        return super().forward(*args, **arguments)
+
+    # Takes stock's signature and documentation. With `exact_count=False` images are encoded first, since their content
+    # decides which placeholders are left over; those are masked out all through the call.
+    @functools.wraps(GenerationMixin.generate)
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = with_cache_named(cache_argument(type(self).forward), kwargs)
+        ratios = kwargs.get("retention_ratio")
+        if isinstance(ratios, (list, tuple)):  # beams and several returns repeat tensors with the prompts, and nothing else
+            kwargs["retention_ratio"] = torch.tensor([checked_ratio(ratio) for ratio in ratios], dtype=torch.float64)
+        generate = super().generate
+        signature = parameters_of(GenerationMixin.generate)
+        arguments = {"kwargs": {}, **signature.bind_partial(self, *args, **kwargs).arguments}
+        arguments.pop("self")
+        inputs = arguments.pop("kwargs")
+        prompt = {**inputs, **arguments}
+        if prompt.get("inputs") is not None:
+            prompt["input_ids"] = prompt["inputs"]
+        is_placeholder = self.model._is_placeholder(prompt)
+        self._check_prefill_in_chunks(prompt)
+        cache = cache_among(inputs)
+        if cache is None or cached_length(cache) == 0:  # else the ids name images of former calls as well
+            self.model._check_placeholders(prompt)
+        if self.config.pruning_config.exact_count or is_placeholder is None:
+            return generate(*args, **kwargs)
+        surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
+        output = generate(**arguments, **inputs)
+        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
+        returned = cache_of(output) if isinstance(output, ModelOutput) else None
+        remember_surplus(cache if returned is None else returned, surplus)
+        return output
+
+    def _check_prefill_in_chunks(self, prompt: Mapping[str, Any]) -> None:
+        """A ValueError where the installed transformers release would drop the images of a prompt without a word."""
+        chunk = self._setting(prompt, "prefill_chunk_size")
+        if chunk is None or prefills_images_in_chunks():
+            return
+        if has_pixels(prompt) or encoded_images(prompt) is not None:
+            raise ValueError(
+                f"`prefill_chunk_size` is {chunk}, with images: transformers {transformers.__version__} drops the images from "
+                "a prefill in chunks. The first release that works is 5.23.0 (`pip install --upgrade "
+                '"transformers>=5.23.0,<6"`). With the installed one, set `prefill_chunk_size` to None.'
+            )
+
+    # All ways into continuous batching ask for a manager here. It takes ids alone, and would answer without the images.
+    @functools.wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if "add_request" not in vars(manager):  # a manager that is kept comes here again
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def add_checked_request(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+                self._refuse_images_among([input_ids])
+                return add_request(input_ids, *args, **kwargs)
+
+            manager.add_request = add_checked_request
+        return manager
+
+    # It logs what goes wrong with its requests, and returns nothing: so they are checked before.
+    @functools.wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_images_among(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _refuse_images_among(self, prompts: Any) -> None:
+        for input_ids in prompts:
+            found = sum(int(token) == self.config.image_token_id for token in input_ids)
+            if found:
+                raise ValueError(
+                    f"a prompt has {found} image placeholders, but continuous batching takes token ids alone and would "
+                    "answer without seeing an image. Use `generate` for prompts with images, and continuous batching for "
+                    "prompts without."
+                )
+
+    # transformers' generate() encodes images before its first step, and reads nothing but their features.
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        with wanting_features_only():
+            return super()._prepare_multimodal_encoder_kwargs_for_generation(*args, **kwargs)
+
+    def _mask_surplus_of_prompt(self, prompt: dict[str, Any], inputs: dict[str, Any], is_placeholder: Tensor) -> Tensor:
+        """Masks the surplus of a prompt: changes `inputs`, the model's inputs among a `generate`'s keywords, in place.
+
+        Returns:
+            The surplus, bool (batch, prompt).
+        """
+        cache = cache_among(inputs)
+        cached = 0 if cache is None else cached_length(cache)
+        check_cached_placeholders(is_placeholder[:, :cached], cache)
+        # An assistant is given its prompt's images again when its cache already holds them.
+        is_new = bool(is_placeholder[:, cached:].any())
+        encoded = self.model._encode_ahead(inputs) if is_new else None
+        if encoded is not None:
+            # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
+            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
+        if surplus.any():
+            check_sliding_window(self.config.get_text_config(), self._longest_sequence(prompt, surplus.shape[1]))
+        attention_mask = inputs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = self._default_attention_mask(prompt, surplus)
+        inputs["attention_mask"] = attention_mask.masked_fill(surplus, 0)
+        return surplus
+
+    def _setting(self, prompt: Mapping[str, Any], name: str) -> Any:
+        """What `generate` will go by: its keyword, else the given configuration, else the model's own."""
+        if name in prompt:
+            return prompt[name]
+        given = getattr(prompt.get("generation_config"), name, None)
+        return getattr(self.generation_config, name, None) if given is None else given
+
+    def _longest_sequence(self, prompt: dict[str, Any], length: int) -> int:
+        """Positions after a `generate` that meets no end of sequence."""
+        new_tokens = self._setting(prompt, "max_new_tokens")
+        return length + new_tokens if new_tokens is not None else max(length, self._setting(prompt, "max_length") or 0)
+
+    def _default_attention_mask(self, prompt: dict[str, Any], surplus: Tensor) -> Tensor:
+        """As generate() infers it: padding is left out, where it can be told from an end of sequence."""
+        padding, end = (self._setting(prompt, name) for name in ("pad_token_id", "eos_token_id"))
+        input_ids, ends = prompt.get("input_ids"), end if isinstance(end, (list, tuple)) else [end]
+        if input_ids is None or padding is None or padding in ends:
+            return torch.ones_like(surplus, dtype=torch.int64)
+        return (input_ids != padding).long()

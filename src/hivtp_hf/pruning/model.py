@@ -1,0 +1,265 @@
+"""What every family's base model shares: pruned image features, and a forward on them.
+
+A family mixes `PrunedModelMixin` into its base model, and its `Family` says what is particular. Stock does the rest.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple, is_torchdynamo_exporting
+
+from .attention_interface import ReceivedAttention, attach
+from .compat import cache_among, cache_of, named_arguments, take_stock_keys
+from .encoder_layers import wanting_features_only
+from .evidence import Evidence
+from .features import (
+    check_placeholders,
+    check_pruning_fits_encoder,
+    gather_evidence,
+    keep_all_features,
+    prune_features,
+)
+from .layout import TokenLayout
+from .pretrained import PrunedPreTrainedMixin
+from .retention_bits import ratios_of_images
+from .settings import VisualTokenPruningConfig
+from .surplus_placeholders import (
+    check_sliding_window,
+    positions_of,
+    remember_surplus,
+    surplus_of_features,
+    with_cached_surplus,
+)
+
+
+@dataclass
+class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
+    """What `get_image_features` returns: stock's output, and what was kept.
+
+    Args:
+        pooler_output (`list[torch.Tensor]`):
+            One (num_retained, hidden) tensor per image, which enters the language model.
+        kept_indices (`list[torch.LongTensor]`):
+            One ascending int64 tensor per image, newlines included: `pooler_output[i]` equals the stock model's
+            `pooler_output[i][kept_indices[i]]`. With `exact_count=False` fewer may be kept; `pooler_output[i]` then begins
+            with as many rows of zeros.
+    """
+
+    kept_indices: list[torch.LongTensor] | None = None
+
+
+def encoded_images(arguments: Mapping[str, Any]) -> Any:
+    """The images of a call that come encoded, as `get_image_features` returns them, or None."""
+    return (arguments.get("mm_encoder_outputs") or {}).get("image")
+
+
+def has_pixels(arguments: Mapping[str, Any]) -> bool:
+    """Whether images of a call come as pixels."""
+    return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
+
+
+def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
+    """A ValueError for what a model's call would swallow: a token budget, and a misspelt ratio."""
+    for name in keywords:
+        if name == "token_budget" or (name.startswith("retention") and name != "retention_ratio"):
+            raise ValueError(
+                f"`{name}` is no argument of a model. Give `retention_ratio` or `token_budget` to the processor, and its "
+                "`retention_ratio` to the model."
+            )
+
+
+class PrunedModelMixin(PrunedPreTrainedMixin):
+    """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
+
+    # What is known of the family alone: a `Family`, as families/base.py describes it.
+    family: ClassVar[Any]
+    # The kinds of evidence that this model has.
+    provided_evidence: frozenset[Evidence]
+
+    def _start_pruning(self) -> None:
+        """Called by a family's constructor once the vision encoder stands; ValueError where settings do not fit it."""
+        # Weights are loaded and saved after a model is built, so that importing need not wait for transformers' rules.
+        take_stock_keys(self.config.model_type, self.config.stock_model_type)
+        self.provided_evidence = self.family.provided_by(self)
+        pruning = self.config.pruning_config
+        self._feature_layer_and_evidence(pruning, {})
+        # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
+        self.token_layout(1, 1, pruning.replace(retention_ratio=1.0))
+        self._received_attention_tap = attach(self.family.encoder(self), self.family.num_layers(self.config))
+
+    def token_layout(self, height: int, width: int, pruning: Any = None) -> TokenLayout:
+        """How the tokens of an image lie, and how many of them are kept.
+
+        Args:
+            height, width: of the image in pixels.
+            pruning: settings in place of the configuration's own.
+
+        Raises:
+            ValueError: where the image or the settings do not fit the model.
+        """
+        pruning = self.config.pruning_config if pruning is None else VisualTokenPruningConfig.coerce(pruning)
+        return self.family.layout(self, (height, width), pruning, {})
+
+    def _feature_layer_and_evidence(
+        self, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
+    ) -> tuple[int, frozenset[Evidence]]:
+        """The encoder layer whose output is the visual feature, and what the method reads; ValueError where it cannot."""
+        num_layers, layer = self.family.num_layers(self.config), self.family.feature_layer(self.config, arguments)
+        return layer, check_pruning_fits_encoder(pruning, num_layers, layer, self.provided_evidence)
+
+    def _prune_image_features(
+        self, stock: Callable[..., Any], arguments: Mapping[str, Any], retention_ratio: Any, **keywords: Any
+    ) -> PrunedImageFeaturesOutput:
+        """What a family's `get_image_features` returns: stock's result, with what the method keeps of every image.
+
+        Args:
+            stock: stock's `get_image_features`.
+            arguments: of the call, by name.
+            retention_ratio: of the call.
+            **keywords: further ones, for stock.
+        """
+        refuse_budget_among(keywords)
+        layouts = self._layouts(arguments, retention_ratio)
+        pruning = self.config.pruning_config
+        layer, kinds = self._feature_layer_and_evidence(pruning, arguments)
+        layers = pruning.scored_layers(layer)
+        call = functools.partial(stock, **arguments, return_dict=True, **keywords)
+        call = self.family.ending_early(call, self.config, arguments, layers)
+        if all(layout.keeps_everything for layout in layouts):
+            output = call()
+            features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
+        else:
+            output, collector = self._scored_pass(call, layers, Evidence.CLASS_ATTENTION in kinds)
+            features, kept_indices = self._prune(output.pooler_output, layouts, collector, layer)
+        stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
+        return PrunedImageFeaturesOutput(**{**stock_fields, "pooler_output": features, "kept_indices": kept_indices})
+
+    def _scored_pass(
+        self, stock: Callable[..., Any], layers: Sequence[int], from_class_token: bool
+    ) -> tuple[Any, ReceivedAttention]:
+        """What `stock` returns, a call of stock's `get_image_features`, and the attention of some encoder layers."""
+        collector = ReceivedAttention(layers, from_class_token)
+        return (self._received_attention_tap.call(stock, collector) if collector.layers else stock()), collector
+
+    # The layout is Python over image sizes: a compiler would trace it anew for each size.
+    @torch.compiler.disable
+    def _layouts(self, arguments: Mapping[str, Any], retention_ratio: Any = None) -> list[TokenLayout]:
+        """The layout of every image of a call, each under its own ratio; ValueError where inputs do not fit each other."""
+        if is_torchdynamo_exporting():
+            raise ValueError(
+                "`torch.export` is not supported with images: the layout of their tokens is computed in Python, which an "
+                "export does not record. Export with prompts without images, or run the model as it is or by `torch.compile`."
+            )
+        pixels = self.family.image_inputs[0]
+        if not isinstance(arguments[pixels], Tensor):
+            raise ValueError(
+                f"`{pixels}` is a {type(arguments[pixels]).__name__}; it must be a tensor, as the processor returns it with "
+                '`return_tensors="pt"`.'
+            )
+        sizes = self.family.image_sizes(self, arguments)
+        prunings = [self.config.pruning_config] * len(sizes)
+        ratios = ratios_of_images(retention_ratio, len(sizes))
+        if ratios is not None:
+            prunings = [pruning.for_call(ratio) for pruning, ratio in zip(prunings, ratios, strict=True)]
+        layouts = [
+            self.family.layout(self, size, pruning, arguments) for size, pruning in zip(sizes, prunings, strict=True)
+        ]
+        self.family.check_pixels(arguments, layouts)
+        return layouts
+
+    @torch.compiler.disable
+    def _prune(
+        self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        scores = {scored: self.family.cell_scores(found, layouts) for scored, found in collector.by_layer().items()}
+        return prune_features(gather_evidence(features, layouts, scores, layer))
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, after a check that the prompt has one placeholder per kept token."""
+        exact = self.config.pruning_config.exact_count
+        if exact and torch.compiler.is_compiling() and kwargs.get("retention_ratio") is None:
+            kwargs.pop("retention_ratio", None)
+            return super().forward(*args, **kwargs, return_dict=True)
+        refuse_budget_among(kwargs)
+        arguments = named_arguments(type(self).forward, self, args, kwargs)
+        self._check_placeholders(arguments)
+        surplus = None
+        if not exact:
+            surplus = self._mask_surplus(arguments)
+        elif arguments.get("retention_ratio") is not None:
+            self._encode_ahead(arguments)
+        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
+        with wanting_features_only():
+            output = super().forward(**arguments, return_dict=True)
+        if surplus is not None:
+            remember_surplus(cache_of(output), surplus)
+        return output
+
+    def _is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence), None for neither."""
+        if arguments.get("input_ids") is not None:
+            return arguments["input_ids"] == self.config.image_token_id
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            return None
+        token = torch.tensor(self.config.image_token_id, device=embeddings.device)
+        return (embeddings == self.get_input_embeddings()(token)).all(-1)
+
+    def _check_placeholders(self, arguments: Mapping[str, Any]) -> None:
+        """Fails before anything runs if the prompt has other than one placeholder per kept token."""
+        encoded, layouts = encoded_images(arguments), None
+        if encoded is not None:
+            retained = [len(features) for features in encoded.pooler_output]
+        elif has_pixels(arguments):
+            layouts = self._layouts(arguments, arguments.get("retention_ratio"))
+            retained = [layout.num_retained for layout in layouts]
+        else:
+            return
+        is_placeholder = self._is_placeholder(arguments)
+        if is_placeholder is not None:  # else stock says what is missing
+            check_placeholders(is_placeholder, retained, layouts, self.config.pruning_config)
+
+    def _encode_ahead(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
+        """The images of a call, encoded before the language model runs and left among its arguments instead of pixels."""
+        encoded = encoded_images(arguments)
+        if encoded is None and has_pixels(arguments):
+            inputs = (*self.family.image_inputs, "retention_ratio")
+            names = (*inputs, *self.family.feature_arguments)
+            with wanting_features_only():
+                encoded = self.get_image_features(
+                    **{name: arguments[name] for name in names if name in arguments}, return_dict=True
+                )
+            for name in inputs:
+                arguments.pop(name, None)
+            arguments["mm_encoder_outputs"] = {"image": encoded}
+        return encoded
+
+    def _mask_surplus(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Lets placeholders without a token have no effect: changes the arguments of a forward in place.
+
+        Returns:
+            The surplus among cached and new positions, bool (batch, cached + new), or None if there is none.
+        """
+        is_placeholder = self._is_placeholder(arguments)
+        encoded = self._encode_ahead(arguments)
+        if is_placeholder is None:
+            return None
+        surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), cache_among(arguments))
+        if not surplus.any():
+            return None
+        check_sliding_window(self.config.get_text_config(), surplus.shape[1])
+        mask = arguments.get("attention_mask")
+        mask = torch.ones_like(surplus, dtype=torch.int64) if mask is None else mask
+        # A mask of four dimensions comes from generate(), which has masked the surplus by then.
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            masked = mask.masked_fill(surplus, 0)
+            if arguments.get("position_ids") is None or not torch.equal(masked, mask):
+                arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
+            arguments["attention_mask"] = masked
+        return surplus
