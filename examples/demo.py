@@ -30,8 +30,8 @@ from hivtp_hf import (
     HIVTPLlavaNextProcessor,
     HIVTPLlavaProcessor,
 )
-from hivtp_hf.compat import cache_of
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.compat import cache_of
+from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.visualization import draw_comparison, draw_kept_cells
 
 from .shapes_vqa.reference import CHECKPOINT, a_question_of_each_type

@@ -26,7 +26,7 @@ from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
 from hivtp_hf import HIVTPLlavaNextProcessor, VisualTokenPruningConfig
 from hivtp_hf.conversion import convert_checkpoint
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_processor
 
 PRUNING = VisualTokenPruningConfig(global_ratio=0.5, regions=4)

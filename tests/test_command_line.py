@@ -8,9 +8,9 @@ import pytest
 
 from checkpoints import GEOMETRY
 from hivtp_hf import TokenLayout
-from hivtp_hf.compat import cache_of
+from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.inspection import inspect_checkpoint, kv_cache_bytes, prefill_flops
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model
 from tiny_models import photo
 
@@ -39,7 +39,7 @@ def test_it_runs_as_a_module(stock):
 def test_help_lists_every_setting(hivtp):
     shown = hivtp("convert", "--help").stdout
     for method in METHODS.values():
-        for setting in method.hyperparameters:
+        for setting in method.settings:
             assert f"--{setting.name.replace('_', '-')}"[:20] in shown
     assert "--token-budget" in shown
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hivtp_hf.encoder_layers import EncoderLayers, ending_early, find_layers, wanting_features_only
+from hivtp_hf.pruning.encoder_layers import EncoderLayers, ending_early, find_layers, wanting_features_only
 from tiny_models import TOWERS, greedy, image_inputs, photo, settings, twins
 
 PROMPT = "USER: <image>\nWhat is shown?"

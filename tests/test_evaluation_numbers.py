@@ -29,7 +29,7 @@ from hivtp_hf.evaluation.variants import (
     settings_of_methods,
     shrunken_grid,
 )
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 
 pytestmark = pytest.mark.once
 

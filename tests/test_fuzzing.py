@@ -16,9 +16,9 @@ from transformers import LlavaNextProcessor
 
 from fed import check_indices
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.layout_arguments import LARGEST_SIDE, MOST_CELLS
-from hivtp_hf.methods import METHODS
-from hivtp_hf.visual_evidence import VisualEvidence
+from hivtp_hf.pruning.checked_values import LARGEST_SIDE, MOST_CELLS
+from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.evidence import VisualEvidence
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -68,7 +68,7 @@ def one_thread():
 
 
 SHARED = ["method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"]
-FIELDS = SHARED + [hyperparameter.name for method in METHODS.values() for hyperparameter in method.hyperparameters]
+FIELDS = SHARED + [hyperparameter.name for method in METHODS.values() for hyperparameter in method.settings]
 RATIOS = st.floats(0, 1, exclude_min=True) | st.fractions(Fraction(1, 1000), 1) | st.just(np.int8(1))
 BUDGETS = st.integers(1, 10**100) | st.integers(1, 900) | st.just(np.uint8(40))
 
@@ -90,7 +90,7 @@ def values_of(hyperparameter):
 def good_settings(draw, methods=tuple(METHODS)):
     """Settings of one of the methods, some or all of them, with a ratio or a budget or neither."""
     method = METHODS[draw(st.sampled_from(methods))]
-    optional = {hyperparameter.name: values_of(hyperparameter) for hyperparameter in method.hyperparameters}
+    optional = {hyperparameter.name: values_of(hyperparameter) for hyperparameter in method.settings}
     optional["exact_count"] = st.booleans() if method.content_dependent_count else st.just(True)
     optional["keep_newlines"] = st.booleans()
     settings = draw(st.fixed_dictionaries({}, optional=optional))
@@ -135,13 +135,13 @@ def check_pruning(pruning, given_settings):
     """Everything that the rest of the package takes for granted."""
     stored = pruning.to_dict()
     method = METHODS[stored["method"]]
-    assert list(stored) == SHARED + [hyperparameter.name for hyperparameter in method.hyperparameters]
+    assert list(stored) == SHARED + [hyperparameter.name for hyperparameter in method.settings]
     ratio, budget = stored["retention_ratio"], stored["token_budget"]
     assert ratio is None or (type(ratio) is float and 0 < ratio <= 1)
     assert budget is None or (type(budget) is int and budget >= 1 and ratio is None)
     assert type(stored["exact_count"]) is type(stored["keep_newlines"]) is bool
     assert stored["exact_count"] or method.name == "hivtp"
-    for hyperparameter in method.hyperparameters:
+    for hyperparameter in method.settings:
         value = stored[hyperparameter.name]
         if value is None:
             assert hyperparameter.default is None
@@ -159,7 +159,7 @@ def check_pruning(pruning, given_settings):
         assert layers[0] == stored["importance_start_layer"]
         assert layers[-1] - layers[0] == stored["importance_num_layers"] - 1
     else:
-        named = [stored[hyperparameter.name] for hyperparameter in method.hyperparameters if hyperparameter.is_layer]
+        named = [stored[hyperparameter.name] for hyperparameter in method.settings if hyperparameter.is_layer]
         assert list(layers) == sorted({22 if layer is None else layer for layer in named})
     for twin in (
         VisualTokenPruningConfig.from_dict(json.loads(json.dumps(stored))),

@@ -23,7 +23,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from families import FAMILIES
 from hivtp_hf import pruned_generation
-from hivtp_hf.compat import prefills_images_in_chunks
+from hivtp_hf.pruning.compat import prefills_images_in_chunks
 from oracle import oracle_inputs
 from tiny_models import CACHE_NAMES, COMMON, LOW_RATIO, NEW_TOKENS, greedy, image_inputs, photo, twins
 

@@ -17,7 +17,7 @@ from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.cards import PLACEHOLDER_OWNER, model_card, with_repository
 from hivtp_hf.cards.card_files import citations_of
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from hub_server import HubServer, run_client
 from nightly import mostly_nightly
 from tested_methods import TESTED
@@ -168,7 +168,7 @@ def test_every_method_in_every_family(tiny, tmp_path, method, family, base_model
     assert {name: value.strip("`") for name, (value, _) in shown.items()} == {
         name: str(value) for name, value in pruning.to_dict().items()
     }
-    for setting in METHODS[method].hyperparameters:
+    for setting in METHODS[method].settings:
         assert shown[setting.name][1] == setting.meaning
     assert all(meaning for _, meaning in shown.values())
     assert ("rules over" in text) == (method == "hivtp")

@@ -5,8 +5,8 @@ import torch
 
 from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig, received_attention, select_hivtp
-from hivtp_hf.received_attention import ReceivedAttention
-from hivtp_hf.visual_evidence import mean_of_layers
+from hivtp_hf.pruning.attention_interface import ReceivedAttention
+from hivtp_hf.pruning.evidence import mean_of_layers
 from tiny_models import LOW_RATIO, TOWERS, greedy, image_inputs, photo, twins
 
 SIZES = [(60, 100), (112, 112), (200, 50), (37, 300), (20, 20)]

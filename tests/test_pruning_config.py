@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from tested_methods import TESTED
 
 pytestmark = pytest.mark.once
@@ -21,7 +21,7 @@ SHARED = {"token_budget": None, "exact_count": True, "keep_newlines": True}
 EVERY_HYPERPARAMETER = [
     pytest.param(method.name, hyperparameter, id=f"{method.name}-{hyperparameter.name}")
     for method in METHODS.values()
-    for hyperparameter in method.hyperparameters
+    for hyperparameter in method.settings
 ]
 
 
@@ -48,7 +48,7 @@ def test_defaults_are_the_published_settings(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_reads_its_own_settings_only(method):
     pruning = VisualTokenPruningConfig(method=method)
-    others = {name for entry in METHODS.values() for name in (h.name for h in entry.hyperparameters)} - set(
+    others = {name for entry in METHODS.values() for name in (h.name for h in entry.settings)} - set(
         TESTED[method].defaults
     )
     for name in others:
@@ -185,7 +185,7 @@ def test_hyperparameters_hold_to_their_ranges(method, hyperparameter):
 
 def test_layers_are_marked_as_such():
     for method in METHODS.values():
-        layers = [hyperparameter.name for hyperparameter in method.hyperparameters if hyperparameter.is_layer]
+        layers = [hyperparameter.name for hyperparameter in method.settings if hyperparameter.is_layer]
         assert layers == [name for name in TESTED[method.name].defaults if "layer" in name]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import hivtp_hf
 import hivtp_hf.visualization
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 
 pytestmark = pytest.mark.once
 
@@ -49,6 +49,6 @@ def test_every_setting_and_method_is_documented():
         assert f"    {name} (`" in documentation
     for method in METHODS.values():
         assert f'"{method.name}": ' in documentation
-        for hyperparameter in method.hyperparameters:
+        for hyperparameter in method.settings:
             kind, default = hyperparameter.kind.__name__, hyperparameter.default
             assert f"    {hyperparameter.name} ({kind}, {default}" in documentation

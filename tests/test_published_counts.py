@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
-from hivtp_hf.compat import cache_of, prefills_images_in_chunks
-from hivtp_hf.surplus_placeholders import move_labels, surplus_of_images
+from hivtp_hf.pruning.compat import cache_of, prefills_images_in_chunks
+from hivtp_hf.pruning.surplus_placeholders import move_labels, surplus_of_images
 from tiny_models import CACHE, CACHE_NAMES, COMMON, TOWERS, image_inputs, photo, twins
 
 # On tiles of 8 x 8 cells this leaves up to 14 placeholders of an image without a token.

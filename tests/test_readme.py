@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
 
@@ -39,7 +39,7 @@ def test_every_block_is_an_example():
 def test_the_table_of_methods(method):
     _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Methods\n")
     (row,) = re.findall(rf"^\| `{method}` \|.*$", section.partition("\n## ")[0], flags=re.MULTILINE)
-    for setting in METHODS[method].hyperparameters:
+    for setting in METHODS[method].settings:
         assert f"`{setting.name}` {setting.default}" in row
 
 

@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from forked import run_together
 from hivtp_hf import attention_reduction
 from hivtp_hf import received_attention as scoring
-from hivtp_hf.attention_reduction import received_attention
-from hivtp_hf.received_attention import ReceivedAttention, attach
-from hivtp_hf.visual_evidence import mean_of_layers
+from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning.attention_interface import ReceivedAttention, attach
+from hivtp_hf.pruning.evidence import mean_of_layers
 from nightly import mostly_nightly
 from tiny_checkpoint import tiny_config
 
@@ -263,7 +263,7 @@ MEMORY_PROGRAM = """
 import resource
 import sys
 import torch
-from hivtp_hf.attention_reduction import received_attention
+from hivtp_hf.pruning.attention_scores import received_attention
 
 torch.set_num_threads(2)
 query, key = (torch.randn(5 * int(sys.argv[1]), 577, 16, 64).transpose(1, 2) for _ in range(2))
@@ -295,7 +295,7 @@ def test_every_way_to_chunk_gives_the_same(chunk_bytes, rows, monkeypatch):
 SHARDED_PROGRAM = """
 import sys
 import torch
-from hivtp_hf.attention_reduction import received_attention
+from hivtp_hf.pruning.attention_scores import received_attention
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

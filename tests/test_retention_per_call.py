@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods import METHODS
-from hivtp_hf.retention_bits import bits_of_ratio, ratio_of_bits, ratios_of_images
+from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.retention_bits import bits_of_ratio, ratio_of_bits, ratios_of_images
 from nightly import mostly_nightly
 from oracle import oracle_inputs
 from tiny_checkpoint import tiny_config, tiny_processor

@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivtp_hf import VisualTokenPruningConfig, selectors_gprune
-from hivtp_hf.selectors_gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
-from hivtp_hf.token_layout import TokenLayout
+from hivtp_hf.methods.gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
+from hivtp_hf.pruning.layout import TokenLayout
 
 pytestmark = pytest.mark.once
 

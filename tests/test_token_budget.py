@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 
 pytestmark = pytest.mark.once
 

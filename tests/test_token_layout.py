@@ -9,7 +9,7 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.token_layout import LLAVA_NEXT_PINPOINTS
+from hivtp_hf.pruning.layout import LLAVA_NEXT_PINPOINTS
 
 pytestmark = pytest.mark.once
 

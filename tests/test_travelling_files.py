@@ -10,7 +10,7 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 from families import FAMILIES
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from travelling_files import FAMILY_FILES, PACKAGE, imported, needed_files
 
 TRAVELLING = sorted(set(FAMILY_FILES).union(*map(needed_files, FAMILY_FILES)))

@@ -19,7 +19,7 @@ from families import FAMILIES
 from forked import run_python
 from hivtp_hf import TokenLayout
 from hivtp_hf.cli.command_visualize import visualize
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.visualization import figures
 from hivtp_hf.visualization.figures import DPI, PANEL_SIDE, plot_kept_cells
 from hivtp_hf.visualization.image_choice import choice_of_image

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import LlamaForCausalLM
 
 from families import FAMILIES, Family, family_of
-from hivtp_hf.compat import cache_argument
+from hivtp_hf.pruning.compat import cache_argument
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 
 # 8 x 8 cells a tile: quick, and small enough for every pinpoint shape to occur.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hivtp_hf.compat import cache_argument
+from hivtp_hf.pruning.compat import cache_argument
 
 from .bench import Bench
 from .interleaving import interleave

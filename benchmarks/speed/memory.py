@@ -7,9 +7,9 @@ import functools
 
 import torch
 
-from hivtp_hf.attention_reduction import received_attention
-from hivtp_hf.methods import pruning_method
-from hivtp_hf.pruned_features import feature_layer, gather_evidence
+from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning.registry import pruning_method
+from hivtp_hf.pruning.features import feature_layer, gather_evidence
 
 from .bench import Bench
 from .flops import count_flops

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods import pruning_method
-from hivtp_hf.pruned_features import feature_layer, gather_evidence, prune_features
+from hivtp_hf.pruning.registry import pruning_method
+from hivtp_hf.pruning.features import feature_layer, gather_evidence, prune_features
 
 from .images import Images, token_layout
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from hivtp_hf.checkpoints.placing import checked_device
-from hivtp_hf.methods import METHODS
-from hivtp_hf.pruning_config import checked_ratio
+from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.settings import checked_ratio
 from hivtp_hf.visualization.plotting import can_plot
 
 from .bench import Bench, Settings

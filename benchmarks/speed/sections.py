@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import hivtp_hf.received_attention
+import hivtp_hf.pruning.attention_interface
 
 from . import published_way
 from .models import Models
@@ -34,7 +34,7 @@ def watched(models: Models, stopwatch: Stopwatch) -> Iterator[None]:
             replace(model.model, "get_image_features", VISION)
             replace(model.model.vision_tower, "forward", TOWER)
             replace(model.model.language_model, "forward", LANGUAGE_MODEL)
-        replace(hivtp_hf.received_attention, "received_attention", SCORING)
+        replace(hivtp_hf.pruning.attention_interface, "received_attention", SCORING)
         replace(models.pruned.model, "_prune", SELECTION)
         replace(published_way, "scores_from_maps", SCORING)
         replace(published_way, "select_from_scores", SELECTION)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.compat import cache_of
-from hivtp_hf.encoder_layers import wanting_features_only
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.compat import cache_of
+from hivtp_hf.pruning.encoder_layers import wanting_features_only
+from hivtp_hf.pruning.registry import METHODS
 
 from .images import Images, prompt_ids, token_layout
 from .models import Models

@@ -12,7 +12,7 @@ from torch import Tensor
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.evaluation.tower_pass import see
 from hivtp_hf.evaluation.variants import SEEDS, UNPRUNED
-from hivtp_hf.pruned_features import prune_features
+from hivtp_hf.pruning.features import prune_features
 
 from .held_out import HeldOut, held_out_questions
 from .reference import CHECKPOINT

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from families import FAMILIES
 from fed import PROMPT, Bench, cases_by_family, check_indices
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods import METHODS
+from hivtp_hf.pruning.registry import METHODS
 from tiny_models import image_inputs, photo, pruned_config, pruned_processor
 
 

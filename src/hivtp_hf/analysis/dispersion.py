@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checked_values import checked_number
-from ..ranking import descending_rank, keep_best
-from ..retained_share import rounded_share
-from ..selector_arguments import check_tiles
+from ..pruning.checked_values import checked_number
+from ..methods.ranking import descending_rank, keep_best
+from ..methods.ranking import rounded_share
+from ..methods.base import check_tiles
 
 
 def checked_share(value: Any) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ..pruning_config import VisualTokenPruningConfig
+from ..pruning.settings import VisualTokenPruningConfig
 from .layer_analysis import LayerAnalysis
 from .start_layer import suggest_start_layer, window_mean
 

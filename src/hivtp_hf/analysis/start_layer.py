@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..checked_values import checked_number, shown
+from ..pruning.checked_values import checked_number, shown
 
 
 def suggest_start_layer(dispersion: Sequence[float], num_layers: int, feature_layer: int) -> int | None:

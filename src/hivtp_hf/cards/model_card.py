@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.repository_names import PLACEHOLDER_OWNER, as_repository, is_repository, with_repository
-from ..compat import OLDEST_TRANSFORMERS
+from ..pruning.compat import OLDEST_TRANSFORMERS
 from ..inspection import EXAMPLE_SIZES, inspect_checkpoint
-from ..methods import PruningMethod, pruning_method
-from ..pruning_config import VisualTokenPruningConfig
+from ..methods.base import PruningMethod
+from ..pruning.registry import pruning_method
+from ..pruning.settings import VisualTokenPruningConfig
 from .card_files import card_template, citations_of, no_weights_notice
 from .card_metadata import card_metadata, taken_from_base
 
@@ -83,7 +84,7 @@ def model_card(
         method_keeps=_what_is_kept(method),
         pruning=pruning,
         settings=list(_settings(pruning, method)),
-        names_layers=any(setting.is_layer for setting in method.hyperparameters),
+        names_layers=any(setting.is_layer for setting in method.settings),
         sizes=_sizes(source),
         oldest_transformers=".".join(map(str, OLDEST_TRANSFORMERS)),
         repo_id=as_repository(repo_id),
@@ -106,7 +107,7 @@ def _what_is_kept(method: PruningMethod) -> str:
 
 def _settings(pruning: VisualTokenPruningConfig, method: PruningMethod) -> Iterator[dict[str, Any]]:
     """Rows of the table: every setting with its value and what it means."""
-    meanings = _MEANINGS | {setting.name: setting.meaning for setting in method.hyperparameters}
+    meanings = _MEANINGS | {setting.name: setting.meaning for setting in method.settings}
     for name, value in pruning.to_dict().items():
         yield {"name": name, "value": value, "meaning": meanings[name].replace("|", r"\|")}
 

@@ -16,10 +16,10 @@ from huggingface_hub.errors import (
 )
 
 from .. import Family, family_of_model_type
-from ..base_checkpoint import BaseCheckpoint
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..files import read_json
-from ..pruning_config import VisualTokenPruningConfig
-from ..weightless_checkpoint import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
+from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.config_only import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from ..methods import METHODS, PruningMethod
+from ..methods.base import PruningMethod
+from ..pruning.registry import METHODS
 
 _BUDGET = "How much to keep"
 _SHARED = {
@@ -23,7 +24,7 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, (kind, meaning) in _SHARED.items():
         options[name] = _option(name, kind, meaning, _BUDGET)
     for method in METHODS.values():
-        for setting in method.hyperparameters:
+        for setting in method.settings:
             meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}. Default: {setting.default}."
             options[setting.name] = _option(setting.name, setting.kind, meaning, _panel(method))
 

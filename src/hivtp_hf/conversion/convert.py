@@ -8,11 +8,11 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..base_checkpoint import BaseCheckpoint
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..cards import PLACEHOLDER_OWNER, model_card
 from ..checkpoints import CheckpointSource, open_source
 from ..files import read_json, staged_folder, write_json
-from ..pruning_config import VisualTokenPruningConfig
+from ..pruning.settings import VisualTokenPruningConfig
 from .file_copies import copy_files
 
 # Beside weights, configuration and processor, as they are.

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..pruning_config import VisualTokenPruningConfig
-from ..token_layout import TokenLayout
+from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.layout import TokenLayout
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
 from .tower_pass import KeptTokens, SeenImages, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens

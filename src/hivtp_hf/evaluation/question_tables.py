@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..checked_values import shown
+from ..pruning.checked_values import shown
 from ..checkpoints.repository_names import is_repository
 from .data import Row, numbered
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.placing import checked_device
 from ..files import write_whole
-from ..pruning_config import VisualTokenPruningConfig
+from ..pruning.settings import VisualTokenPruningConfig
 from ..visualization.plotting import can_plot
 from .answering import PartWork
 from .data import RULE, EvaluationData, load_data

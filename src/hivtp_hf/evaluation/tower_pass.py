@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from ..encoder_layers import ending_early, wanting_features_only
-from ..methods import pruning_method
-from ..pruned_features import gather_evidence, prune_features
-from ..pruning_config import VisualTokenPruningConfig
-from ..token_layout import TokenLayout
+from ..pruning.encoder_layers import ending_early, wanting_features_only
+from ..pruning.registry import pruning_method
+from ..pruning.features import gather_evidence, prune_features
+from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.layout import TokenLayout
 from ..tower_passes.both_attentions import BothAttentions
 from ..tower_passes.stock_pass import stock_pass
-from ..visual_evidence import VisualEvidence
+from ..pruning.evidence import VisualEvidence
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 

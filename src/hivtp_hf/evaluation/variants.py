@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ..methods import METHODS
-from ..pruning_config import VisualTokenPruningConfig
+from ..pruning.registry import METHODS
+from ..pruning.settings import VisualTokenPruningConfig
 
 UNPRUNED, RANDOM = "none", "random"
 # Two that need no selector: the base tile alone, and the image shrunk to the same number of tokens.

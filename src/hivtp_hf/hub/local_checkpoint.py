@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .. import family_of_model_type
-from ..base_checkpoint import BaseCheckpoint
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..checkpoints import open_source
 from ..files import read_json
-from ..pruning_config import VisualTokenPruningConfig
+from ..pruning.settings import VisualTokenPruningConfig
 from .pushed_files import Content, files_of_folder
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
-from ..checked_values import shown
+from ..pruning.checked_values import shown
 
 _DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}
 # Of sampling. What a checkpoint names for it plays no part in greedy answers.

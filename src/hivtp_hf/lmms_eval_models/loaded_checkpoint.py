@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import Family
-from ..checked_values import shown
+from ..pruning.checked_values import shown
 from ..checkpoints import open_source
 from .model_arguments import with_arguments
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from ..methods import METHODS
-from ..pruning_config import SHARED_SETTINGS, VisualTokenPruningConfig
+from ..pruning.registry import METHODS
+from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
 
-_OF_METHODS = sorted({setting.name for method in METHODS.values() for setting in method.hyperparameters})
+_OF_METHODS = sorted({setting.name for method in METHODS.values() for setting in method.settings})
 SETTINGS = ("method", *SHARED_SETTINGS, *_OF_METHODS)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..checked_values import shown
+from ..pruning.checked_values import shown
 
 
 class RowPrompt(NamedTuple):

@@ -18,7 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from .. import Family
-from ..checked_values import checked_number, shown
+from ..pruning.checked_values import checked_number, shown
 from ..evaluation.prompts import has_first_token
 from .generation_arguments import GenerationArguments, generation_arguments
 from .loaded_checkpoint import checked_template, loaded_checkpoint

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..received_attention import ReceivedAttention
+from ..pruning.attention_interface import ReceivedAttention
 
 
 class BothAttentions:

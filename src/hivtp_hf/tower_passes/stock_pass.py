@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..pruned_model import PrunedModelMixin
+from ..pruning.model import PrunedModelMixin
 
 
 def stock_pass(base: Any, inputs: Mapping[str, Any]) -> Callable[..., Any]:

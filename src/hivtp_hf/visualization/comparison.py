@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..token_layout import TokenLayout
+from ..pruning.layout import TokenLayout
 from .kept_cells import checked_arguments, draw_tiles, size_of_panel
 
 # In pixels.

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..methods import pruning_method
-from ..pruned_features import gather_evidence, prune_features
-from ..token_layout import TokenLayout
+from ..pruning.registry import pruning_method
+from ..pruning.features import gather_evidence, prune_features
+from ..pruning.layout import TokenLayout
 from ..tower_passes.stock_pass import stock_pass
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ..token_layout import TokenLayout
+from ..pruning.layout import TokenLayout
 
 # In pixels. Panels have one size for all images: small images would lack the room for borders, large ones need no more.
 PANEL_SIDE = 720
