@@ -2,9 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import transformers
-
-import hivtp_hf
+from hivtp_hf.families import FAMILIES as REGISTERED
 
 
 class Family(NamedTuple):
@@ -27,13 +25,7 @@ class Family(NamedTuple):
     processor: Any
 
 
-def _family(name: str, stock_prefix: str) -> Family:
-    parts = ("Config", "Model", "ForConditionalGeneration", "Processor")
-    stock = [getattr(transformers, f"{stock_prefix}{part}") for part in parts]
-    return Family(name, *stock, *(getattr(hivtp_hf, f"HIVTP{stock_prefix}{part}") for part in parts))
-
-
-FAMILIES = {family.name: family for family in (_family("llava_next", "LlavaNext"), _family("llava", "Llava"))}
+FAMILIES = {family.name: Family(family.name, *family.stock_classes, *family.classes) for family in REGISTERED}
 
 
 def family_of(config: Any) -> Family:

@@ -11,7 +11,8 @@ import sys
 import torch
 from transformers.distributed import DistributedConfig
 
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, received_attention
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from hivtp_hf.pruning import attention_interface as received_attention
 from tiny_models import greedy, image_inputs, photo
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from families import FAMILIES
-from hivtp_hf import VisualTokenPruningConfig, cli, pruned_model
+from hivtp_hf import VisualTokenPruningConfig, cli
 from hivtp_hf.analysis import (
     DispersionReport,
     LayerAnalysis,
@@ -31,6 +31,7 @@ from hivtp_hf.analysis import (
     suggest_start_layer,
 )
 from hivtp_hf.analysis.dispersion_figure import plot_dispersion
+from hivtp_hf.pruning import model as pruned_model
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import SIGLIP, TOWERS, image_inputs, photo, twins
 

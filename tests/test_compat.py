@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from families import FAMILIES
-from hivtp_hf import compat
+from hivtp_hf.pruning import compat
 from tiny_models import CACHE, CACHE_NAMES, image_features_of, photo, pruned_processor, twins
 
 pytestmark = pytest.mark.releases

@@ -19,9 +19,10 @@ from transformers import (
 
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
-from hivtp_hf import VisualTokenPruningConfig, pruned_configuration
-from hivtp_hf.pruning.base_checkpoint import BaseCheckpoint
+from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.pruning import configuration as pruned_configuration
+from hivtp_hf.pruning.base_checkpoint import BaseCheckpoint
 from pushes import with_shards
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo

@@ -19,8 +19,8 @@ from hivtp_hf.evaluation.tower_pass import (
     shrunken_layout,
     shrunken_tokens,
 )
-from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.pruning.attention_interface import ReceivedAttention
+from hivtp_hf.pruning.registry import METHODS
 from tested_methods import TESTED
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, twins

@@ -17,8 +17,8 @@ from transformers import LlavaNextProcessor
 from fed import check_indices
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.pruning.checked_values import LARGEST_SIDE, MOST_CELLS
-from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.pruning.evidence import VisualEvidence
+from hivtp_hf.pruning.registry import METHODS
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

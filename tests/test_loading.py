@@ -19,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from checkpoints import build_pruned_checkpoint
 from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp, token_layout
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
+from hivtp_hf.pruning import layout as token_layout
 from oracle import oracle_inputs
 from tiny_checkpoint import tiny_config
 from tiny_models import LOW_RATIO, SMALL, Twins, greedy, image_inputs, photo, pruned_config

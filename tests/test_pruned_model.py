@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig, received_attention, select_hivtp
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
+from hivtp_hf.pruning import attention_interface as received_attention
 from hivtp_hf.pruning.attention_interface import ReceivedAttention
 from hivtp_hf.pruning.evidence import mean_of_layers
 from tiny_models import LOW_RATIO, TOWERS, greedy, image_inputs, photo, twins

@@ -48,9 +48,7 @@ def test_defaults_are_the_published_settings(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_reads_its_own_settings_only(method):
     pruning = VisualTokenPruningConfig(method=method)
-    others = {name for entry in METHODS.values() for name in (h.name for h in entry.settings)} - set(
-        TESTED[method].defaults
-    )
+    others = {name for entry in METHODS.values() for name in (h.name for h in entry.settings)} - set(TESTED[method].defaults)
     for name in others:
         assert not hasattr(pruning, name)
         with pytest.raises(ValueError, match=f"`{name}`.*not a setting of the method {method!r}"):

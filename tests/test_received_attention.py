@@ -14,10 +14,10 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forked import run_together
-from hivtp_hf import attention_reduction
-from hivtp_hf import received_attention as scoring
-from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning import attention_interface as scoring
+from hivtp_hf.pruning import attention_scores as attention_reduction
 from hivtp_hf.pruning.attention_interface import ReceivedAttention, attach
+from hivtp_hf.pruning.attention_scores import received_attention
 from hivtp_hf.pruning.evidence import mean_of_layers
 from nightly import mostly_nightly
 from tiny_checkpoint import tiny_config

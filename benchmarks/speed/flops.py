@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from hivtp_hf import attention_reduction
+from hivtp_hf.pruning import attention_scores
 
 
 def count_flops(function: Callable[[], Any]) -> int:
@@ -19,7 +19,7 @@ def count_flops(function: Callable[[], Any]) -> int:
     Args:
         function: what to run; its result is dropped.
     """
-    scoring = attention_reduction._summed_attention
+    scoring = attention_scores._summed_attention
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     known = {scoring: _scoring_flops, cpu_attention: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:

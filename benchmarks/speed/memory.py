@@ -8,8 +8,9 @@ import functools
 import torch
 
 from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning.evidence import Evidence
+from hivtp_hf.pruning.features import gather_evidence
 from hivtp_hf.pruning.registry import pruning_method
-from hivtp_hf.pruning.features import feature_layer, gather_evidence
 
 from .bench import Bench
 from .flops import count_flops
@@ -66,7 +67,7 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
     config, device, dtype = bench.models.config, bench.device, bench.models.dtype
     vision, width = config.vision_config, config.text_config.hidden_size
     heads, cells = vision.num_attention_heads, (vision.image_size // vision.patch_size) ** 2
-    last = feature_layer(config.vision_feature_layer, vision.num_hidden_layers)
+    last = bench.models.pruned.model.family.feature_layer(config, {})
     rows = []
     for variant in ours:
         layouts = [token_layout(config, size, variant.method, variant.ratio)] * batch
@@ -75,7 +76,7 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
         if layers:
             shape = (tiles, heads, cells + 1, vision.hidden_size // heads)
             query, key = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-            read = query[:, :, :1] if method.reads_class_attention else query
+            read = query[:, :, :1] if Evidence.CLASS_ATTENTION in method.reads(pruning)[0] else query
             peak = peak_memory(device, functools.partial(received_attention, read, key, shape[-1] ** -0.5, heads))
             del query, key, read
         features = [torch.randn(layouts[0].num_stock, width, device=device, dtype=dtype) for _ in range(batch)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hivtp_hf.visualization.plotting import METHOD_COLOURS, OTHER_COLOUR
+from hivtp_hf.visualization.plotting import OTHER_COLOUR, method_colours
 
 from .environment import Environment
 from .prefill import TIME_TO_FIRST_TOKEN
@@ -12,7 +12,7 @@ from .sections import SCORING, SELECTION, TOWER
 from .summary import all_of, find, rows_image
 from .wording import share
 
-_COLOURS = {"limit": "#999999", **METHOD_COLOURS}
+_COLOURS = {"limit": "#999999", **method_colours()}
 
 
 def draw(path: Path, rows: Sequence[Row], environment: Environment) -> None:

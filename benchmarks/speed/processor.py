@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from examples.tiny_checkpoint import tiny_processor
-from hivtp_hf import HIVTPLlavaNextProcessor, token_layout
+from hivtp_hf import HIVTPLlavaNextProcessor
+from hivtp_hf.pruning import layout as token_layout
 
 from .bench import Bench
 from .images import size_name

@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf import Evidence, HIVTPLlavaNextConfig, VisualTokenPruningConfig
+from hivtp_hf.pruning.features import gather_evidence, prune_features
 from hivtp_hf.pruning.registry import pruning_method
-from hivtp_hf.pruning.features import feature_layer, gather_evidence, prune_features
 
 from .images import Images, token_layout
+
+_FAMILY = HIVTPLlavaNextConfig.family
 
 
 def published_features(model: Any, images: Images, method: str, ratio: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -28,7 +30,7 @@ def published_features(model: Any, images: Images, method: str, ratio: float) ->
         ValueError: for a method that reads no attention.
     """
     pruning = VisualTokenPruningConfig(method=method, retention_ratio=ratio)
-    last = feature_layer(model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers)
+    last = _FAMILY.feature_layer(model.config, {})
     layers = pruning.scored_layers(last)
     if not layers:
         raise ValueError(f"the method {method!r} reads no attention, so it has no published way by attention maps.")
@@ -38,7 +40,8 @@ def published_features(model: Any, images: Images, method: str, ratio: float) ->
         output_attentions=True,
         return_dict=True,
     )
-    scores = scores_from_maps(output.attentions, layers, pruning_method(method).reads_class_attention)
+    from_class_token = Evidence.CLASS_ATTENTION in pruning_method(method).reads(pruning)[0]
+    scores = scores_from_maps(output.attentions, layers, from_class_token)
     layouts = [token_layout(model.config, (images.height, images.width), method, ratio)] * images.batch
     return select_from_scores(output.pooler_output, layouts, scores, last)
 
@@ -56,4 +59,5 @@ def select_from_scores(
     features: Sequence[Tensor], layouts: Sequence[Any], scores: Mapping[int, Tensor], last: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """hivtp_hf's own selection of packed features by these scores."""
-    return prune_features(gather_evidence(features, layouts, scores, last))
+    of_cells = {layer: _FAMILY.cell_scores(found, layouts) for layer, found in scores.items()}
+    return prune_features(gather_evidence(features, layouts, of_cells, last))

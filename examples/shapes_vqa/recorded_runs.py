@@ -90,7 +90,7 @@ def kept_of_scenes(
         seen = see(model, inputs, settings.values())
         kept = {}
         for chosen, pruning in settings.items():
-            layout = processor._token_layout(scene.height, scene.width, pruning)
+            layout = processor.family.processor_layout(processor, scene.height, scene.width, pruning)
             _, (indices,) = prune_features(seen.evidence_for([layout]))
             kept[chosen] = layout, indices
         yield number, kept

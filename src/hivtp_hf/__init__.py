@@ -69,7 +69,7 @@ def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
         model_type: as config.json says it.
         checkpoint: how to call the checkpoint in the message.
     """
-    types = {kind.model_type: family for family in FAMILIES for kind in (family.stock_classes().config, family.classes().config)}
+    types = {kind.model_type: family for family in FAMILIES for kind in (family.stock_classes.config, family.classes.config)}
     if not isinstance(model_type, str) or model_type not in types:
         raise ValueError(
             f"{checkpoint} has the model type {shown(model_type)}; known are {', '.join(map(repr, types))}. Give a checkpoint "

@@ -77,7 +77,7 @@ def bundle(family: str) -> str:
     _add(_PACKAGE / "families" / f"{family}.py", ordered)
     _check_names(ordered)
     body = "\n\n".join([_imports_of(ordered), *(_section(path, source) for path, source in ordered.items())])
-    body = f'"""Visual token pruning for checkpoints of the family {family}. See https://pypi.org/project/hivtp-hf."""\n\n{body}\n'
+    body = f'"""Visual token pruning for checkpoints of the family {family}, by hivtp_hf."""\n\n{body}\n'
     at_commit = f" at commit {commit}" if (commit := _commit_of_clone()) else ""
     return (
         f"# Written by hivtp_hf {__version__}{at_commit}, family {family}.\n"
@@ -154,7 +154,9 @@ def _check_names(ordered: dict[Path, _SourceFile]) -> None:
     for path, source in ordered.items():
         for name, statement in source.imports.items():
             if owners.setdefault(name, statement) != statement:
-                raise ValueError(f"{path} has {statement!r}, but {name!r} is from {owners[name]} elsewhere; rename one of them.")
+                raise ValueError(
+                    f"{path} has {statement!r}, but {name!r} is from {owners[name]} elsewhere; rename one of them."
+                )
 
 
 def _imports_of(ordered: dict[Path, _SourceFile]) -> str:

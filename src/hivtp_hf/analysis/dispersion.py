@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pruning.checked_values import checked_number
-from ..methods.ranking import descending_rank, keep_best
-from ..methods.ranking import rounded_share
 from ..methods.base import check_tiles
+from ..methods.ranking import descending_rank, keep_best, rounded_share
+from ..pruning.checked_values import checked_number
 
 
 def checked_share(value: Any) -> float:

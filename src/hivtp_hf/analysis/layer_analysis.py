@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..pruning.evidence import VisualEvidence
 from ..pruning.features import feature_layer, gather_evidence
 from ..tower_passes.both_attentions import BothAttentions
 from ..tower_passes.stock_pass import sizes_of, stock_pass
-from ..pruning.evidence import VisualEvidence
 from .dispersion import attention_share, checked_share, mean_pairwise_distance, most_attended_cells
 
 

@@ -10,25 +10,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.repository_names import PLACEHOLDER_OWNER, as_repository, is_repository, with_repository
-from ..pruning.compat import OLDEST_TRANSFORMERS
 from ..inspection import EXAMPLE_SIZES, inspect_checkpoint
 from ..methods.base import PruningMethod
+from ..pruning.compat import OLDEST_TRANSFORMERS
 from ..pruning.registry import pruning_method
-from ..pruning.settings import VisualTokenPruningConfig
-from .card_files import card_template, citations_of, no_weights_notice
+from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
+from .card_files import card_template, no_weights_notice
 from .card_metadata import card_metadata, taken_from_base
 
 __all__ = ["PLACEHOLDER_OWNER", "model_card", "with_repository"]
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TAGS = ("visual-token-pruning", "token-pruning", "training-free")
-_MEANINGS = {
-    "method": "how tokens are chosen",
-    "retention_ratio": "share of an image's patch tokens to keep; newline tokens come on top",
-    "token_budget": "instead of a ratio: at most so many tokens per image, newlines included",
-    "exact_count": "keep a number that the image's size alone determines",
-    "keep_newlines": "keep the newline token after each row of the crops, where a model has any",
-}
 _CHAT = """\
 chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
 prompt = processor.apply_chat_template(chat, add_generation_prompt=True)"""
@@ -67,7 +60,7 @@ def model_card(
     commit = base_revision if base_name is not None and _COMMIT.fullmatch(base_revision or "") else None
 
     pruning = source.settings()
-    method, stock_type = pruning_method(pruning.method), source.family.config.stock_model_type
+    method, stock_type = pruning_method(pruning.method), source.family.classes.config.stock_model_type
     taken_over = taken_from_base(base_card, source.folder, base_name=base_name, base_revision=commit)
     tags = [*_TAGS, *([] if method.keeps_everything else [method.name]), stock_type]
     has_template = (source.folder / "chat_template.jinja").is_file()
@@ -88,11 +81,11 @@ def model_card(
         sizes=_sizes(source),
         oldest_transformers=".".join(map(str, OLDEST_TRANSFORMERS)),
         repo_id=as_repository(repo_id),
-        model_class=source.family.model.__name__,
-        modeling_file=f"{source.family.model.__module__.rpartition('.')[2]}.py",
-        processor_class=source.family.processor.__name__,
+        model_class=source.family.classes.model.__name__,
+        code_file=f"{source.family.classes.config.model_type}.py",
+        processor_class=source.family.classes.processor.__name__,
         prompt_code=_CHAT if has_template else _PLAIN_PROMPT,
-        citations=citations_of(method.name),
+        citations=method.citation.strip(),
         version=__version__,
     )
     card.text = card.text.rstrip() + "\n"
@@ -107,7 +100,8 @@ def _what_is_kept(method: PruningMethod) -> str:
 
 def _settings(pruning: VisualTokenPruningConfig, method: PruningMethod) -> Iterator[dict[str, Any]]:
     """Rows of the table: every setting with its value and what it means."""
-    meanings = _MEANINGS | {setting.name: setting.meaning for setting in method.settings}
+    described = (*SHARED_SETTINGS.values(), *method.settings)
+    meanings = {"method": "how tokens are chosen"} | {setting.name: setting.meaning for setting in described}
     for name, value in pruning.to_dict().items():
         yield {"name": name, "value": value, "meaning": meanings[name].replace("|", r"\|")}
 

@@ -16,10 +16,10 @@ from huggingface_hub.errors import (
 )
 
 from .. import Family, family_of_model_type
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..files import read_json
+from ..pruning.base_checkpoint import BaseCheckpoint
+from ..pruning.config_only import WEIGHT_FILES, WEIGHT_NAMES, ConfigOnlyCheckpoint, weights_beside_base
 from ..pruning.settings import VisualTokenPruningConfig
-from ..pruning.config_only import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -49,7 +49,7 @@ class CheckpointSource(NamedTuple):
     @property
     def is_pruned(self) -> bool:
         """Whether it is of our model type, and so loads into our classes by itself."""
-        return self.config["model_type"] == self.family.config.model_type
+        return self.config["model_type"] == self.family.classes.config.model_type
 
     def settings(self) -> VisualTokenPruningConfig:
         """The pruning settings that it names, as a stock checkpoint may too, or the defaults: those it would be loaded with."""
@@ -57,16 +57,16 @@ class CheckpointSource(NamedTuple):
 
     def load_config(self, settings: Any) -> Any:
         """Its configuration in our class, with these pruning settings."""
-        return self.family.config.from_pretrained(self.folder, pruning_config=settings, local_files_only=True)
+        return self.family.classes.config.from_pretrained(self.folder, pruning_config=settings, local_files_only=True)
 
     def base_without_weights(self, settings: Any) -> Any:
         """Its base model, without memory for weights: for asking what it can do. A ValueError for settings that do not fit."""
         with torch.device("meta"):
-            return self.family.base_model(self.load_config(settings))
+            return self.family.classes.base_model(self.load_config(settings))
 
     def load_processor(self, settings: Any) -> Any:
         """Its processor, with these pruning settings."""
-        return self.family.processor.from_pretrained(
+        return self.family.classes.processor.from_pretrained(
             self.folder, pruning_config=settings, trust_remote_code=False, local_files_only=True
         )
 
@@ -79,7 +79,7 @@ class CheckpointSource(NamedTuple):
         """
         self.weight_files()
         options = {"dtype": "auto", "cache_dir": self.access["cache_dir"], "local_files_only": True, **options}
-        return self.family.model.from_pretrained(self.folder, pruning_config=settings, **options)
+        return self.family.classes.model.from_pretrained(self.folder, pruning_config=settings, **options)
 
     def origin(self) -> BaseCheckpoint:
         """The checkpoint that has its weights: its base, or else itself, at the commit that was opened."""
@@ -124,7 +124,7 @@ class CheckpointSource(NamedTuple):
     def _opened(self, base: BaseCheckpoint) -> "CheckpointSource":
         if not self._file_names().isdisjoint(WEIGHT_NAMES):
             raise weights_beside_base(self.name, base)
-        WeightlessCheckpoint(self.name, str(self.folder), base, None).check_base(self.family.config, self.access)
+        ConfigOnlyCheckpoint(self.name, str(self.folder), base, None).check_base(self.family.classes.config, self.access)
         return open_source(base.name, revision=base.revision, **self.access)
 
     def _file_names(self) -> set[str]:

@@ -58,10 +58,10 @@ def analyze(
     source.weight_files()  # downloads them, its base's if it has none
     # Nothing is pruned here. So settings that do not fit the tower, which this is there to mend, do no harm.
     keep_all = {"method": "none"}
-    processor = source.family.processor.from_pretrained(
+    processor = source.family.classes.processor.from_pretrained(
         source.folder, pruning_config=keep_all, trust_remote_code=False, local_files_only=True
     )
-    model = source.family.model.from_pretrained(
+    model = source.family.classes.model.from_pretrained(
         source.folder, pruning_config=keep_all, dtype="auto", cache_dir=cache_dir, local_files_only=True, **placed
     )
     analysis = analyze_layers(model, processor, (read_image(path, _UNDONE) for path in images), top_share)

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..inspection import EXAMPLE_SIZES, CheckpointReport, inspect_checkpoint
+from ..pruning.base_checkpoint import BaseCheckpoint
 from .printing import say
 from .pruning_options import with_pruning_options
 

@@ -6,27 +6,21 @@ from typing import Any
 
 import typer
 
-from ..methods.base import PruningMethod
 from ..pruning.registry import METHODS
+from ..pruning.settings import SHARED_SETTINGS
 
 _BUDGET = "How much to keep"
-_SHARED = {
-    "retention_ratio": (float, "The share of patch tokens to keep, above 0 and at most 1."),
-    "token_budget": (int, "At most so many language-model tokens per image, newlines included."),
-    "exact_count": (bool, "Keep a number that the image's size determines (needed for serving)."),
-    "keep_newlines": (bool, "Keep the newline token after each row of the crops."),
-}
 
 
 def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a command that takes `pruning`, a dict of the settings that were given: each becomes an option of its own."""
     options = {"method": _option("method", str, f"How tokens are chosen: {', '.join(METHODS)}.", _BUDGET)}
-    for name, (kind, meaning) in _SHARED.items():
-        options[name] = _option(name, kind, meaning, _BUDGET)
-    for method in METHODS.values():
-        for setting in method.settings:
-            meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}. Default: {setting.default}."
-            options[setting.name] = _option(setting.name, setting.kind, meaning, _panel(method))
+    panels = {_BUDGET: SHARED_SETTINGS.values()} | {f"Settings of {name}": method.settings for name, method in METHODS.items()}
+    for panel, settings in panels.items():
+        for setting in settings:
+            default = "" if setting.default is None else f" Default: {setting.default}."
+            meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}.{default}"
+            options[setting.name] = _option(setting.name, setting.kind, meaning, panel)
 
     def run(**arguments: Any) -> Any:
         pruning = {name: value for name in options if (value := arguments.pop(name)) is not None}
@@ -38,10 +32,6 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def _panel(method: PruningMethod) -> str:
-    return f"Settings of {method.name}"
 
 
 def _option(name: str, kind: type, meaning: str, panel: str) -> inspect.Parameter:

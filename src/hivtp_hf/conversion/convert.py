@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers.dynamic_module_utils import custom_object_save
 
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..cards import PLACEHOLDER_OWNER, model_card
 from ..checkpoints import CheckpointSource, open_source
 from ..files import read_json, staged_folder, write_json
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
 from .file_copies import copy_files
 
@@ -64,7 +63,7 @@ def convert_checkpoint(
     with staged_folder(Path(target), apart_from=apart_from, force=force) as stage:
         _write_configuration(opened, settings, stage, base=origin if config_only else None)
         opened.load_processor(settings).save_pretrained(stage)
-        _forget_foreign_code(stage, opened.family.processor)
+        _forget_foreign_code(stage)
         for pattern in _COPIED:
             for path in opened.folder.glob(pattern):
                 shutil.copyfile(path, stage / path.name)
@@ -80,14 +79,12 @@ def convert_checkpoint(
 def _write_configuration(
     source: CheckpointSource, settings: VisualTokenPruningConfig, folder: Path, base: BaseCheckpoint | None
 ) -> None:
-    """config.json and all code that travels."""
+    """config.json and the remote code."""
     family = source.family
     config = source.base_without_weights(settings).config  # which fits the vision tower, then
-    config.architectures = [family.model.__name__]
+    config.architectures = [family.classes.model.__name__]
     config.base_model = base
     config.save_pretrained(folder)
-    for part in (family.model, family.processor):
-        custom_object_save(part, folder)
 
 
 def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, name: str) -> None:
@@ -109,10 +106,9 @@ def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, 
     (folder / "README.md").write_text(str(made), encoding="utf-8")
 
 
-def _forget_foreign_code(folder: Path, processor_class: type) -> None:
+def _forget_foreign_code(folder: Path) -> None:
     """Takes names of the source's own code out of what its processor saved: that code is not copied."""
-    module = processor_class.__module__.rpartition(".")[2]
-    ours = {"AutoProcessor": f"{module}.{processor_class.__name__}"}
+    ours = read_json(folder / "processor_config.json")["auto_map"]
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():

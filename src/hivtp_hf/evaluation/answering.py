@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.layout import TokenLayout
+from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
 from .tower_pass import KeptTokens, SeenImages, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens
@@ -121,7 +121,7 @@ class PartWork:
 
     def _layouts(self, groups: Sequence[ImageGroup], settings: VisualTokenPruningConfig | None) -> list[TokenLayout]:
         sizes = [self._data.image_sizes[group.image_name] for group in groups]
-        return [self._processor._token_layout(height, width, settings) for height, width in sizes]
+        return [self._processor.family.processor_layout(self._processor, height, width, settings) for height, width in sizes]
 
     def _named_image(self, group: ImageGroup) -> str:
         return self._data.named(group.rows[0])

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..visualization.plotting import METHOD_COLOURS, OTHER_COLOUR
+from ..visualization.plotting import OTHER_COLOUR, method_colours
 from .data import ALL
 from .metrics import MetricsRow
 from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED
 
-_COLOURS = {UNPRUNED: "#000000", BASE_ONLY: "#999999", DOWNSAMPLE: "#D55E00", **METHOD_COLOURS}
+_COLOURS = {**method_colours(), UNPRUNED: "#000000", BASE_ONLY: "#999999", DOWNSAMPLE: "#D55E00"}
 _COLUMNS = 3
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..pruning.checked_values import shown
 from ..checkpoints.repository_names import is_repository
+from ..pruning.checked_values import shown
 from .data import Row, numbered
 
 TABLES = ("questions.csv", "questions.jsonl")

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.placing import checked_device
 from ..files import write_whole
+from ..pruning.evidence import Evidence
 from ..pruning.settings import VisualTokenPruningConfig
 from ..visualization.plotting import can_plot
 from .answering import PartWork
@@ -159,7 +160,7 @@ def _that_fit(methods: Sequence[str], base: Any, is_default: bool, say: Callable
     if BASE_ONLY in chosen and not hasattr(base, "image_newline"):
         chosen.remove(BASE_ONLY)
         say(f"{BASE_ONLY} is left out: images of this model have a base tile and nothing else, which the unpruned model sees.")
-    if is_default and not base._has_cls_token:
+    if is_default and Evidence.CLASS_ATTENTION not in base.provided_evidence:
         chosen.remove("cls_attention")
         say("cls_attention is left out: the vision tower has no class token.")
     return chosen
@@ -212,6 +213,6 @@ def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) ->
     """A ValueError where some method's settings do not fit the vision tower."""
     for method, pruning in settings.items():
         try:
-            base._feature_layer(pruning)
+            base._feature_layer_and_evidence(pruning, {})
         except ValueError as error:
             raise ValueError(f"{error} Here: `--set {method}.NAME=VALUE`, or leave {method} out of `--methods`.") from error

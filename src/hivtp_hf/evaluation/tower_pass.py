@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from ..pruning.encoder_layers import ending_early, wanting_features_only
-from ..pruning.registry import pruning_method
+from ..families.base import Family
+from ..pruning.encoder_layers import wanting_features_only, without_unread_layers
+from ..pruning.evidence import Evidence, VisualEvidence, evidence_to_read
 from ..pruning.features import gather_evidence, prune_features
-from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.layout import TokenLayout
+from ..pruning.settings import VisualTokenPruningConfig
 from ..tower_passes.both_attentions import BothAttentions
 from ..tower_passes.stock_pass import stock_pass
-from ..pruning.evidence import VisualEvidence
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 
@@ -34,12 +34,16 @@ class SeenImages(NamedTuple):
         received: of every layer that some method reads, the attention that tokens receive, float32 (tiles, tokens).
         from_class_token: the same of what the class token attends to.
         feature_layer: the encoder layer, 0-based, whose output is the visual feature.
+        family: of the model.
+        provided: the kinds of evidence that the model has.
     """
 
     features: list[Tensor]
     received: Mapping[int, Tensor]
     from_class_token: Mapping[int, Tensor]
     feature_layer: int
+    family: Family
+    provided: frozenset[Evidence]
 
     def evidence_for(self, layouts: Sequence[TokenLayout]) -> VisualEvidence:
         """What a method may look at: the scores that it reads under its settings, and no others, as methods average over all.
@@ -48,8 +52,10 @@ class SeenImages(NamedTuple):
             layouts: of every image, all under the method's settings.
         """
         settings = layouts[0].pruning
-        scores = self.from_class_token if pruning_method(settings.method).reads_class_attention else self.received
-        read = {layer: scores[layer] for layer in settings.scored_layers(self.feature_layer)}
+        kinds = evidence_to_read(settings, self.provided) or ()
+        scores = self.from_class_token if Evidence.CLASS_ATTENTION in kinds else self.received
+        layers = settings.scored_layers(self.feature_layer)
+        read = {layer: self.family.cell_scores(scores[layer], layouts) for layer in layers}
         return gather_evidence(self.features, layouts, read, self.feature_layer)
 
 
@@ -71,23 +77,23 @@ def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPru
     base = model.model
     received: set[int] = set()
     from_class_token: set[int] = set()
-    layer = base._feature_layer(_UNPRUNED)
+    layer, _ = base._feature_layer_and_evidence(_UNPRUNED, {})
     for pruning in prunings:
-        base._feature_layer(pruning)
-        read = from_class_token if pruning_method(pruning.method).reads_class_attention else received
+        _, kinds = base._feature_layer_and_evidence(pruning, {})
+        read = from_class_token if Evidence.CLASS_ATTENTION in kinds else received
         read.update(pruning.scored_layers(layer))
 
     with wanting_features_only():
         both = BothAttentions(received, from_class_token)
         stock = stock_pass(base, inputs)
-        shorter = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, both.layers)
+        shorter = base.family.ending_early(stock, base.config, {}, both.layers)
         output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
     features = list(output.pooler_output)
     check_finite("the vision tower's visual features", features)
     by_layer = {"received": both.received.by_layer(), "from_class_token": both.from_class_token.by_layer()}
     for scores in by_layer.values():
         check_finite("the vision tower's attention scores", list(scores.values()))
-    return SeenImages(features, **by_layer, feature_layer=layer)
+    return SeenImages(features, **by_layer, feature_layer=layer, family=base.family, provided=base.provided_evidence)
 
 
 class KeptTokens(NamedTuple):
@@ -206,7 +212,7 @@ def _features_of_tiles(base: Any, pixels: Tensor) -> Tensor:
     # LLaVA-1.5's own way, which takes every tile for an image and packs nothing. LLaVA-NeXT's differs in packing alone.
     stock = functools.partial(LlavaModel.get_image_features, base, pixels, return_dict=True, interpolate_pos_encoding=True)
     with wanting_features_only():
-        output = ending_early(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
+        output = without_unread_layers(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
     features = torch.stack(list(output.pooler_output))
     check_finite("the vision tower's visual features", features)
     return features

@@ -12,7 +12,7 @@ FAMILIES: tuple[Family, ...] = (LlavaNextFamily(), LlavaFamily())
 def register_auto_classes() -> None:
     """Lets transformers' Auto classes find the classes of every family."""
     for family in FAMILIES:
-        config, base_model, model, processor = family.classes()
+        config, base_model, model, processor = family.classes
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         transformers.AutoModel.register(config, base_model, exist_ok=True)
         transformers.AutoProcessor.register(config, processor, exist_ok=True)

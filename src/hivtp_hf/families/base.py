@@ -4,19 +4,21 @@ A family is one file: a subclass of `Family`, and thin subclasses of the stock c
 Add the `Family` to `FAMILIES` of families/__init__.py, and every method, command, card and test knows it. Which methods run on
 it is derived from `provides`, and written down nowhere.
 
-How the two families here, and two that are to come, answer:
+How the families here answer, LLaVA-1.5 and LLaVA-NeXT, and how two that are to come will, LLaVA-OneVision and Qwen2.5-VL:
 
-| | LLaVA-1.5 | LLaVA-NeXT | LLaVA-OneVision | Qwen2.5-VL |
-|---|---|---|---|---|
-| image becomes | one square tile | a base tile and crops, `image_sizes` | the same, crops stitched, resampled above nine; frames of a video | a rectangle, `image_grid_thw` |
-| size of an image, from a call | the tower's own | a row of `image_sizes` | that, and how many images its prompt has (`batch_num_images`) | a row of `image_grid_thw` |
-| size of an image, from a processor | `crop_size` | the original image | the same | `smart_resize` of the original |
-| packed | class token or none, cells | base cells, rows of crops each with a newline | base cells, rows with newlines | merged cells, raster order |
-| encoder | `vision_tower`, CLIP or SigLIP | the same | SigLIP | `visual`, window order, packed images |
-| feature | a hidden state, by `vision_feature_layer` | the same | the last layer's | the last block's, merged 2 x 2 |
-| attention becomes cells by | dropping the class token's column | the same | `pack_image_features` itself | mean of 2 x 2 patches, back from window order |
-| provides | received and class attention, features | the same | received attention, features | received attention of full blocks, features |
-| positions | follow the sequence | the same | the same | cut with the tokens |
+* `image_sizes`. LLaVA-1.5: the tower's own size, once for each tile of `pixel_values`. LLaVA-NeXT: the rows of `image_sizes`.
+  OneVision: these, each with the number of images in its prompt (`batch_num_images`), as several images get no crops. Qwen: the
+  rows of `image_grid_thw`; `pixel_values` is a list of patches there, whose length says nothing of images.
+* `layout`. LLaVA-1.5: one square tile. LLaVA-NeXT: a base tile and stitched crops, un-padded, a newline a row. OneVision: the
+  same, and above nine crops a rectangle of resampled cells. Qwen: one rectangle of merged cells, without newlines.
+* `processor_layout`. LLaVA: from `crop_size` and the original image. OneVision: the same. Qwen: from `smart_resize` of it.
+* `encoder`, `num_layers`, `feature_layer`. LLaVA and OneVision: `vision_tower`, and the hidden state that
+  `vision_feature_layer` names. Qwen: `visual`, whose last block's output is merged 2 x 2.
+* `cell_scores`. LLaVA: the class token's column goes. OneVision: scores are packed as stock packs features, and
+  resampled with them. Qwen: the mean of every 2 x 2 patches, brought back from the order of windows.
+* `provides`. LLaVA: received and class attention, features. OneVision: no class attention. Qwen: received attention of the full
+  blocks alone, as inside a window it sums to 1, whatever the window shows.
+* Positions follow the sequence in all LLaVA families. Qwen's are cut with the tokens, where its `get_rope_index` makes them.
 
 Where a family to come needs what nobody here needs yet (rectangles, several streams, positions), the contract grows by a method
 with a default that is right for the families here.
@@ -28,7 +30,6 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ..methods import METHOD_CLASSES  # registered by it
 from ..pruning.evidence import Evidence, evidence_to_read
 from ..pruning.layout import TokenLayout
 from ..pruning.registry import METHODS
@@ -65,10 +66,12 @@ class Family(ABC):
 
     # What it is made of.
 
+    @property
     @abstractmethod
     def classes(self) -> FamilyClasses:
         """Ours."""
 
+    @property
     @abstractmethod
     def stock_classes(self) -> FamilyClasses:
         """Those of transformers that ours subclass, and whose key renamings ours take."""
@@ -118,9 +121,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def layout(
-        self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
-    ) -> TokenLayout:
+    def layout(self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]) -> TokenLayout:
         """The layout of an image of a size, as `image_sizes` gives it or (height, width) in pixels, in a model."""
 
     @abstractmethod

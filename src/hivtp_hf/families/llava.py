@@ -28,9 +28,11 @@ class LlavaFamily(LlavaTowersFamily):
     title = "LLaVA-1.5"
     image_inputs = ("pixel_values", "image_sizes")
 
+    @property
     def classes(self) -> FamilyClasses:
         return FamilyClasses(HIVTPLlavaConfig, HIVTPLlavaModel, HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor)
 
+    @property
     def stock_classes(self) -> FamilyClasses:
         return FamilyClasses(LlavaConfig, LlavaModel, LlavaForConditionalGeneration, LlavaProcessor)
 
@@ -54,9 +56,7 @@ class LlavaFamily(LlavaTowersFamily):
             raise ValueError("`pixel_values` holds no image; leave it out for a prompt without images.")
         return [(model.config.vision_config.image_size,) * 2] * len(pixel_values)
 
-    def layout(
-        self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
-    ) -> TokenLayout:
+    def layout(self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]) -> TokenLayout:
         strategy = feature_argument(model.config, arguments, "vision_feature_select_strategy")
         if strategy not in ("default", "full"):
             raise ValueError(f"`vision_feature_select_strategy` is {strategy!r}; it must be 'default' or 'full'.")
@@ -68,9 +68,7 @@ class LlavaFamily(LlavaTowersFamily):
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
         """Nothing more: there are as many layouts as there are tiles."""
 
-    def processor_layout(
-        self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig
-    ) -> TokenLayout:
+    def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
         tile_size = processor.tile_size()
         grid = tile_size // positive_integer("patch_size", processor.patch_size)
         return TokenLayout.single_tile(

@@ -30,11 +30,13 @@ class LlavaNextFamily(LlavaTowersFamily):
     title = "LLaVA-NeXT"
     image_inputs = ("pixel_values", "image_sizes")
 
+    @property
     def classes(self) -> FamilyClasses:
         return FamilyClasses(
             HIVTPLlavaNextConfig, HIVTPLlavaNextModel, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
         )
 
+    @property
     def stock_classes(self) -> FamilyClasses:
         return FamilyClasses(LlavaNextConfig, LlavaNextModel, LlavaNextForConditionalGeneration, LlavaNextProcessor)
 
@@ -48,13 +50,13 @@ class LlavaNextFamily(LlavaTowersFamily):
         except (TypeError, ValueError):
             raise ValueError(f"`image_sizes` is {sizes!r}; it must be (height, width) in pixels for every image.") from None
 
-    def layout(
-        self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
-    ) -> TokenLayout:
+    def layout(self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]) -> TokenLayout:
         strategy = feature_argument(model.config, arguments, "vision_feature_select_strategy")
         _check_feature_selection(strategy, has_class_token(model))
+        height, width = size
         return TokenLayout.from_image_size(
-            *size,
+            height,
+            width,
             pruning,
             tile_size=model.config.vision_config.image_size,
             patch_size=model.config.vision_config.patch_size,

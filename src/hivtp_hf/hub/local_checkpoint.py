@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .. import family_of_model_type
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..checkpoints import open_source
 from ..files import read_json
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
 from .pushed_files import Content, files_of_folder
 
@@ -56,7 +56,7 @@ def open_local_checkpoint(folder: Path) -> LocalCheckpoint:
     files = files_of_folder(folder)
     config = _json_of(files, "config.json")
     family = family_of_model_type(config.get("model_type"), str(folder))
-    if config["model_type"] != family.config.model_type:
+    if config["model_type"] != family.classes.config.model_type:
         raise ValueError(
             f"{folder} is a stock checkpoint ({config['model_type']}), which prunes nothing. Make a pruned one of it with "
             "`hivtp convert`, and push that."

@@ -5,8 +5,8 @@ import re
 import yaml
 from huggingface_hub import ModelCard
 
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..cards import model_card, no_weights_notice, with_repository
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
 from .local_checkpoint import LocalCheckpoint
 from .pushed_files import Content

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from ..pruning.base_checkpoint import BaseCheckpoint
 from ..checkpoints.repository_names import is_repository
+from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.config_only import WEIGHT_NAMES
 from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint

@@ -83,7 +83,7 @@ def inspect_checkpoint(
 
     reports = []
     for height, width in sizes:
-        layout = model._token_layout(height, width, settings, config.vision_feature_select_strategy)
+        layout = model.token_layout(height, width, settings)
         counts = (layout.num_stock, layout.num_retained)
         flops = [prefill_flops(text_config, tokens) for tokens in counts]
         cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in counts]

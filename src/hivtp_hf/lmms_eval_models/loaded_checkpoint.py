@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import Family
-from ..pruning.checked_values import shown
 from ..checkpoints import open_source
+from ..pruning.checked_values import shown
 from .model_arguments import with_arguments
 
 
@@ -52,8 +52,8 @@ def loaded_checkpoint(
     if source.family is not family:
         raise ValueError(
             f"{name} has the model type {source.config['model_type']!r}, and `--model {model_id}` takes "
-            f"{family.config.stock_model_type!r} and {family.config.model_type!r}. Give the checkpoint to `--model "
-            f"{source.family.config.model_type}`."
+            f"{family.classes.config.stock_model_type!r} and {family.classes.config.model_type!r}. Give the checkpoint to "
+            f"`--model {source.family.classes.config.model_type}`."
         )
     settings = with_arguments(source.settings(), pruning, other_names)
     place: str | Path = source.folder if source.repository is None else source.repository.name
@@ -62,12 +62,12 @@ def loaded_checkpoint(
         "revision": "main" if source.repository is None else source.repository.revision,
         "trust_remote_code": trust_remote_code,
     }
-    processor = family.processor.from_pretrained(place, **shared)
+    processor = family.classes.processor.from_pretrained(place, **shared)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = family.model.from_pretrained(place, **shared, **of_model).eval()
+    model = family.classes.model.from_pretrained(place, **shared, **of_model).eval()
     return LoadedCheckpoint(model, processor)
 
 

@@ -18,8 +18,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from .. import Family
-from ..pruning.checked_values import checked_number, shown
 from ..evaluation.prompts import has_first_token
+from ..pruning.checked_values import checked_number, shown
 from .generation_arguments import GenerationArguments, generation_arguments
 from .loaded_checkpoint import checked_template, loaded_checkpoint
 from .prompts import RowPrompt, prompt_of_messages
@@ -101,7 +101,7 @@ class PrunedLmms(lmms):
         self._model, self.processor = loaded_checkpoint(
             str(pretrained),
             self.family,
-            self.family.config.model_type,
+            self.family.classes.config.model_type,
             pruning,
             revision=None if revision is None else str(revision),
             trust_remote_code=trust_remote_code,

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.layout import TokenLayout
+from ..pruning.settings import VisualTokenPruningConfig
 
 
 @dataclass

@@ -51,7 +51,7 @@ class PrunedConfigMixin(RemoteCodeMixin, _StockConfig):
         config.name_or_path = base.name
         if config.base_model is None:
             config.base_model = base
-        config.architectures = [cls.family.classes().model.__name__]
+        config.architectures = [cls.family.classes.model.__name__]
         return config
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):

@@ -166,9 +166,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         ratios = ratios_of_images(retention_ratio, len(sizes))
         if ratios is not None:
             prunings = [pruning.for_call(ratio) for pruning, ratio in zip(prunings, ratios, strict=True)]
-        layouts = [
-            self.family.layout(self, size, pruning, arguments) for size, pruning in zip(sizes, prunings, strict=True)
-        ]
+        layouts = [self.family.layout(self, size, pruning, arguments) for size, pruning in zip(sizes, prunings, strict=True)]
         self.family.check_pixels(arguments, layouts)
         return layouts
 

@@ -48,7 +48,8 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
         pixel_values = inputs.get("pixel_values")
         budget.check_number(0 if pixel_values is None else len(pixel_values))
         if budget.is_given and pixel_values is not None:
-            layouts = self.family.layouts_of_inputs(self, inputs, [budget.of_image(image) for image in range(len(pixel_values))])
+            prunings = [budget.of_image(image) for image in range(len(pixel_values))]
+            layouts = self.family.layouts_of_inputs(self, inputs, prunings)
             # The settings of a layout hold the ratio that a token budget means for its image.
             ratios = [layout.pruning.retention_ratio or 1.0 for layout in layouts]
             inputs["retention_ratio"] = as_model_input(ratios, like=pixel_values)
@@ -124,7 +125,7 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
         # Which tokenizer class transformers believes depends on its release and on the model type: newer ones distrust the
         # class that LLaVA checkpoints record. Under our type they would obey, and give other ids after "<image>".
-        kwargs["config"] = cls.family.stock_classes().config()
+        kwargs["config"] = cls.family.stock_classes.config()
         return super()._load_tokenizer_from_pretrained(
             sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )

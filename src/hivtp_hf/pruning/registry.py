@@ -30,7 +30,9 @@ def register_method(method: type) -> type:
     missing = sorted(getattr(method, "__abstractmethods__", ()))
     if not inspect.isclass(method) or missing or not hasattr(method, "select"):
         lacks = f", which lacks {', '.join(missing)}" if missing else ""
-        raise ValueError(f"{method!r} is no complete method{lacks}. Register a subclass of `PruningMethod` that defines them all.")
+        raise ValueError(
+            f"{method!r} is no complete method{lacks}. Register a subclass of `PruningMethod` that defines them all."
+        )
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`name` of {method.__name__} is {shown(name)}; it must be a name such as 'hivtp'.")

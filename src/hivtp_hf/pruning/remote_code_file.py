@@ -23,7 +23,7 @@ class RemoteCodeMixin(_StockSaving):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As stock, and the Python file by which the checkpoint loads where this package is not installed."""
-        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
         self._write_remote_code(save_directory)
         return saved
 
@@ -38,7 +38,7 @@ class RemoteCodeMixin(_StockSaving):
 
     def _auto_map(self) -> dict[str, str]:
         """By this map a checkpoint that is loaded without the package finds its classes in the file."""
-        config, base_model, model, processor = self.family.classes()
+        config, base_model, model, processor = self.family.classes
         if isinstance(self, processor):
             named = {"AutoProcessor": processor}
         else:
@@ -54,7 +54,7 @@ class RemoteCodeMixin(_StockSaving):
 def remote_code_of(part: type) -> tuple[str, str]:
     """Name and text of the file that a checkpoint of this class carries; `part` is a configuration or a processor class."""
     family = part.family  # type: ignore[attr-defined]
-    name = f"{family.classes().config.model_type}.py"
+    name = f"{family.classes.config.model_type}.py"
     # The class of the family, as somebody may have subclassed it in a file of theirs.
     module = type(family).__module__
     package, found, _ = module.partition(".families.")

@@ -4,7 +4,7 @@ from typing import Any
 
 from .. import FAMILIES
 
-_MODELS = tuple(family.model for family in FAMILIES)
+_MODELS = tuple(family.classes.model for family in FAMILIES)
 
 
 def limit_prompts(generation_state: Any) -> None:

@@ -55,4 +55,4 @@ def make_classes_known() -> None:
     the Auto classes in every release that the package allows: `test_the_server_does_not_know_our_classes_by_itself` notices.
     """
     for family in FAMILIES:
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[family.config.model_type] = family.model.__name__
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[family.classes.config.model_type] = family.classes.model.__name__

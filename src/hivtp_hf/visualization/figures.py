@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..pruning.registry import pruning_method
 from ..pruning.layout import TokenLayout
+from ..pruning.registry import pruning_method
 from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
 from .plotting import DPI, check_matplotlib
 

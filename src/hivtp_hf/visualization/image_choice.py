@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pruning.registry import pruning_method
+from ..pruning.evidence import Evidence
 from ..pruning.features import gather_evidence, prune_features
 from ..pruning.layout import TokenLayout
+from ..pruning.registry import pruning_method
 from ..tower_passes.stock_pass import stock_pass
 
 
@@ -40,9 +41,11 @@ def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) 
     base, pruning = model.model, layout.pruning
     if len(inputs["pixel_values"]) != 1:
         raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
-    layer = base._feature_layer(pruning)
-    output, collector = base._scored_pass(stock_pass(base, inputs), pruning, layer)
-    evidence = gather_evidence(output.pooler_output, [layout], collector.by_layer(), layer)
+    layer, kinds = base._feature_layer_and_evidence(pruning, {})
+    from_class_token = Evidence.CLASS_ATTENTION in kinds
+    output, collector = base._scored_pass(stock_pass(base, inputs), pruning.scored_layers(layer), from_class_token)
+    scores = {scored: base.family.cell_scores(found, [layout]) for scored, found in collector.by_layer().items()}
+    evidence = gather_evidence(output.pooler_output, [layout], scores, layer)
     _, (kept_indices,) = prune_features(evidence)
-    scores = pruning_method(pruning.method).load_selector().scores
-    return ImageChoice(kept_indices, None if scores is None else scores(evidence, pruning).float().cpu())
+    importance = pruning_method(pruning.method).importance(evidence, pruning)
+    return ImageChoice(kept_indices, None if importance is None else importance.float().cpu())

@@ -1,22 +1,21 @@
-"""What all figures share: whether they can be drawn, at which resolution, and the colour of each method.
+"""What all figures share: whether they can be drawn, at which resolution, and the colours of methods.
 
 Figures need matplotlib (`pip install "hivtp-hf[plots]"`), which is imported when one is asked for. No pyplot, so neither a
 display nor state that outlives a call.
 """
 
+from ..pruning.registry import METHODS
+
 DPI = 300
 
-# Okabe and Ito's colours, which people tell apart however they see colours.
-METHOD_COLOURS = {
-    "hivtp": "#0072B2",
-    "hiprune": "#56B4E9",
-    "gprune": "#E69F00",
-    "cls_attention": "#009E73",
-    "random": "#CC79A7",
-    "uniform": "#F0E442",
-}
-# Of a method without a colour of its own.
+# Methods bring their own colours, mostly Okabe and Ito's, which people tell apart however they see colours. This is that of
+# what is no method.
 OTHER_COLOUR = "#444444"
+
+
+def method_colours() -> dict[str, str]:
+    """The colour of every method, by its name."""
+    return {name: method.colour for name, method in METHODS.items()}
 
 
 def can_plot() -> bool:
