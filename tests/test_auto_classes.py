@@ -67,27 +67,25 @@ def test_auto_class_gives_ours(family, pruned, auto_name, part):
 
 
 # As they are written on the Hub, where older checkpoints go on naming them.
-SAVED_NAMES = {"llava_next": ("llava_next", "LlavaNext"), "llava": ("llava", "Llava")}
+SAVED_NAMES = {"llava_next": "hivtp_llava_next.HIVTPLlavaNext", "llava": "hivtp_llava.HIVTPLlava"}
 
 
 def test_saved_config(family, pruned):
-    saved = read_json(pruned, "config")
-    file, name = SAVED_NAMES[family.name]
-    assert saved["model_type"] == f"hivtp_{file}"
+    saved, name = read_json(pruned, "config"), SAVED_NAMES[family.name]
+    assert saved["model_type"] == f"hivtp_{family.name}"
     assert saved["pruning_config"] == PRUNING.to_dict()
     assert saved["auto_map"] == {
-        "AutoConfig": f"configuration_hivtp_{file}.HIVTP{name}Config",
-        "AutoModel": f"modeling_hivtp_{file}.HIVTP{name}Model",
-        "AutoModelForImageTextToText": f"modeling_hivtp_{file}.HIVTP{name}ForConditionalGeneration",
-        "AutoModelForMultimodalLM": f"modeling_hivtp_{file}.HIVTP{name}ForConditionalGeneration",
+        "AutoConfig": f"{name}Config",
+        "AutoModel": f"{name}Model",
+        "AutoModelForImageTextToText": f"{name}ForConditionalGeneration",
+        "AutoModelForMultimodalLM": f"{name}ForConditionalGeneration",
     }
 
 
 def test_saved_processor_config(family, pruned):
     saved = read_json(pruned, "processor_config")
-    file, name = SAVED_NAMES[family.name]
     assert saved["pruning_config"] == PRUNING.to_dict()
-    assert saved["auto_map"] == {"AutoProcessor": f"processing_hivtp_{file}.HIVTP{name}Processor"}
+    assert saved["auto_map"] == {"AutoProcessor": f"{SAVED_NAMES[family.name]}Processor"}
 
 
 def test_a_foreign_auto_map_is_replaced_on_saving(family, stock, tmp_path):

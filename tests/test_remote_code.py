@@ -1,23 +1,18 @@
-"""A saved folder must work where the package is not installed, from the .py files that lie beside the weights."""
+"""A saved folder must work where the package is not installed, from the Python file that lies beside the weights."""
 
-import importlib.util
+import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
+from hivtp_hf.remote_code import bundle
 from tiny_checkpoint import build_stock_checkpoint
-from travelling_files import needed_files
 
 pytestmark = pytest.mark.releases
-SOURCE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
-# The part of a family that brings each file with it, by (family, part).
-ENTRY_FILES = {
-    (family, part): f"{kind}_hivtp_{family}"
-    for family in FAMILIES
-    for part, kind in (("config", "configuration"), ("processor", "processing"), ("model", "modeling"))
-}
+DATA = Path(__file__).parent / "data"
 # A checkpoint of each family, with a method of its own each.
 CHECKPOINTS = {
     "llava_next": {"retention_ratio": 0.4, "regions": 1},
@@ -30,16 +25,16 @@ OTHER_METHODS = {
 }
 
 
-def python_files(folder):
-    return {file.stem for file in Path(folder).glob("*.py")}
+def code_of(folder):
+    return {file.name: file.read_text() for file in Path(folder).glob("*.py")}
 
 
-@pytest.mark.parametrize(("family", "part"), ENTRY_FILES, ids="-".join)
-def test_each_part_saved_alone_brings_its_files(tmp_path, family, part):
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("part", ["config", "processor", "model"])
+def test_each_part_saved_alone_brings_the_whole_code(tmp_path, family, part):
     stock = build_stock_checkpoint(tmp_path / "stock", family=family, **GEOMETRY)
     getattr(FAMILIES[family], part).from_pretrained(stock).save_pretrained(tmp_path / "saved")
-    entry = ENTRY_FILES[family, part]
-    assert python_files(tmp_path / "saved") == {entry} | needed_files(entry)
+    assert code_of(tmp_path / "saved") == {f"hivtp_{family}.py": bundle(family)}
 
 
 def answers(folder, trust_remote_code, saved_folder=None, other_settings=(), **settings):
@@ -145,8 +140,8 @@ def test_remote_code_answers_as_the_installed_package(family, installed, remote)
 
 
 @pytest.mark.usefixtures("remote")
-def test_remote_code_saves_all_its_files(folder, saved_by_remote_code):
-    assert python_files(saved_by_remote_code) == python_files(folder)
+def test_remote_code_saves_its_file_again(folder, saved_by_remote_code):
+    assert code_of(saved_by_remote_code) == code_of(folder)
 
 
 # One family is enough: the test above says that the files are the same.
@@ -155,3 +150,19 @@ def test_what_remote_code_saved_answers_the_same(folder, remote, saved_by_remote
     work_folder = folder.with_name("second_process")
     again = run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True)
     assert {**again, "other methods": remote["other methods"]} == remote
+
+
+def test_a_checkpoint_of_many_code_files_still_loads(tmp_path):
+    """As older releases saved it: without weights, and with 33 files of code. Its settings rule, on weights of today."""
+    old = tmp_path / "old"
+    with zipfile.ZipFile(DATA / "config_only_checkpoint_of_33_code_files.zip") as saved:
+        saved.extractall(old)
+    base = build_stock_checkpoint(tmp_path / "base", **GEOMETRY)
+    config = json.loads((old / "config.json").read_text())
+    config["base_model"]["name"] = str(base)
+    (old / "config.json").write_text(json.dumps(config))
+    remote = run_without_package(answers, tmp_path / "process", folder=old, trust_remote_code=True)
+    assert remote["packages"] == ["transformers_modules"]
+    installed = answers(str(old), trust_remote_code=False)
+    assert installed["generated"] == remote["generated"]
+    assert installed["classes"] == remote["classes"]

@@ -30,10 +30,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from ..methods import register_methods
 from ..pruning.evidence import Evidence, evidence_to_read
 from ..pruning.layout import TokenLayout
 from ..pruning.registry import METHODS
 from ..pruning.settings import VisualTokenPruningConfig
+
+# Whoever loads a family, from the package or from its one file, has the methods.
+register_methods()
 
 
 class FamilyClasses(NamedTuple):

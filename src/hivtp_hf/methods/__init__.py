@@ -22,6 +22,9 @@ METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
     KeepEverything,
 )
 
-for _method in METHOD_CLASSES:
-    register_method(_method)
-describe_settings()
+
+def register_methods() -> None:
+    """Makes all of them known to settings, models and processors, which find them by name."""
+    for method in METHOD_CLASSES:
+        register_method(method)
+    describe_settings()

@@ -26,7 +26,7 @@ OLDEST_TRANSFORMERS = (5, 19)
 # ours, without a word, so a test holds each to the installed release.
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "GenerationMixin": ("_prepare_multimodal_encoder_kwargs_for_generation",),
-    "PreTrainedModel": ("_from_config",),
+    "PreTrainedModel": ("_from_config", "initialize_weights"),
     "PreTrainedConfig": ("_upload_modified_files",),
     "ProcessorMixin": ("_get_arguments_from_pretrained", "_load_tokenizer_from_pretrained", "_upload_modified_files"),
     "LlavaNextProcessor": ("_get_num_multimodal_tokens", "_get_number_of_features"),

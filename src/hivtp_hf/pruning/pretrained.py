@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from .config_only import ConfigOnlyCheckpoint
 from .settings import VisualTokenPruningConfig, check_no_setting_among
 
@@ -54,6 +56,15 @@ class PrunedPreTrainedMixin(_StockModel):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config.base_model = base
+
+    def initialize_weights(self) -> None:
+        """As stock, for missing weights of its parts as well."""
+        # Of classes that are not its own, transformers assumes that they would overwrite loaded weights, and skips every
+        # module without weights of its own: CLIP's attention, for one, whose missing weights then stay as they lie in memory.
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel) and not isinstance(part, PrunedPreTrainedMixin):
+                part.initialize_weights()
+        super().initialize_weights()
 
     @property
     def pruning_config(self) -> VisualTokenPruningConfig:
