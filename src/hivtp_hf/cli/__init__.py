@@ -7,9 +7,11 @@ import typer
 from huggingface_hub.errors import HfHubHTTPError
 
 from .command_analyze import analyze
+from .command_bundle import bundle
 from .command_convert import convert
 from .command_evaluate import evaluate
 from .command_inspect import inspect
+from .command_methods import methods
 from .command_push import push
 from .command_serve import PASSED_ON, serve
 from .command_visualize import visualize
@@ -22,9 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(analyze)
+app.command()(bundle)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(methods)
 app.command()(push)
 app.command(add_help_option=False, context_settings=PASSED_ON)(serve)
 app.command()(visualize)

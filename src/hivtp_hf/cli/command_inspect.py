@@ -62,6 +62,8 @@ def _print_table(report: CheckpointReport) -> None:
     if report.base_model is not None:
         base = BaseCheckpoint.coerce(report.base_model)
         say(f"no weights of its own: they are those of {base}")
+    if report.remote_code is not None:
+        say(_remote_code(report.remote_code))
     say(", ".join(f"{name} {value}" for name, value in report.pruning_config.items()))
     # The unit that leaves no zeros in front.
     unit, name = (1e12, "TFLOPs") if max(row.stock_prefill_flops for row in report.sizes) >= 1e11 else (1e9, "GFLOPs")
@@ -81,6 +83,15 @@ def _print_table(report: CheckpointReport) -> None:
             _short(row.kv_bytes / 2**20),
         )
     Console().print(table)
+
+
+def _remote_code(code: dict[str, Any]) -> str:
+    """What there is to know before the code of a checkpoint is trusted."""
+    commit = f" at commit {code['commit']}" if code["commit"] else ""
+    written = f"remote code of hivtp_hf {code['version']}{commit}, family {code['family']}"
+    if not code["is_unchanged"]:
+        return f"{written}; CHANGED since it was written"
+    return f"{written}; {'the same as' if code['is_current'] else 'another than'} that of the installed release"
 
 
 def _short(number: float) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import open_source
+from ..checkpoints import CheckpointSource, open_source
+from ..remote_code import read_bundle
 from .language_model_cost import kv_cache_bytes, prefill_flops
 
 # Heights and widths of images: a square, two photographs, and much padding. All of LLaVA-NeXT's shapes of crops occur.
@@ -40,11 +41,23 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A checkpoint: name, model type, the base of one without weights, pruning settings, dtype of the counted cache, sizes."""
+    """A checkpoint and what its settings mean.
+
+    Attributes:
+        checkpoint: its name.
+        model_type: as its config.json says.
+        base_model: the base of one without weights.
+        remote_code: what its Python file says of itself, as `BundledCode`, and whether that is so; None where it has none, or
+            one that no release since has written.
+        pruning_config: the settings.
+        cache_dtype: of the counted cache.
+        sizes: of images.
+    """
 
     checkpoint: str
     model_type: str
     base_model: dict[str, str | None] | None
+    remote_code: dict[str, Any] | None
     pruning_config: dict[str, Any]
     cache_dtype: str
     sizes: list[SizeReport]
@@ -90,4 +103,12 @@ def inspect_checkpoint(
         reports.append(SizeReport(height, width, *counts, layout.num_newlines, *flops, *cache))
     dtype_name = str(dtype).removeprefix("torch.")
     base = None if source.base is None else source.base.to_dict()
-    return CheckpointReport(source.name, source.config["model_type"], base, settings.to_dict(), dtype_name, reports)
+    return CheckpointReport(
+        source.name, source.config["model_type"], base, _remote_code(source), settings.to_dict(), dtype_name, reports
+    )
+
+
+def _remote_code(source: CheckpointSource) -> dict[str, Any] | None:
+    path = source.folder / f"{source.family.classes.config.model_type}.py"
+    code = read_bundle(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return None if code is None else code._asdict()
