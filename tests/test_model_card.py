@@ -383,7 +383,7 @@ def test_papers_are_cited_where_there_are_any(tiny, tmp_path, method):
 
 
 def test_citation_files():
-    files = sorted((ROOT / "model_cards" / "citations").iterdir())
+    files = sorted((ROOT / "src/hivtp_hf/cards/templates/citations").iterdir())
     assert {path.stem for path in files} <= set(METHODS)
     known = {
         re.sub(r"\W", "", paper["title"]): paper for paper in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
