@@ -8,13 +8,13 @@ import sys
 import pytest
 from PIL import Image
 
-from examples.shapes_vqa import failures, kept_shapes
-from examples.shapes_vqa.dense_targets import dense_targets
-from examples.shapes_vqa.kept_shapes import count_errors, table_text
-from examples.shapes_vqa.recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
 from examples.shapes_vqa.reference import CHECKPOINT
 from examples.shapes_vqa.vocabulary import COUNTS
 from hivtp_hf.evaluation import evaluate_checkpoint
+from research.shapes_vqa import failures, kept_shapes
+from research.shapes_vqa.dense_targets import dense_targets
+from research.shapes_vqa.kept_shapes import count_errors, table_text
+from research.shapes_vqa.recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
 
 pytestmark = pytest.mark.once
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from examples.shapes_vqa import splits
-from examples.shapes_vqa.blind_floor import blind_floor, training_questions
-from examples.shapes_vqa.dense_targets import dense_targets, layout_of
 from examples.shapes_vqa.export import export
 from examples.shapes_vqa.held_out import held_out_questions, held_out_rows
-from examples.shapes_vqa.language_training import answer_logits, seen_images
-from examples.shapes_vqa.model import make_config, make_model, make_processor, words
-from examples.shapes_vqa.packed_questions import prompt_of
 from examples.shapes_vqa.questions import Question, questions_about
 from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, make_scene
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
 from hivtp_hf.evaluation.data import load_data
+from research.shapes_vqa.blind_floor import blind_floor, training_questions
+from research.shapes_vqa.dense_targets import dense_targets, layout_of
+from research.shapes_vqa.language_training import answer_logits, seen_images
+from research.shapes_vqa.model import make_config, make_model, make_processor, words
+from research.shapes_vqa.packed_questions import prompt_of
 
 pytestmark = pytest.mark.once
 

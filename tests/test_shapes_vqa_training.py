@@ -5,19 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.shapes_vqa import stages
-from examples.shapes_vqa.language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
-from examples.shapes_vqa.mixed_precision import MasterWeights
-from examples.shapes_vqa.model import PATCH, make_config, make_model, make_processor, words
-from examples.shapes_vqa.places import scale_places
 from examples.shapes_vqa.scenes import make_practice_scene
 from examples.shapes_vqa.splits import PRACTICE, VALIDATION
-from examples.shapes_vqa.stages import Stage, run_stage
-from examples.shapes_vqa.starting_point import _NEIGHBOURS, patches_of, set_starting_point
-from examples.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
-from examples.shapes_vqa.training_log import TrainingLog
-from examples.shapes_vqa.training_plot import plot_training
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
+from research.shapes_vqa import stages
+from research.shapes_vqa.language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
+from research.shapes_vqa.mixed_precision import MasterWeights
+from research.shapes_vqa.model import PATCH, make_config, make_model, make_processor, words
+from research.shapes_vqa.places import scale_places
+from research.shapes_vqa.stages import Stage, run_stage
+from research.shapes_vqa.starting_point import _NEIGHBOURS, patches_of, set_starting_point
+from research.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
+from research.shapes_vqa.training_log import TrainingLog
+from research.shapes_vqa.training_plot import plot_training
 
 pytestmark = pytest.mark.once
 

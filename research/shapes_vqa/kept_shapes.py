@@ -1,4 +1,4 @@
-"""How much of the shapes methods keep, beside how a run counts them: python -m examples.shapes_vqa.kept_shapes RUN"""
+"""How much of the shapes methods keep, beside how a run counts them: python -m research.shapes_vqa.kept_shapes RUN"""
 
 import itertools
 import sys
@@ -10,9 +10,10 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
+from examples.shapes_vqa.vocabulary import COUNTS
+
 from .dense_targets import dense_targets
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
-from .vocabulary import COUNTS
 
 
 class KeptShapes(NamedTuple):

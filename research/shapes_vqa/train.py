@@ -1,4 +1,4 @@
-"""Trains the reference model: python -m examples.shapes_vqa.train --output FOLDER
+"""Trains the reference model: python -m research.shapes_vqa.train --output FOLDER
 
 Stopped at any time, the same command goes on from the last stored step. About two hours on two cores.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from examples.shapes_vqa.scenes import make_practice_scene
+from examples.shapes_vqa.splits import PRACTICE, TRAINING, VALIDATION
+from examples.shapes_vqa.vocabulary import PLACE, QUESTION_TYPES
 from hivtp_hf.visualization.plotting import can_plot
 
 from .checkpoint import choose_layers, write_checkpoint
 from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
 from .model import PATCH, make_config, make_model, make_processor
 from .places import scale_places
-from .scenes import make_practice_scene
-from .splits import PRACTICE, TRAINING, VALIDATION
 from .stages import Stage, run_stage, store
 from .starting_point import patches_of, set_starting_point
 from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
 from .training_log import TrainingLog
 from .training_plot import plot_training
-from .vocabulary import PLACE, QUESTION_TYPES
 
 # About one image. There are many that ask for presence, and they are learnt soon.
 _MOST_QUESTIONS = {**dict.fromkeys(QUESTION_TYPES, 8), "presence": 3, PLACE: 2}

@@ -1,4 +1,4 @@
-"""Overlays of what a run got wrong: python -m examples.shapes_vqa.failures RUN FOLDER
+"""Overlays of what a run got wrong: python -m research.shapes_vqa.failures RUN FOLDER
 
 For each type of question the first ones that the unpruned model answers right and a method does not, drawn with what every
 method keeps and says.
@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
+from examples.shapes_vqa.scenes import draw
 from hivtp_hf.visualization import draw_comparison
 
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
-from .scenes import draw
 
 
 def failed_questions(run: RecordedRun, chosen: Chosen, most: int) -> Iterator[int]:
