@@ -89,9 +89,8 @@ def test_cache_bytes_are_those_of_the_prompt(checkpoint):
 
 
 def test_errors_are_one_clear_message(checkpoint, image_path, tmp_path, run_main):
-    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for arguments, named in (((checkpoint, tmp_path / "text.png"), "text.png"), ((tmp_path, image_path), "'bert'")):
+    for arguments, named in (((checkpoint, tmp_path / "missing.png"), "missing.png"), ((tmp_path, image_path), "'bert'")):
         ended = run_main(demo.main, *arguments, "--output", tmp_path / "out")
         assert ended.returncode == 1
         assert named in ended.stderr.splitlines()[-1]
