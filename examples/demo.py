@@ -5,14 +5,15 @@ python -m examples.demo                          a small trained model on drawn 
 python -m examples.demo MODEL IMAGE "QUESTION"   your own checkpoint, stock or pruned, on your own image
 """
 
-import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import transformers
+import typer
 from PIL import Image
 from transformers import (
     LlavaForConditionalGeneration,
@@ -65,10 +66,10 @@ class Prefill(NamedTuple):
     cache_bytes: int
 
 
-def build_checkpoints(folder: Path, tiny_model: dict) -> tuple[str, str]:
+def build_checkpoints(folder: Path) -> tuple[str, str]:
     """Saves a tiny stock checkpoint, and the same weights as a pruned one, which carries its own code."""
     stock, pruned = str(folder / "stock_checkpoint"), str(folder / "pruned_checkpoint")
-    build_stock_checkpoint(stock, **tiny_model)
+    build_stock_checkpoint(stock, **TINY_MODEL)
     HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock).save_pretrained(pruned)
     HIVTPLlavaNextProcessor.from_pretrained(stock).save_pretrained(pruned)
     return stock, pruned
@@ -220,45 +221,47 @@ def report(stock, pruned, photographs: dict[str, Image.Image], question: str, fo
     print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
 
 
-def main(arguments: list[str] | None = None, tiny_model: dict = TINY_MODEL) -> None:
-    started = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", help="name or path of a LLaVA-NeXT or LLaVA-1.5 checkpoint, stock or pruned (loaded twice)"
-    )
-    parser.add_argument("image", nargs="?", help="an image file; scikit-image's photographs by default")
-    parser.add_argument("question", nargs="?", default="What is shown in this image?", help='"%(default)s" by default')
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes per model and image (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; it must be 1 or more.")
-    try:
-        photographs = load_photographs(options.image)
-    except OSError as error:
-        parser.error(f"cannot read the image: {error}")
-    if not photographs:
-        parser.error("this scikit-image carries no photographs; give MODEL and IMAGE.")
+def main(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A LLaVA-NeXT or LLaVA-1.5 checkpoint, stock or pruned: a folder, or owner/name on the Hub."),
+    ] = None,
+    image: Annotated[str | None, typer.Argument(help="An image file; scikit-image's photographs by default.")] = None,
+    question: Annotated[str, typer.Argument(help="What is asked about every image.")] = "What is shown in this image?",
+    output: Annotated[Path, typer.Option(help="The folder for pictures.")] = Path("demo_output"),
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes per model and image.")] = 3,
+) -> None:
+    """A stock model beside the same weights with pruned visual tokens.
 
-    options.output.mkdir(parents=True, exist_ok=True)
+    Without MODEL a small trained model answers questions about drawn scenes, and a tiny one runs on photographs, offline.
+    """
+    started = time.perf_counter()
+    try:
+        photographs = load_photographs(image)
+    except OSError as error:
+        sys.exit(f"demo: cannot read the image: {error}")
+    if not photographs:
+        sys.exit("demo: this scikit-image carries no photographs; give MODEL and IMAGE.")
+
+    output.mkdir(parents=True, exist_ok=True)
     transformers.logging.disable_progress_bar()
-    stock_name = pruned_name = options.model
-    if options.model is None:
-        report_answers(*load_pair(str(CHECKPOINT), str(CHECKPOINT)), options.output)
+    stock_name = pruned_name = model
+    if model is None:
+        report_answers(*load_pair(str(CHECKPOINT), str(CHECKPOINT)), output)
         print(
             "\nA tiny LLaVA-NeXT of real geometry with random weights: its answers would be nonsense. Counts, times and sizes"
         )
         print("are real, for it only.")
-        stock_name, pruned_name = build_checkpoints(options.output, tiny_model)
+        stock_name, pruned_name = build_checkpoints(output)
     try:
         stock, pruned = load_pair(stock_name, pruned_name)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot load the model {pruned_name!r}: {error}")
+        sys.exit(f"demo: cannot load the model {pruned_name!r}: {error}")
     for pipe in (stock, pruned):
         print(f"{type(pipe.model).__name__} from {type(pipe.model).__module__}")
-    report(stock, pruned, photographs, options.question, options.output, options.repeats, options.model is not None)
+    report(stock, pruned, photographs, question, output, repeats, model is not None)
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

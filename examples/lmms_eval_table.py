@@ -4,10 +4,12 @@ Every score stands beside its share of stock's. The last column is the mean of t
 visual token: what is above it was seen.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import typer
 
 STOCK, BLIND = "stock", "blind"
 # Which numbers of a task make its score, as papers quote it: MME's is the sum of both parts.
@@ -84,15 +86,13 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what examples/lmms_eval.sh has written")
-    options = parser.parse_args()
+def main(folder: Annotated[Path, typer.Argument(help="What examples/lmms_eval.sh has written.")]) -> None:
+    """The runs of examples/lmms_eval.sh as a table: every score, and its share of stock's."""
     try:
-        print(table(runs_in(options.folder)))
+        print(table(runs_in(folder)))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        sys.exit(f"lmms_eval_table: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

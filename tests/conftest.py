@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+import typer
 
 from deprecations import watched_deprecations
 
@@ -58,5 +59,20 @@ def hivtp(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return Ended(ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs the command line of an example or a benchmark, a function for `typer.run`, in this process."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            typer.run(main)
+        printed, code = capsys.readouterr(), ended.value.code
+        # A message, which the interpreter would print at its end.
+        return Ended(1, printed.out, printed.err + code) if isinstance(code, str) else Ended(code or 0, *printed)
 
     return run

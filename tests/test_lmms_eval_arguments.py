@@ -12,7 +12,7 @@ from hivtp_hf.lmms_eval_models.loaded_checkpoint import checked_template, loaded
 from hivtp_hf.lmms_eval_models.model_arguments import with_arguments
 from hivtp_hf.lmms_eval_models.prompts import messages_of_context, prompt_of_messages
 from hivtp_hf.lmms_eval_models.run_failure import RunFailure, failing_with_the_row
-from hivtp_hf.lmms_eval_models.token_sums import TokenSums, settings_as_numbers, summed
+from hivtp_hf.lmms_eval_models.token_sums import TokenSums, summed
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
@@ -45,11 +45,9 @@ def test_given_settings_rule_over_the_checkpoints():
             {"retension_ratio": 0.5},
             r"`retension_ratio` is no argument. Did you mean `retention_ratio`\? Arguments are pretrained, dtype",
         ),
-        ({"dtyp": "float32"}, "Did you mean `dtype`?"),
         ({"object_layer": 3}, "`object_layer`: not a setting of the method 'hivtp'"),
         ({"retention_ratio": "a half"}, "`retention_ratio` is 'a half'"),
         ({"retention_ratio": "1/0"}, "`retention_ratio` is '1/0'"),
-        ({"method": "best"}, "best"),
     ],
 )
 def test_settings_that_are_none_are_refused(given, message):
@@ -167,14 +165,6 @@ def test_sums_are_means_over_images_and_processes():
         "retained_class_tokens": 0,
     }
     assert TokenSums(rows=2).metrics() == {"rows": 2, "images": 0}
-
-
-def test_settings_are_numbers():
-    numbers = settings_as_numbers(VisualTokenPruningConfig(token_budget=300))
-    assert numbers == {
-        **{"method_hivtp": 1, "token_budget": 300, "exact_count": True, "keep_newlines": True},
-        **{"global_ratio": 0.25, "local_window": 2, "regions": 2, "importance_start_layer": 6, "importance_num_layers": 3},
-    }
 
 
 def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_path):

@@ -5,11 +5,11 @@ import torch
 
 from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
-from hivtp_hf.methods.cls_attention import select_cls_attention
-from hivtp_hf.methods.gprune import select_gprune
-from hivtp_hf.methods.hiprune import select_hiprune
-from hivtp_hf.methods.random import select_random
-from hivtp_hf.methods.uniform import select_uniform
+from hivtp_hf.pruning.registry.cls_attention import select_cls_attention
+from hivtp_hf.pruning.registry.gprune import select_gprune
+from hivtp_hf.pruning.registry.hiprune import select_hiprune
+from hivtp_hf.pruning.registry.random import select_random
+from hivtp_hf.pruning.registry.uniform import select_uniform
 from hivtp_hf.pruning.registry import METHODS
 from nightly import mostly_nightly
 from oracle import oracle_inputs

@@ -3,18 +3,16 @@
 import csv
 import json
 import statistics
-import sys
 
 import pytest
 from PIL import Image
 
-from examples.shapes_vqa import failures, kept_shapes
-from examples.shapes_vqa.dense_targets import dense_targets
-from examples.shapes_vqa.kept_shapes import count_errors, table_text
-from examples.shapes_vqa.recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
 from examples.shapes_vqa.reference import CHECKPOINT
 from examples.shapes_vqa.vocabulary import COUNTS
 from hivtp_hf.evaluation import evaluate_checkpoint
+from research.shapes_vqa import failures, kept_shapes
+from research.shapes_vqa.dense_targets import dense_targets
+from research.shapes_vqa.recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
 
 pytestmark = pytest.mark.once
 
@@ -34,48 +32,25 @@ def run(folder):
     return RecordedRun(folder)
 
 
-@pytest.fixture(scope="module")
-def lines(folder):
+def test_answers_and_tokens_are_those_of_the_run(folder, run):
+    kept = dict(kept_of_scenes(dict(sorted(run.scenes.items())[:SCENES]), run.settings))
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as table:
-        return list(csv.DictReader(table))
-
-
-@pytest.fixture(scope="module")
-def kept(run):
-    scenes = {asked.number: asked.scene for asked in reversed(run.asked)}
-    return dict(kept_of_scenes({number: scenes[number] for number in sorted(scenes)[:SCENES]}, run.settings))
-
-
-def test_answers_are_those_of_the_table(run, lines):
-    assert [asked.question.text for asked in run.asked] == [line["question"] for line in lines if line["method"] == UNPRUNED]
+        lines = [line for line in csv.DictReader(table) if line["method"] != "base-only" and line["seed"] in ("", "0")]
     assert {chosen.method for chosen in run.settings} == {"hivtp", "random"}
-    assert all(set(answers) == {WHOLE, *run.settings} for answers in run.answers)
-    for chosen, seed in ((HIVTP, ""), (RANDOM, "0"), (WHOLE, "")):
-        mine = [
-            (line["prediction"], line["correct"] == "1")
-            for line in lines
-            if (line["method"], line["ratio"], line["seed"]) == (chosen.method, f"{chosen.ratio:.6g}", seed)
-        ]
-        assert mine == [answers[chosen] for answers in run.answers]
     assert run.settings[HIVTP].importance_start_layer == 4  # as the checkpoint names it
-    assert run.settings[RANDOM].seed == 0
-
-
-def test_as_many_tokens_are_kept_as_in_the_run(run, lines, kept):
-    assert len(kept) == SCENES
+    assert len(lines) == sum(map(len, run.answers))
     for line in lines:
-        chosen = next((chosen for chosen in run.settings if f"{chosen.ratio:.6g}" == line["ratio"]), None)
-        number = int(line["image"].removeprefix("test-"))
-        if chosen is None or line["method"] not in ("hivtp", "random") or number not in kept:
-            continue
-        _, indices = kept[number][Chosen(line["method"], chosen.ratio)]
-        assert len(indices) == int(line["patch_tokens"]) + int(line["newline_tokens"])
+        asked, answers = run.asked[int(line["row"]) - 1], run.answers[int(line["row"]) - 1]
+        (chosen,) = (one for one in answers if (one.method, f"{one.ratio:.6g}") == (line["method"], line["ratio"]))
+        assert asked.question.text == line["question"]
+        assert answers[chosen] == (line["prediction"], line["correct"] == "1")
+        if chosen != WHOLE and asked.number in kept:
+            assert len(kept[asked.number][chosen][1]) == int(line["patch_tokens"]) + int(line["newline_tokens"])
 
 
-def test_kept_shapes_equal_plain_loops(run, kept):
-    found = kept_shapes.kept_shapes(run, SCENES)
-    assert set(found) == set(run.settings)
-    scenes = {asked.number: asked.scene for asked in run.asked}
+def test_kept_shapes_equal_plain_loops(run):
+    scenes = dict(list(run.scenes.items())[:SCENES])
+    kept, found = dict(kept_of_scenes(scenes, run.settings)), kept_shapes.kept_shapes(run, SCENES)
     for chosen in run.settings:
         lost, of_shape, on_shapes = [], [], []
         for number, of_methods in kept.items():
@@ -88,11 +63,10 @@ def test_kept_shapes_equal_plain_loops(run, kept):
                 lost.append(not any(position in indices for position, other in cells if other == shape))
         assert found[chosen] == pytest.approx(tuple(map(statistics.fmean, (lost, of_shape, on_shapes))))
     assert found[HIVTP].lost < found[RANDOM].lost
-    assert found[HIVTP].on_shapes > 2 * found[RANDOM].on_shapes
 
 
-def test_miscounts(run):
-    errors = count_errors(run)
+def test_the_table_counts_what_is_miscounted(folder, run, run_main):
+    errors = kept_shapes.count_errors(run)
     for chosen in run.settings:
         low = high = number = 0
         for asked, answers in zip(run.asked, run.answers, strict=True):
@@ -101,30 +75,18 @@ def test_miscounts(run):
                 said, right = answers[chosen].prediction.strip(), asked.question.answer
                 low += said in COUNTS and COUNTS.index(said) < COUNTS.index(right)
                 high += said in COUNTS and COUNTS.index(said) > COUNTS.index(right)
-        assert number
         assert errors[chosen] == pytest.approx((low / number, high / number))
     assert any(sum(of_method) for of_method in errors.values())
+    printed = run_main(kept_shapes.main, folder, "--scenes", 3).stdout.strip()
+    assert printed == kept_shapes.table_text(kept_shapes.kept_shapes(run, 3), errors)
 
 
-def call(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
-
-
-def test_the_table(folder, run, monkeypatch, capsys):
-    call(kept_shapes, monkeypatch, folder, "--scenes", 3)
-    printed = capsys.readouterr().out.strip()
-    assert printed == table_text(kept_shapes.kept_shapes(run, 3), count_errors(run))
-    assert len(printed.splitlines()) == 2 + len(run.settings)
-
-
-def test_pictures_of_failures(folder, run, tmp_path, monkeypatch, capsys):
-    call(failures, monkeypatch, folder, tmp_path / "new", "--method", "random", "--ratio", 1 / 18, "--number", 1)
-    printed = capsys.readouterr().out.splitlines()
+def test_pictures_of_failures(folder, run, tmp_path, run_main):
+    asked = (folder, tmp_path / "new", "--method", "random", "--ratio", 1 / 18, "--number", 1)
+    printed = run_main(failures.main, *asked).stdout.splitlines()
     failed = list(failures.failed_questions(run, RANDOM, 1))
-    assert len(failed) > 2
     types = [run.asked[index].question.type for index in failed]
-    assert len(set(types)) == len(types)
+    assert len(set(types)) == len(types) > 2
     for index, line in zip(failed, printed, strict=True):
         assert run.answers[index][WHOLE].correct
         assert not run.answers[index][RANDOM].correct
@@ -133,34 +95,16 @@ def test_pictures_of_failures(folder, run, tmp_path, monkeypatch, capsys):
         assert said == f"{question.text} {question.answer}, not {run.answers[index][RANDOM].prediction}"
         with Image.open(path) as picture:
             assert picture.width > 300
-    assert len(list((tmp_path / "new").iterdir())) == len(failed)
 
 
-@pytest.mark.parametrize("missing", ["config.json", "predictions.csv"])
-def test_folders_that_are_no_run(missing, folder, tmp_path, monkeypatch, capsys):
-    for name in {"config.json", "predictions.csv"} - {missing}:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(ValueError, match=f"it lacks {missing}"):
-        RecordedRun(tmp_path)
-    for module, arguments in ((kept_shapes, ()), (failures, (tmp_path / "new",))):
-        with pytest.raises(SystemExit, match="2"):
-            call(module, monkeypatch, tmp_path, *arguments)
-        assert f"it lacks {missing}" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_runs_on_other_questions(folder, tmp_path):
+def test_what_is_no_such_run_is_refused(folder, tmp_path, run_main):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["data"]["name"] = "mine"
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "it lacks predictions.csv" in run_main(kept_shapes.main, tmp_path).stderr
     (tmp_path / "predictions.csv").write_bytes((folder / "predictions.csv").read_bytes())
-    with pytest.raises(ValueError, match="a run on 'mine'"):
-        RecordedRun(tmp_path)
-
-
-def test_methods_that_are_not_in_the_run(folder, tmp_path, monkeypatch, capsys):
-    for arguments in (("--method", "gprune"), ("--method", "hivtp", "--ratio", 0.3)):
-        with pytest.raises(SystemExit, match="2"):
-            call(failures, monkeypatch, folder, tmp_path / "new", *arguments)
-        assert "it has hivtp at 0.5, hivtp at 0.05556, random at" in capsys.readouterr().err
+    assert "a run on 'mine'" in run_main(failures.main, tmp_path, tmp_path / "new").stderr
+    ended = run_main(failures.main, folder, tmp_path / "new", "--method", "hivtp", "--ratio", 0.3)
+    assert ended.returncode == 1
+    assert "it has hivtp at 0.5, hivtp at 0.05556, random at" in ended.stderr
     assert not (tmp_path / "new").exists()

@@ -7,11 +7,11 @@ import torch
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from typer.testing import CliRunner
 
-from examples.shapes_vqa.model import make_config
 from examples.shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, cli
 from hivtp_hf.evaluation import evaluate_checkpoint
+from research.shapes_vqa.model import make_config
 
 
 @pytest.fixture(scope="module")

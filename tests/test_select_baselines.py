@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods.cls_attention import select_cls_attention
-from hivtp_hf.methods.random import select_random
-from hivtp_hf.methods.uniform import select_uniform
+from hivtp_hf.pruning.registry.cls_attention import select_cls_attention
+from hivtp_hf.pruning.registry.random import select_random
+from hivtp_hf.pruning.registry.uniform import select_uniform
 
 pytestmark = pytest.mark.once
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods.hiprune import select_hiprune
+from hivtp_hf.pruning.registry.hiprune import select_hiprune
 
 pytestmark = pytest.mark.once
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import hivtp_reference
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
-from hivtp_hf.methods.hivtp import count_hivtp
+from hivtp_hf.pruning.registry.hivtp import count_hivtp
 
 pytestmark = pytest.mark.once
 

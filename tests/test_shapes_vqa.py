@@ -1,25 +1,22 @@
-"""The Shapes-VQA task: scenes, questions and their balance, labels of cells, and questions packed behind one image."""
+"""The Shapes-VQA task: scenes, questions and their balance, the held-out ones as files, and labels of cells."""
 
 import numpy as np
 import pytest
 import torch
 
-from examples.shapes_vqa import splits
-from examples.shapes_vqa.blind_floor import blind_floor, training_questions
-from examples.shapes_vqa.dense_targets import dense_targets, layout_of
-from examples.shapes_vqa.export import export
+from examples.shapes_vqa import export, splits
 from examples.shapes_vqa.held_out import held_out_questions, held_out_rows
-from examples.shapes_vqa.language_training import answer_logits, seen_images
-from examples.shapes_vqa.model import make_config, make_model, make_processor, words
-from examples.shapes_vqa.packed_questions import prompt_of
-from examples.shapes_vqa.questions import Question, questions_about
-from examples.shapes_vqa.scenes import Scene, Shape, draw, make_practice_scene, make_scene
-from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, KINDS, QUESTION_TYPES
+from examples.shapes_vqa.questions import questions_about
+from examples.shapes_vqa.scenes import Scene, Shape, draw, make_scene
+from examples.shapes_vqa.vocabulary import COLOURS, KINDS, QUESTION_TYPES
 from hivtp_hf.evaluation.data import load_data
+from research.shapes_vqa.blind_floor import blind_floor, training_questions
+from research.shapes_vqa.dense_targets import dense_targets, layout_of
+from research.shapes_vqa.model import make_config, make_processor
 
 pytestmark = pytest.mark.once
 
-SCENES = [make_scene((splits.VALIDATION, index)) for index in range(400)]
+SCENES = [make_scene((splits.VALIDATION, index)) for index in range(200)]
 
 
 def shape(kind="circle", colour="red", digit=None, x=40.0, y=40.0, radius=15.0):
@@ -30,32 +27,15 @@ def answers(*shapes):
     return {question.text: question.answer for question in questions_about(Scene(200, 200, shapes, (0,)))}
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor(make_config())
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(make_config(), seed=0).eval()
-
-
-def test_a_seed_is_a_scene_and_a_scene_is_an_image():
-    assert make_scene((1, 7)) == make_scene((1, 7)) != make_scene((2, 7))
+def test_a_seed_is_a_scene_and_splits_never_meet():
+    assert make_scene((1, 7)) == make_scene((1, 7))
     assert np.array_equal(draw(make_scene((1, 7))), draw(make_scene((1, 7))))
-    assert draw(make_scene((1, 7))).size == (make_scene((1, 7)).width, make_scene((1, 7)).height)
-
-
-def test_splits_never_meet():
     assert len({splits.TRAINING, splits.VALIDATION, splits.TEST, splits.PRACTICE, splits.CALIBRATION}) == 5
-    of_splits = [{make_scene((split, index)) for index in range(50)} for split in range(3)]
-    images = [{scene.shapes for scene in scenes} for scenes in of_splits]
-    assert all(len(of_split) == 50 for of_split in images)
-    assert len(set.union(*images)) == 150
+    assert len({make_scene((split, index)).shapes for split in range(3) for index in range(20)}) == 60
 
 
 def test_shapes_lie_apart_and_inside():
-    for scene in [*SCENES, *(make_practice_scene((splits.PRACTICE, index)) for index in range(20))]:
+    for scene in SCENES:
         for index, one in enumerate(scene.shapes):
             assert one.radius < one.x < scene.width - one.radius
             assert one.radius < one.y < scene.height - one.radius
@@ -96,30 +76,19 @@ def test_answers_by_hand():
     assert "Is the circle above or below the star?" not in asked  # they are about as high
     assert asked["Which digit is on the circle?"] == "4"
     assert "Which digit is on the star?" not in asked
-
-
-def test_a_kind_that_occurs_twice_is_not_named():
-    asked = answers(shape(), shape(x=120.0), shape("star", "blue", x=60.0, y=150.0))
+    # A kind that occurs twice is not named.
+    asked = answers(shape(), shape(x=120.0), blue_star)
     assert not any("the circle" in text for text in asked)
     assert asked["How many circle shapes are there?"] == "two"
 
 
 def test_an_image_blind_answer_is_near_chance():
-    asked = (held_out.question for held_out in held_out_questions(4000))
+    asked = (held_out.question for held_out in held_out_questions(2000))
     rows = {row.question_type: row for row in blind_floor(training_questions(1500), asked)}
     assert set(rows) == {"all", *QUESTION_TYPES}
-    assert rows["all"].n == 4000
+    assert rows["all"].n == 2000
     for row in rows.values():
         assert 0 < row.correct / row.n < row.chance + 0.07
-
-
-def test_a_floor_by_hand():
-    def asked(text, answer):
-        return Question("presence", text, answer, "presence", ("yes", "no"))
-
-    known = [asked("a?", "yes"), asked("a?", "no"), asked("a?", "yes"), asked("b?", "no")]
-    rows = blind_floor(known, [asked("a?", "yes"), asked("a?", "no"), asked("b?", "no"), asked("never met?", "yes")])
-    assert rows == [("all", 4, 2, 0.5), ("presence", 4, 2, 0.5)]
 
 
 def test_labels_of_cells():
@@ -139,48 +108,22 @@ def test_labels_of_cells():
         assert int(targets.is_centre.sum()) == 2 * len(scene.shapes)
 
 
-def test_every_word_is_one_token(processor):
-    tokenizer = processor.tokenizer
+def test_every_word_is_one_token():
+    tokenizer = make_processor(make_config()).tokenizer
     for scene in SCENES[:100]:
         for question in questions_about(scene):
             ids = tokenizer(f"{question.text} {question.answer}")["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids[-1:]) == question.answer
-    assert len(words()) == len(set(words())) == len(tokenizer)
-    assert {"yes", "no", *COUNTS} <= set(words())
 
 
-def test_the_chat_template_writes_the_prompt_of_training(processor):
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which shape is red?"}]}
-    assert processor.apply_chat_template([message], add_generation_prompt=True) == prompt_of("Which shape is red?")
-
-
-def test_packed_questions_are_single_prompts(model, processor):
-    """The logits where an answer begins, for a question behind its image alone and among others, in a padded batch."""
-    images = list(seen_images(model, processor, splits.VALIDATION, range(3), most=dict.fromkeys(QUESTION_TYPES, 2)))
-    assert sum(len(image.questions) for image in images) > 6
-    with torch.no_grad():
-        logits, labels = answer_logits(model, images)
-        first, row = logits[::2], 0
-        for index, image in enumerate(images):
-            picture = draw(make_scene((splits.VALIDATION, index)))
-            for question in image.questions:
-                inputs = processor(images=picture, text=prompt_of(question.text), return_tensors="pt")
-                alone = model(**inputs).logits[0, -1]
-                torch.testing.assert_close(first[row], alone, atol=1e-4, rtol=1e-4)
-                assert processor.tokenizer.decode(labels[2 * row : 2 * row + 1]) == question.answer
-                row += 1
-    assert row == len(first)
-
-
-def test_exported_questions_are_the_held_out_ones(tmp_path):
-    export(tmp_path / "data", 20, "test")
+def test_exported_questions_are_the_held_out_ones(tmp_path, run_main):
+    assert run_main(export.main, tmp_path / "data", "--questions", 20).returncode == 0
     exported = load_data(tmp_path / "data", None)
     rows = list(held_out_rows(20))
     assert [row[2:] for row in exported.rows] == [row[2:] for row in rows]
     for theirs, ours in zip(exported.rows, rows, strict=True):
         assert np.array_equal(theirs.open_image(), ours.open_image())
-    with pytest.raises(ValueError, match="exists already"):
-        export(tmp_path / "data", 20, "test")
-    export(tmp_path / "other", 20, "calibration")
+    assert "exists already" in run_main(export.main, tmp_path / "data").stderr
+    run_main(export.main, tmp_path / "other", "--questions", 20, "--split", "calibration")
     assert (tmp_path / "other" / "images" / "calibration-0.png").is_file()

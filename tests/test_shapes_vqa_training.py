@@ -1,23 +1,21 @@
-"""Training of the reference model: its starting point, its stages, and that it goes on where it stopped."""
+"""Training of the reference model: its stages learn, go on where they stopped, and train on the prompts of use."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from examples.shapes_vqa import stages
-from examples.shapes_vqa.language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
-from examples.shapes_vqa.mixed_precision import MasterWeights
-from examples.shapes_vqa.model import PATCH, make_config, make_model, make_processor, words
-from examples.shapes_vqa.places import scale_places
-from examples.shapes_vqa.scenes import make_practice_scene
+from examples.shapes_vqa.scenes import draw, make_practice_scene, make_scene
 from examples.shapes_vqa.splits import PRACTICE, VALIDATION
-from examples.shapes_vqa.stages import Stage, run_stage
-from examples.shapes_vqa.starting_point import _NEIGHBOURS, patches_of, set_starting_point
-from examples.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
-from examples.shapes_vqa.training_log import TrainingLog
-from examples.shapes_vqa.training_plot import plot_training
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
+from research.shapes_vqa.language_training import accuracy_by_type, answer_logits, answer_loss, seen_images
+from research.shapes_vqa.mixed_precision import MasterWeights
+from research.shapes_vqa.model import PATCH, make_config, make_model, make_processor
+from research.shapes_vqa.packed_questions import prompt_of
+from research.shapes_vqa.stages import Stage, run_stage
+from research.shapes_vqa.starting_point import patches_of, set_starting_point
+from research.shapes_vqa.tower_training import TowerHeads, dense_loss, tower_batch
+from research.shapes_vqa.training_log import TrainingLog
+from research.shapes_vqa.training_plot import plot_training
 
 pytestmark = pytest.mark.once
 
@@ -41,57 +39,35 @@ def model(practice):
     return model
 
 
-def test_the_model_keeps_to_what_serving_takes(model):
-    config = model.config
-    assert config.vision_config.hidden_size // config.vision_config.num_attention_heads in (32, 64)
-    assert config.text_config.head_dim == 64
-    assert config.vision_config.num_hidden_layers >= 10
-    assert config.vision_config.image_size // config.vision_config.patch_size >= GRID
-    assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 8e6  # bytes in float16
+def test_packed_questions_are_single_prompts(model, processor):
+    """The logits where an answer begins, for a question behind its image alone and among others, in a padded batch."""
+    images = list(seen_images(model, processor, VALIDATION, range(3), most=dict.fromkeys(QUESTION_TYPES, 2)))
+    with torch.no_grad():
+        logits, labels = answer_logits(model, images)
+        first, row = logits[::2], 0
+        for index, image in enumerate(images):
+            picture = draw(make_scene((VALIDATION, index)))
+            for question in image.questions:
+                message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}
+                prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+                assert prompt == prompt_of(question.text)
+                alone = model(**processor(images=picture, text=prompt, return_tensors="pt")).logits[0, -1]
+                torch.testing.assert_close(first[row], alone, atol=1e-4, rtol=1e-4)
+                assert processor.tokenizer.decode(labels[2 * row : 2 * row + 1]) == question.answer
+                row += 1
+    assert row == len(first) > 6
 
 
-@torch.no_grad()
-def test_first_heads_look_at_their_neighbours(model):
-    tower = model.model.vision_tower
-    layers = next(module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
-    table = next(weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight"))[1:]
-    for index, (down, right) in enumerate(_NEIGHBOURS):
-        attention, rows = layers[index // 4].self_attn, slice(index % 4 * 32, index % 4 * 32 + 32)
-        query = table @ attention.q_proj.weight[rows].T
-        key = table @ attention.k_proj.weight[rows].T
-        looked_at = (query @ key.T).argmax(1)
-        for row, column in ((3, 4), (6, 6), (8, 2)):
-            assert int(looked_at[row * GRID + column]) == (row + down) * GRID + column + right
-
-
-@torch.no_grad()
-def test_words_are_orthonormal_and_tied(model):
-    embeddings = model.get_input_embeddings().weight
-    torch.testing.assert_close(embeddings @ embeddings.T, torch.eye(len(embeddings)), atol=1e-5, rtol=0)
-    assert model.lm_head.weight is embeddings
-
-
-def test_patch_filters_whiten_patches(model, practice):
-    patches = patches_of(practice.pixel_values, PATCH, 4000, np.random.default_rng(1))
-    filters = next(weight for name, weight in model.named_parameters() if name.endswith("patch_embedding.weight"))
-    seen = (patches - patches.mean(0)) @ filters.flatten(1)[:-32].T
-    correlation = torch.corrcoef(seen.T) - torch.eye(seen.shape[1])
-    assert float(correlation.abs().mean()) < 0.1
-    assert not filters[-32:].any()
-
-
-# By how many steps of training the loss shrinks to which share of the first.
-@pytest.mark.parametrize(("steps", "share"), [(4, 0.95), pytest.param(12, 0.8, marks=pytest.mark.nightly)])
-def test_a_few_steps_learn_the_same_batch(model, practice, steps, share):
+def test_a_few_steps_learn_the_same_batch(model, practice):
     heads = TowerHeads(128, 192, GRID)
     weights = MasterWeights([model.model.vision_tower, model.model.multi_modal_projector, heads], 1e-3)
     losses = []
-    for _ in range(steps):
+    for _ in range(4):
         loss, right = dense_loss(model, heads, practice)
         loss.backward()
         weights.step(1.0)
         losses.append(loss.item())
-    assert losses[-1] < share * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert {"kind", "colour", "digit", "centre", "place"} <= set(right)
 
 
@@ -106,14 +82,6 @@ def test_a_few_steps_learn_the_same_questions(model, processor):
     counts = accuracy_by_type(model, images)
     assert sum(asked for _, asked in counts.values()) == sum(len(image.questions) for image in images)
     assert sum(right for right, _ in counts.values()) > 0
-
-
-def test_background_is_left_out_and_shapes_are_not(model, processor):
-    image: SeenImage = next(seen_images(model, processor, VALIDATION, range(1), most=dict.fromkeys(QUESTION_TYPES, 1)))
-    shorter = image.without_most_background(0.1, np.random.default_rng(0))
-    assert int(shorter.is_shape.sum()) == int(image.is_shape.sum()) > 0
-    assert len(shorter.features) == len(shorter.is_shape) < 0.6 * len(image.features)
-    assert torch.equal(shorter.features[shorter.is_shape], image.features[image.is_shape])
 
 
 def test_master_weights_are_adamw_where_everything_is_float32():
@@ -192,48 +160,11 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_been(tmp_path):
     assert torch.equal(finished.weight, whole.weight)
 
 
-def test_a_stored_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
-    file = tmp_path / "toy.pt"
-    stages.store({"step": 1}, file)
-
-    def fail(state, path):
-        path.write_bytes(b"half")
-        raise OSError("no room")
-
-    monkeypatch.setattr(stages.torch, "save", fail)
-    with pytest.raises(OSError, match="no room"):
-        stages.store({"step": 2}, file)
-    assert torch.load(file)["step"] == 1
-
-
 def test_the_figure_of_a_training(tmp_path):
     log = TrainingLog(tmp_path / "log.csv")
     with pytest.raises(ValueError, match="no rows"):
         plot_training(log, tmp_path / "empty.png")
     log.add("tower", 50, 1.0, {"loss": 3.0, "kind": 0.2, "colour": 0.5, "digit": 0.1, "tile": 0.3, "place": 0.4})
-    log.add("tower", 100, 1.0, {"loss": 2.0, "kind": 0.4, "colour": 0.7, "digit": 0.2, "tile": 0.6, "place": 0.2})
-    log.add("features", 10, 0.5, {"questions": 300})
     log.add("language", 200, 2.0, {"loss": 1.0, "colour": 0.9, "all": 0.8})
     plot_training(log, tmp_path / "training.png")
-    with Image.open(tmp_path / "training.png") as figure:
-        figure.load()
-        assert figure.width > figure.height  # a column for each of two stages
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "training.png"]
-
-
-@torch.no_grad()
-def test_places_are_told_louder_and_nothing_else(model, practice):
-    def features():
-        encoded = model.model.get_image_features(practice.pixel_values, practice.image_sizes, return_dict=True).pooler_output
-        is_cell = [targets.positions for targets in practice.targets]
-        return torch.cat([image[positions] for image, positions in zip(encoded, is_cell, strict=True)])
-
-    embeddings = model.get_input_embeddings().weight
-    of_word = dict(zip(words(), embeddings, strict=True))
-    axes = torch.stack([of_word["right"] - of_word["left"], of_word["below"] - of_word["above"]])
-    before = features()
-    scale_places(model, 3.0)
-    after = features()
-    torch.testing.assert_close(after @ axes.T, 3 * before @ axes.T, rtol=1e-3, atol=1e-4)
-    places = before @ axes.T @ axes / 2
-    torch.testing.assert_close(after, before + 2 * places, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hivtp_hf"
-CARDS = ROOT / "model_cards"
 
 PROGRAM = """
 import sys
@@ -45,8 +44,7 @@ def wheel(tmp_path_factory):
     # From a copy: builds write into the source tree, and tests of several processes may build at once.
     tree = folder / "tree"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    shutil.copytree(CARDS, tree / "model_cards")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     build = [sys.executable, "-m", "build", "--outdir", str(folder), str(tree)]
     subprocess.run(build, check=True, capture_output=True, text=True)
@@ -54,19 +52,14 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_every_source_file(wheel):
-    packed = set(zipfile.ZipFile(wheel).namelist())
-    sources = [path for path in SOURCE.rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
-    assert {f"hivtp_hf/{path.relative_to(SOURCE).as_posix()}" for path in sources} <= packed
-    assert any(name.endswith("licenses/LICENSE") for name in packed)
-
-
-def test_the_wheel_holds_every_model_card(wheel):
+def test_the_wheel_holds_every_file(wheel):
     built = zipfile.ZipFile(wheel)
-    cards = {f"hivtp_hf/{path.relative_to(ROOT).as_posix()}": path for path in CARDS.rglob("*") if path.is_file()}
-    assert len(cards) > 1
-    assert {name for name in built.namelist() if "model_cards/" in name} == set(cards)
-    assert all(built.read(name) == path.read_bytes() for name, path in cards.items())
+    files = {f"hivtp_hf/{path.relative_to(SOURCE).as_posix()}": path for path in SOURCE.rglob("*") if path.is_file()}
+    expected = {name: path for name, path in files.items() if path.suffix != ".pyc"}
+    assert {path.suffix for path in expected.values()} == {".py", ".jinja", ".typed"}
+    assert {name for name in built.namelist() if name.startswith("hivtp_hf/")} == set(expected)
+    assert all(built.read(name) == path.read_bytes() for name, path in expected.items())
+    assert any(name.endswith("licenses/LICENSE") for name in built.namelist())
 
 
 def test_the_wheel_works_alone(wheel, tmp_path):

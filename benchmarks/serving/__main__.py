@@ -1,4 +1,6 @@
+import typer
+
 from .command import main
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,6 +1,5 @@
 """The command line: python -m benchmarks.serving"""
 
-import argparse
 import contextlib
 import importlib.metadata
 import itertools
@@ -10,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 
-from benchmarks.ratio_argument import ratio
 from benchmarks.speed.environment import this_environment
+from hivtp_hf.evaluation.variants import parsed_ratios
 
 from .client import Answered, Asked, ask
 from .questions import about_different_images
@@ -36,23 +35,39 @@ class Round(NamedTuple):
     right: list[str]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(given)
-    environment = this_environment(torch.device("cpu"), torch.float32, "serving", options.commit)
+def main(
+    method: Annotated[str, typer.Option(help="Of hivtp_hf.")] = "hivtp",
+    ratios: Annotated[str, typer.Option(help="Such as 0.5 or 2/9, with commas between.")] = "1/2,2/9",
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests at once; may be repeated; 1, 8 and 32 by default.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of each round.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    output: Annotated[Path, typer.Option(help="The folder for results.")] = Path("bench_output"),
+    note: Annotated[str, typer.Option(help="What else the reader must know, such as other work on the same cores.")] = "",
+    commit: Annotated[str | None, typer.Option(help="Of the code, where there is no git folder to ask.")] = None,
+) -> None:
+    """Requests a second of vLLM, stock beside pruned."""
+    try:
+        shares, engine = [float(ratio) for ratio in parsed_ratios(ratios)], _engine_version()
+    except ValueError as error:
+        sys.exit(f"benchmarks.serving: {error}")
+    environment = this_environment(torch.device("cpu"), torch.float32, "serving", commit)
+    at_once = concurrency or [1, 8, 32]
     with tempfile.TemporaryDirectory() as folder:
-        served = variants(Path(folder), options.method, options.ratios)
-        rounds = _measure(served, Path(folder), options)
+        served = variants(Path(folder), method, shares)
+        rounds = _measure(served, Path(folder), at_once, requests, repeats)
     rows = [
-        _row(variant, concurrency, rounds[variant, concurrency])
-        for variant, concurrency in itertools.product(served, options.concurrency)
+        _row(variant, concurrent, rounds[variant, concurrent]) for variant, concurrent in itertools.product(served, at_once)
     ]
-    command = " ".join(("python -m benchmarks.serving", *given))
-    paths = write_results(options.output, rows, environment, _engine_version(), command, options.note)
+    command = " ".join(("python -m benchmarks.serving", *sys.argv[1:]))
+    paths = write_results(output, rows, environment, engine, command, note)
     print(*paths, sep="\n")
 
 
-def _measure(served: list[Variant], folder: Path, options: argparse.Namespace) -> dict[tuple[Variant, int], list[Round]]:
+def _measure(
+    served: list[Variant], folder: Path, concurrency: list[int], requests: int, repeats: int
+) -> dict[tuple[Variant, int], list[Round]]:
     """All rounds of all variants, by variant and concurrency. The first round of each is a warm-up and left out."""
     questions = about_different_images()
     rounds = defaultdict(list)
@@ -63,17 +78,17 @@ def _measure(served: list[Variant], folder: Path, options: argparse.Namespace) -
             work_folder.mkdir()
             addresses[variant] = stack.enter_context(serving(variant.checkpoint, work_folder, variant.arguments))
             print(f"{variant.name} at {variant.ratio:.3f} is up", file=sys.stderr, flush=True)
-        for number in range(options.repeats + 1):
-            for concurrency in options.concurrency:
-                asked = list(itertools.islice(questions, options.requests))
-                requests = [Asked.about(row.question, row.open_image()) for row in asked]
+        for number in range(repeats + 1):
+            for at_once in concurrency:
+                asked = list(itertools.islice(questions, requests))
+                asking = [Asked.about(row.question, row.open_image()) for row in asked]
                 for variant in random.sample(served, len(served)):
                     start = time.perf_counter()
-                    answers = ask(addresses[variant], requests, concurrency)
+                    answers = ask(addresses[variant], asking, at_once)
                     seconds = time.perf_counter() - start
                     if number:
-                        rounds[variant, concurrency].append(Round(seconds, answers, [row.answer for row in asked]))
-            print(f"round {number} of {options.repeats}", file=sys.stderr, flush=True)
+                        rounds[variant, at_once].append(Round(seconds, answers, [row.answer for row in asked]))
+            print(f"round {number} of {repeats}", file=sys.stderr, flush=True)
     return rounds
 
 
@@ -101,16 +116,3 @@ def _engine_version() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     raise ValueError(f"none of {', '.join(_ENGINES)} is installed. `make bench-serving` makes an environment that has one.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--method", default="hivtp", help="of hivtp_hf (%(default)s)")
-    parser.add_argument("--ratios", nargs="+", type=ratio, default=[0.5, 2 / 9], metavar="RATIO", help="such as 0.5 or 2/9")
-    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="requests at once")
-    parser.add_argument("--requests", type=int, default=64, metavar="N", help="of each round (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("bench_output"), metavar="FOLDER", help="(%(default)s)")
-    parser.add_argument("--note", default="", help="what else the reader must know, such as other work on the same cores")
-    parser.add_argument("--commit", help="of the code, where there is no git folder to ask")
-    return parser

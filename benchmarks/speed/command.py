@@ -1,74 +1,81 @@
 """The command line: python -m benchmarks.speed --preset cpu"""
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from benchmarks.ratio_argument import ratio
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hivtp_hf.evaluation.variants import parsed_ratios
 
 from .dtype_choice import DTYPE_NAMES
 from .presets import PRESETS
 from .run import PARTS, run_benchmark
-from .summary import Report, table
+from .summary import Report
 from .wording import JUDGEMENT_HEADINGS, judgement_cells
 
+_PRESETS = "; ".join(f"{preset.name}: {preset.description}" for preset in PRESETS.values())
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark; ends with status 2 and a sentence where it cannot."""
-    parser = _parser()
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = vars(parser.parse_args(given))
+
+def main(
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or cuda:1 and so on; the preset's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPE_NAMES)}; auto is the faster one.")] = "auto",
+    methods: Annotated[str | None, typer.Option(help="Of hivtp_hf, with commas between; the first one leads.")] = None,
+    ratios: Annotated[str | None, typer.Option(help="Such as 0.5 or 2/9, with commas between.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="Such as 672x672; may be repeated, and the first one leads."),
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option(help="Of the throughput; may be repeated.")] = None,
+    new_tokens: Annotated[list[int] | None, typer.Option(help="Of decode and throughput; may be repeated.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds of each part; each part's own by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"A part to measure, of {', '.join(PARTS)}; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder for results.")] = Path("bench_output"),
+    commit: Annotated[str | None, typer.Option(help="Of the code, where there is no git folder to ask.")] = None,
+) -> None:
+    """Speed and memory, beside stock and beside the limit."""
     try:
-        report, paths = run_benchmark(**options, command=" ".join(("python -m benchmarks.speed", *given)), say=_say)
+        report, paths = run_benchmark(
+            preset,
+            device=device,
+            dtype=dtype,
+            methods=None if methods is None else [name.strip() for name in methods.split(",")],
+            ratios=None if ratios is None else [float(ratio) for ratio in parsed_ratios(ratios)],
+            # Without any typer gives an empty list, which here would mean none at all.
+            images=[_size(text) for text in images or ()] or None,
+            batches=batches or None,
+            new_tokens=new_tokens or None,
+            repeats=repeats,
+            only=only or None,
+            output=output,
+            commit=commit,
+            command=" ".join(("python -m benchmarks.speed", *sys.argv[1:])),
+            say=_say,
+        )
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"benchmarks.speed: {error}")
     print_judgements(report)
     print(*paths, sep="\n")
 
 
 def print_judgements(report: Report) -> None:
-    """The table of targets, by rich where it is installed."""
-    lines = [judgement_cells(judgement) for judgement in report.judgements]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(table(JUDGEMENT_HEADINGS, lines))
-        return
+    """The table of targets."""
     shown = Table(*JUDGEMENT_HEADINGS, title=f"{report.environment.preset} on {report.environment.device}")
-    for cells in lines:
+    for cells in map(judgement_cells, report.judgements):
         verdict = cells[-1]
         colour = "green" if verdict.startswith("met") else "red" if verdict.startswith("missed") else "dim"
         shown.add_row(*cells[:-1], f"[{colour}]{verdict}[/]")
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    presets = "; ".join(f"{preset.name}: {preset.description}" for preset in PRESETS.values())
-    parser.add_argument("--preset", default="cpu", help=f"{presets} (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, or cuda:1 and so on; the preset's own by default")
-    parser.add_argument(
-        "--dtype", default="auto", help=f"one of {', '.join(DTYPE_NAMES)}; auto is the faster one (%(default)s)"
-    )
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="of hivtp_hf; the first one leads")
-    parser.add_argument("--ratios", nargs="+", type=ratio, metavar="RATIO", help="such as 0.5 or 2/9")
-    parser.add_argument("--images", nargs="+", type=_size, metavar="HEIGHTxWIDTH", help="such as 672x672; the first one leads")
-    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="of the throughput")
-    parser.add_argument("--new-tokens", nargs="+", type=int, metavar="N", help="of decode and throughput")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds of each part; each part's own by default")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts to measure, of {', '.join(PARTS)}")
-    parser.add_argument("--output", type=Path, default=Path("bench_output"), metavar="FOLDER", help="(%(default)s)")
-    parser.add_argument("--commit", help="of the code, where there is no git folder to ask")
-    return parser
-
-
 def _size(text: str) -> tuple[int, int]:
     try:
         height, width = map(int, text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 672x672 (height x width)") from None
+        raise ValueError(f"`--images` is {text!r}; it must be HEIGHTxWIDTH in pixels, such as 672x672.") from None
     return height, width
 
 

@@ -3,9 +3,13 @@
 The folder is one that `hivtp evaluate --data` takes: images, and a table questions.csv.
 """
 
-import argparse
 import csv
+import enum
+import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hivtp_hf.files import staged_folder
 
@@ -14,6 +18,7 @@ from .scenes import draw
 from .splits import CALIBRATION, TEST, VALIDATION
 
 SPLITS = {"test": TEST, "validation": VALIDATION, "calibration": CALIBRATION}
+Split = enum.StrEnum("Split", list(SPLITS))
 
 
 def export(folder: Path, number: int, split: str) -> None:
@@ -34,19 +39,17 @@ def export(folder: Path, number: int, split: str) -> None:
                 writer.writerow((image, question.text, question.answer, question.type))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--questions", type=int, default=2000, help="(%(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(%(default)s)")
-    options = parser.parse_args()
-    if options.questions < 1:
-        parser.error(f"--questions is {options.questions}; it must be 1 or more.")
+def main(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    questions: Annotated[int, typer.Option(min=1)] = 2000,
+    split: Split = Split.test,
+) -> None:
+    """Questions and images as files, for `hivtp evaluate --data`."""
     try:
-        export(options.folder, options.questions, options.split)
+        export(folder, questions, split.value)
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"export: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

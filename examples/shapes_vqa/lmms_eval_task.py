@@ -6,9 +6,12 @@ lmms-eval --include_path FOLDER --tasks shapes_vqa --model hivtp_llava_next --ba
     --model_args pretrained=examples/shapes_vqa/shapes-llava-next,retention_ratio=2/9 --output_path results --log_samples
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hivtp_hf.files import staged_folder
 
@@ -70,18 +73,16 @@ def write_task(folder: Path, number: int) -> None:
         (stage / "utils.py").write_text(_UTILS, encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--questions", type=int, default=2000, help="(%(default)s)")
-    options = parser.parse_args()
-    if options.questions < 1:
-        parser.error(f"--questions is {options.questions}; it must be 1 or more.")
+def main(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    questions: Annotated[int, typer.Option(min=1)] = 2000,
+) -> None:
+    """The held-out questions as a local task of lmms-eval."""
     try:
-        write_task(options.folder, options.questions)
+        write_task(folder, questions)
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"lmms_eval_task: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""Model cards, rendered from the files of model_cards/. Never travels with checkpoints."""
+"""Model cards, rendered from the files of templates/. Never travels with checkpoints."""
 
 from .card_files import no_weights_notice
 from .model_card import PLACEHOLDER_OWNER, model_card, with_repository

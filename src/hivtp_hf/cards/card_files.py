@@ -1,18 +1,15 @@
-"""The files of model_cards/: templates, and the papers of the methods."""
+"""The templates of model cards."""
 
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Template
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+_FOLDER = Path(__file__).parent / "templates"
 
 
 def card_template() -> str:
     """The Jinja template of a pruned checkpoint's model card."""
-    return _folder().joinpath("pruned_checkpoint.md.jinja").read_text(encoding="utf-8")
+    return (_FOLDER / "pruned_checkpoint.md.jinja").read_text(encoding="utf-8")
 
 
 def no_weights_notice(base: str | None, base_commit: str | None, repo_id: str) -> str:
@@ -23,21 +20,5 @@ def no_weights_notice(base: str | None, base_commit: str | None, repo_id: str) -
         base_commit: its commit.
         repo_id: the repository without weights.
     """
-    template = Template(_folder().joinpath("no_weights.md.jinja").read_text(encoding="utf-8"))
+    template = Template((_FOLDER / "no_weights.md.jinja").read_text(encoding="utf-8"))
     return template.render(base=base, base_commit=base_commit, repo_id=repo_id).strip()
-
-
-def citations_of(method: str) -> str:
-    """The BibTeX entries of a method's papers; empty for a method without one.
-
-    Args:
-        method: a name in the registry of methods.
-    """
-    entries = _folder().joinpath("citations", f"{method}.bib")
-    return entries.read_text(encoding="utf-8").strip() if entries.is_file() else ""
-
-
-def _folder() -> "Traversable":
-    installed = files("hivtp_hf").joinpath("model_cards")
-    # In a clone, also where that is installed as editable, the folder lies beside src/; a built package has it inside.
-    return installed if installed.is_dir() else Path(__file__).resolve().parents[3] / "model_cards"

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from examples.shapes_vqa.scenes import Scene, draw, make_practice_scene, make_scene
+from examples.shapes_vqa.splits import PRACTICE
+from examples.shapes_vqa.vocabulary import COLOURS, DIGITS, KINDS
+
 from .dense_targets import DenseTargets, dense_targets
 from .model import words
-from .scenes import Scene, draw, make_practice_scene, make_scene
-from .splits import PRACTICE
-from .vocabulary import COLOURS, DIGITS, KINDS
 
 # Per cell: how long a component has to be, of an embedding's length, to count as there, and how sharply.
 _THERE, _SHARPNESS = 0.5, 10.0

@@ -1,17 +1,19 @@
-"""How much of the shapes methods keep, beside how a run counts them: python -m examples.shapes_vqa.kept_shapes RUN"""
+"""How much of the shapes methods keep, beside how a run counts them: python -m research.shapes_vqa.kept_shapes RUN"""
 
-import argparse
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
+
+from examples.shapes_vqa.vocabulary import COUNTS
 
 from .dense_targets import dense_targets
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
-from .vocabulary import COUNTS
 
 
 class KeptShapes(NamedTuple):
@@ -86,19 +88,17 @@ def table_text(kept: dict[Chosen, KeptShapes], errors: dict[Chosen, CountErrors]
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run of `hivtp evaluate` on the project's own questions")
-    parser.add_argument("--scenes", type=int, default=200, help="so many scenes for what is kept (%(default)s)")
-    options = parser.parse_args()
-    if options.scenes < 1:
-        parser.error(f"--scenes is {options.scenes}; it must be 1 or more.")
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder of a run of `hivtp evaluate` on the project's own questions.")],
+    scenes: Annotated[int, typer.Option(min=1, help="So many scenes for what is kept.")] = 200,
+) -> None:
+    """How much of the shapes methods keep, beside how a run counts them."""
     try:
-        run = RecordedRun(options.run)
+        recorded = RecordedRun(run)
     except ValueError as error:
-        parser.error(str(error))
-    print(table_text(kept_shapes(run, options.scenes), count_errors(run)))
+        sys.exit(f"kept_shapes: {error}")
+    print(table_text(kept_shapes(recorded, scenes), count_errors(recorded)))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from examples.shapes_vqa.held_out import HeldOut, held_out_questions
+from examples.shapes_vqa.reference import CHECKPOINT
+from examples.shapes_vqa.scenes import Scene, draw
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.evaluation.tower_pass import see
 from hivtp_hf.evaluation.variants import SEEDS, UNPRUNED
 from hivtp_hf.pruning.features import prune_features
-
-from .held_out import HeldOut, held_out_questions
-from .reference import CHECKPOINT
-from .scenes import Scene, draw
 
 
 class Chosen(NamedTuple):

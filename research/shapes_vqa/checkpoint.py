@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from examples.shapes_vqa.scenes import make_scene
+from examples.shapes_vqa.splits import CALIBRATION
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
 from hivtp_hf.files import write_whole
 
 from .layer_table import LayerRow, layer_table, table_text
-from .scenes import make_scene
-from .splits import CALIBRATION
 
 # As many successive layers as HIVTP scores by default.
 _SCORED_LAYERS = 3

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from transformers import LlavaNextProcessor
 
+from examples.shapes_vqa.scenes import Scene, draw
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
 from hivtp_hf.analysis import evidence_of_all_layers
 from hivtp_hf.analysis.dispersion import most_attended_cells
 
 from .dense_targets import dense_targets
-from .scenes import Scene, draw
 
 _MOST_ATTENDED = 0.2
 

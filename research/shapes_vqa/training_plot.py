@@ -1,13 +1,13 @@
-"""The figure of a training, from its log: python -m examples.shapes_vqa.training_plot LOG FIGURE"""
+"""The figure of a training, from its log: python -m research.shapes_vqa.training_plot LOG FIGURE"""
 
 import sys
 from pathlib import Path
 
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 from hivtp_hf.files import write_whole
 from hivtp_hf.visualization.plotting import check_matplotlib
 
 from .training_log import TrainingLog
-from .vocabulary import QUESTION_TYPES
 
 # What is drawn of each model's stages, and as what: shares of trained cells, and of pairs in tiles, that are told right; and
 # of unseen questions.

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.shapes_vqa.scenes import TILE, Scene
+from examples.shapes_vqa.vocabulary import COLOURS, DIGITS, KINDS
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 
 from .model import PATCH, PINPOINTS
-from .scenes import TILE, Scene
-from .vocabulary import COLOURS, DIGITS, KINDS
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 # A cell is looked at in so many points a side.

@@ -1,38 +1,47 @@
-"""Trains the reference model: python -m examples.shapes_vqa.train --output FOLDER
+"""Trains the reference model: python -m research.shapes_vqa.train --output FOLDER
 
 Stopped at any time, the same command goes on from the last stored step. About two hours on two cores.
 """
 
-import argparse
+import enum
 import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from examples.shapes_vqa.scenes import make_practice_scene
+from examples.shapes_vqa.splits import PRACTICE, TRAINING, VALIDATION
+from examples.shapes_vqa.vocabulary import PLACE, QUESTION_TYPES
 from hivtp_hf.visualization.plotting import can_plot
 
 from .checkpoint import choose_layers, write_checkpoint
 from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
 from .model import PATCH, make_config, make_model, make_processor
 from .places import scale_places
-from .scenes import make_practice_scene
-from .splits import PRACTICE, TRAINING, VALIDATION
 from .stages import Stage, run_stage, store
 from .starting_point import patches_of, set_starting_point
 from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
 from .training_log import TrainingLog
 from .training_plot import plot_training
-from .vocabulary import PLACE, QUESTION_TYPES
 
 # About one image. There are many that ask for presence, and they are learnt soon.
 _MOST_QUESTIONS = {**dict.fromkeys(QUESTION_TYPES, 8), "presence": 3, PLACE: 2}
+
+
+class Dtype(enum.StrEnum):
+    """What is trained in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 @dataclass(frozen=True)
@@ -175,17 +184,17 @@ def _images(
     return stored["images"], stored["unseen"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the folder for the checkpoint, its log and the state")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="of every stage, for a try (%(default)s)")
-    options = parser.parse_args()
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    train(options.output, torch.device(device), getattr(torch, options.dtype), options.seed, Recipe().scaled(options.share))
+def main(
+    output: Annotated[Path, typer.Option(help="The folder for the checkpoint, its log and the state.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Dtype = Dtype.bfloat16,
+    seed: int = 0,
+    share: Annotated[float, typer.Option(help="Of every stage, for a try.")] = 1.0,
+) -> None:
+    """Trains the reference model; stopped at any time, the same command goes on from the last stored step."""
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    train(output, torch.device(place), getattr(torch, dtype), seed, Recipe().scaled(share))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

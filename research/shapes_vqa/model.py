@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..tiny_checkpoint import five_pinpoints, tiny_processor
-from .scenes import TILE
-from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS
+from examples.shapes_vqa.scenes import TILE
+from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, DIGITS, KINDS
+from examples.tiny_checkpoint import five_pinpoints, tiny_processor
 
 PATCH = 8
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")

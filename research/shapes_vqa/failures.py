@@ -1,18 +1,21 @@
-"""Overlays of what a run got wrong: python -m examples.shapes_vqa.failures RUN FOLDER
+"""Overlays of what a run got wrong: python -m research.shapes_vqa.failures RUN FOLDER
 
 For each type of question the first ones that the unpruned model answers right and a method does not, drawn with what every
 method keeps and says.
 """
 
-import argparse
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from examples.shapes_vqa.scenes import draw
 from hivtp_hf.visualization import draw_comparison
 
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
-from .scenes import draw
 
 
 def failed_questions(run: RecordedRun, chosen: Chosen, most: int) -> Iterator[int]:
@@ -38,24 +41,24 @@ def draw_failures(run: RecordedRun, folder: Path, chosen: Chosen, most: int) -> 
         print(f"{path}: {asked.question.text} {asked.question.answer}, not {answers[chosen].prediction}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a run of `hivtp evaluate` on the project's own questions")
-    parser.add_argument("folder", type=Path, help="where pictures go")
-    parser.add_argument("--method", default="hivtp", help="(%(default)s)")
-    parser.add_argument("--ratio", type=float, default=2 / 9, help="one of the run's (2/9)")
-    parser.add_argument("--number", type=int, default=2, help="so many of each type (%(default)s)")
-    options = parser.parse_args()
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder of a run of `hivtp evaluate` on the project's own questions.")],
+    folder: Annotated[Path, typer.Argument(help="Where pictures go.")],
+    method: str = "hivtp",
+    ratio: Annotated[float, typer.Option(help="One of the run's.")] = 2 / 9,
+    number: Annotated[int, typer.Option(min=1, help="So many of each type.")] = 2,
+) -> None:
+    """Overlays of what a run got wrong."""
     try:
-        run = RecordedRun(options.run)
+        recorded = RecordedRun(run)
     except ValueError as error:
-        parser.error(str(error))
-    near = [chosen for chosen in run.settings if abs(chosen.ratio - options.ratio) < 1e-3 and chosen.method == options.method]
+        sys.exit(f"failures: {error}")
+    near = [chosen for chosen in recorded.settings if abs(chosen.ratio - ratio) < 1e-3 and chosen.method == method]
     if not near:
-        known = ", ".join(f"{chosen.method} at {chosen.ratio:.4g}" for chosen in run.settings)
-        parser.error(f"the run has no {options.method!r} at {options.ratio:.4g}; it has {known}.")
-    draw_failures(run, options.folder, near[0], options.number)
+        known = ", ".join(f"{chosen.method} at {chosen.ratio:.4g}" for chosen in recorded.settings)
+        sys.exit(f"failures: the run has no {method!r} at {ratio:.4g}; it has {known}.")
+    draw_failures(recorded, folder, near[0], number)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

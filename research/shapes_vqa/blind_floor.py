@@ -1,4 +1,4 @@
-"""What can be answered without looking: python -m examples.shapes_vqa.blind_floor
+"""What can be answered without looking: python -m research.shapes_vqa.blind_floor
 
 The guess is the answer that was right most often for the same words, in questions of the training split. It is what a model
 that is blind to the image can learn at best, and the floor under every accuracy.
@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.shapes_vqa.held_out import held_out_questions
+from examples.shapes_vqa.questions import Balance, Question
+from examples.shapes_vqa.scenes import make_scene
+from examples.shapes_vqa.splits import TRAINING
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 from hivtp_hf.evaluation.metrics import wilson_interval
-
-from .held_out import held_out_questions
-from .questions import Balance, Question
-from .scenes import make_scene
-from .splits import TRAINING
-from .vocabulary import QUESTION_TYPES
 
 HELD_OUT = 2000
 _TRAINING_SCENES = 6000

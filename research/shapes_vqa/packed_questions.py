@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .questions import Question
+from examples.shapes_vqa.questions import Question
 
 # What the chat template writes before and behind an image, and behind a question.
 _BEFORE, _AFTER, _ASKED = "USER: ", "\n", " ASSISTANT:"

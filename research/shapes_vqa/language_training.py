@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from examples.shapes_vqa.questions import Balance, Question
+
 from .packed_questions import PackedQuestions, pack, packed_batch
-from .questions import Balance, Question
 from .tower_training import TowerScenes, loader
 
 
