@@ -7,8 +7,7 @@ import torch
 from transformers import LlavaNextProcessor
 
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from hivtp_hf.analysis import evidence_of_all_layers
-from hivtp_hf.analysis.dispersion import most_attended_cells
+from hivtp_hf.visualization.dispersion import evidence_of_all_layers, most_attended_cells
 
 from .dense_targets import dense_targets
 from .scenes import Scene, draw
