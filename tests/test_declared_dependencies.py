@@ -15,7 +15,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # What a folder may need beyond the dependencies; the files of all others run with these alone.
 EXTRAS = {
-    "analysis": ["plots"],
     "cli": ["images", "plots"],
     "evaluation": ["images", "plots", "data"],
     "lmms_eval_models": ["images", "lmms-eval"],

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-
-from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.pruning.registry.cls_attention import select_cls_attention
 from hivtp_hf.pruning.registry.gprune import select_gprune
 from hivtp_hf.pruning.registry.hiprune import select_hiprune
 from hivtp_hf.pruning.registry.random import select_random
 from hivtp_hf.pruning.registry.uniform import select_uniform
+
+from families import FAMILIES
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.pruning.registry import METHODS
 from nightly import mostly_nightly
 from oracle import oracle_inputs

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-
-from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.pruning.registry.cls_attention import select_cls_attention
 from hivtp_hf.pruning.registry.random import select_random
 from hivtp_hf.pruning.registry.uniform import select_uniform
+
+from hivtp_hf import VisualTokenPruningConfig
 
 pytestmark = pytest.mark.once
 

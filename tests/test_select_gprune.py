@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hivtp_hf.pruning.registry.gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hivtp_hf import VisualTokenPruningConfig, selectors_gprune
-from hivtp_hf.pruning.registry.gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
 from hivtp_hf.pruning.layout import TokenLayout
 
 pytestmark = pytest.mark.once

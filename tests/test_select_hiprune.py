@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hivtp_hf.pruning.registry.hiprune import select_hiprune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.pruning.registry.hiprune import select_hiprune
 
 pytestmark = pytest.mark.once
 

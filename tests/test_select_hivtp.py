@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hivtp_hf.pruning.registry.hivtp import count_hivtp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hivtp_reference
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
-from hivtp_hf.pruning.registry.hivtp import count_hivtp
 
 pytestmark = pytest.mark.once
 

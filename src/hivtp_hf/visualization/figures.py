@@ -16,7 +16,7 @@ from torch import Tensor
 from ..pruning.layout import TokenLayout
 from ..pruning.registry import pruning_method
 from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
-from .plotting import DPI, check_matplotlib
+from .plotting import DPI, check_finite, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,12 +182,7 @@ def _checked_scores(scores: Any, layout: TokenLayout) -> np.ndarray:
             "Pass `choice_of_image(...).scores` of the same image."
         )
     scores = scores.detach().cpu().double()
-    wrong = int((layout.valid & ~scores.isfinite()).sum())
-    if wrong:
-        raise ValueError(
-            f"`scores` has {wrong} values that are not finite. Where they come from a model in float16, load it in bfloat16 "
-            "or float32."
-        )
+    check_finite(scores, layout.valid)
     return scores.masked_fill(~layout.valid, math.nan).numpy()
 
 
