@@ -31,9 +31,9 @@ from hivtp_hf import (
     HIVTPLlavaNextProcessor,
     HIVTPLlavaProcessor,
 )
+from hivtp_hf.figures import draw_comparison, draw_kept_cells
 from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.pruning.registry import METHODS
-from hivtp_hf.visualization import draw_comparison, draw_kept_cells
 
 from .shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from .tiny_checkpoint import build_stock_checkpoint

@@ -2,7 +2,7 @@ import torch
 from PIL import Image
 
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
-from hivtp_hf.visualization import draw_kept_cells
+from hivtp_hf.figures import draw_kept_cells
 
 stock = "llava-hf/llava-v1.6-mistral-7b-hf"
 model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(stock)

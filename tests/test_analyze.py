@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from checkpoints import GEOMETRY
 from hivtp_hf import cli, pruned_model
-from hivtp_hf.visualization.dispersion import (
+from hivtp_hf.figures.dispersion import (
     Dispersion,
     dispersion_by_layer,
     mean_pairwise_distance,

@@ -25,7 +25,7 @@ from transformers import (
 from checkpoints import GEOMETRY, build_pruned_checkpoint, run_without_package
 from families import FAMILIES
 from hivtp_hf import HIVTPLlavaNextProcessor, VisualTokenPruningConfig
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_processor
 

@@ -37,7 +37,7 @@ from benchmarks.speed.variants import (
     published_of,
     stock_variant,
 )
-from hivtp_hf.inspection import kv_cache_bytes
+from hivtp_hf.checkpoints.language_model_cost import kv_cache_bytes
 from hivtp_hf.pruning.attention_scores import received_attention
 from hivtp_hf.pruning.registry import METHODS
 from nightly import mostly_nightly

@@ -8,7 +8,8 @@ import pytest
 
 from checkpoints import GEOMETRY
 from hivtp_hf import TokenLayout
-from hivtp_hf.inspection import inspect_checkpoint, kv_cache_bytes, prefill_flops
+from hivtp_hf.checkpoints import inspect_checkpoint
+from hivtp_hf.checkpoints.language_model_cost import kv_cache_bytes, prefill_flops
 from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint, tiny_config, tiny_model

@@ -20,7 +20,7 @@ from transformers import (
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.pruning import configuration as pruned_configuration
 from hivtp_hf.pruning.base_checkpoint import BaseCheckpoint
 from pushes import with_shards

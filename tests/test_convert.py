@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import GEOMETRY, run_without_package
 from families import FAMILIES
-from hivtp_hf.conversion import convert, convert_checkpoint, file_copies
+from hivtp_hf.checkpoints import convert, convert_checkpoint, file_copies
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 

@@ -9,8 +9,7 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, evaluated, table_of, without_times
 from hivtp_hf import selectors_uniform
-from hivtp_hf.checkpoints import CheckpointSource
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import CheckpointSource, convert_checkpoint
 from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.plot import draw_accuracy

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import GEOMETRY
 from families import FAMILIES
-from hivtp_hf.inspection import inspect_checkpoint
+from hivtp_hf.checkpoints import inspect_checkpoint
 from hub_commands import command_line, contents, finished, message_of, run_commands
 from hub_server import HubServer, program
 from nightly import mostly_nightly
@@ -58,7 +58,7 @@ def downloads_of_weights(hub: HubServer) -> int:
 
 def converted(source: str, targets: dict[str, str | None], pruning: dict[str, Any], token: str | None, cache_dir: str | None):
     """Runs in a process of its own: converts revisions, by target."""
-    from hivtp_hf.conversion import convert_checkpoint
+    from hivtp_hf.checkpoints import convert_checkpoint
 
     return [
         str(convert_checkpoint(source, target, pruning, revision=revision, token=token, cache_dir=cache_dir))
@@ -249,7 +249,7 @@ def slowly(arguments: list[str]) -> None:
     import time
 
     import hivtp_hf.cli
-    from hivtp_hf.conversion import file_copies
+    from hivtp_hf.checkpoints import file_copies
 
     class Bar(file_copies.tqdm):
         def update(self, size=1):

@@ -6,13 +6,13 @@ from PIL import Image
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import FAMILIES, HIVTPLlavaNextConfig, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.conversion import convert_checkpoint
-from hivtp_hf.lmms_eval_models.generation_arguments import generation_arguments
-from hivtp_hf.lmms_eval_models.loaded_checkpoint import checked_template, loaded_checkpoint
-from hivtp_hf.lmms_eval_models.model_arguments import with_arguments
-from hivtp_hf.lmms_eval_models.prompts import messages_of_context, prompt_of_messages
-from hivtp_hf.lmms_eval_models.run_failure import RunFailure, failing_with_the_row
-from hivtp_hf.lmms_eval_models.token_sums import TokenSums, summed
+from hivtp_hf.checkpoints import convert_checkpoint
+from hivtp_hf.lmms_eval.generation_arguments import generation_arguments
+from hivtp_hf.lmms_eval.loaded_checkpoint import checked_template, loaded_checkpoint
+from hivtp_hf.lmms_eval.model_arguments import with_arguments
+from hivtp_hf.lmms_eval.prompts import messages_of_context, prompt_of_messages
+from hivtp_hf.lmms_eval.run_failure import RunFailure, failing_with_the_row
+from hivtp_hf.lmms_eval.token_sums import TokenSums, summed
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import hivtp_hf
-import hivtp_hf.visualization
+import hivtp_hf.figures
 from hivtp_hf.pruning.registry import METHODS
 
 pytestmark = pytest.mark.once
@@ -39,7 +39,7 @@ def test_public_names():
 def test_everything_public_is_documented():
     members = [(name, getattr(hivtp_hf, name)) for name in PUBLIC]
     members += [member for _, cls in members if inspect.isclass(cls) for member in own_members(cls)]
-    members += [(name, getattr(hivtp_hf.visualization, name)) for name in hivtp_hf.visualization.__all__]
+    members += [(name, getattr(hivtp_hf.figures, name)) for name in hivtp_hf.figures.__all__]
     assert [name for name, member in members if not inspect.getdoc(member)] == []
 
 

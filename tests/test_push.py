@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import build_pruned_checkpoint
 from families import FAMILIES
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 from hub_commands import contents, message_of, run_commands
 from hub_server import HubServer, run_client
 from pushes import (
@@ -241,7 +241,7 @@ def pushes_with_bars(folder: str) -> list[Any]:
 
     # Before it is imported: otherwise bars are off for good.
     del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]
-    push_checkpoint = importlib.import_module("hivtp_hf.hub").push_checkpoint
+    push_checkpoint = importlib.import_module("hivtp_hf.checkpoints").push_checkpoint
 
     found: list[Any] = []
     for name, shown in (("owner/quiet", False), ("owner/loud", True), ("owner/quiet", False)):

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from checkpoints import build_pruned_checkpoint
-from hivtp_hf.cards import model_card
-from hivtp_hf.hub import push_checkpoint
+from hivtp_hf.checkpoints import push_checkpoint
+from hivtp_hf.checkpoints.model_card import model_card
 from pushes import CARD, WEIGHTS, with_shards
 
 pytestmark = pytest.mark.once

@@ -17,7 +17,7 @@ from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
 from hub_commands import contents

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.visualization import draw_kept_cells
-from hivtp_hf.visualization.kept_cells import CAPTION_HEIGHT, MARGIN, PANEL_SIDE
+from hivtp_hf.figures import draw_kept_cells
+from hivtp_hf.figures.kept_cells import CAPTION_HEIGHT, MARGIN, PANEL_SIDE
 from tiny_checkpoint import tiny_config, tiny_processor
 from tiny_models import SMALL, photo, pruned_processor
 

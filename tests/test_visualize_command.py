@@ -19,10 +19,10 @@ from families import FAMILIES
 from forked import run_python
 from hivtp_hf import TokenLayout
 from hivtp_hf.cli.command_visualize import visualize
+from hivtp_hf.figures import figures
+from hivtp_hf.figures.image_choice import choice_of_image
+from hivtp_hf.figures.score_maps import DPI, PANEL_SIDE, plot_kept_cells
 from hivtp_hf.pruning.registry import METHODS
-from hivtp_hf.visualization import figures
-from hivtp_hf.visualization.figures import DPI, PANEL_SIDE, plot_kept_cells
-from hivtp_hf.visualization.image_choice import choice_of_image
 from nightly import mostly_nightly
 from tested_methods import TESTED
 from tiny_checkpoint import build_stock_checkpoint
@@ -317,7 +317,7 @@ def test_an_unfinished_figure_does_not_stay(llava, images, tmp_path, monkeypatch
     def fail(*arguments, **keywords):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hivtp_hf.files.whole_files.os.replace", fail)
+    monkeypatch.setattr("hivtp_hf.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         run(llava, images[1], "-o", tmp_path / "figures")
     assert not list((tmp_path / "figures").iterdir())
@@ -345,7 +345,7 @@ def test_matplotlib_is_imported_late_and_pyplot_never(llava, images, tmp_path):
 import sys
 import typer
 from hivtp_hf.cli.command_visualize import visualize
-import hivtp_hf.visualization.figures
+import hivtp_hf.figures.score_maps
 assert "matplotlib" not in sys.modules
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(visualize)

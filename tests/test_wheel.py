@@ -25,7 +25,7 @@ import hivtp_hf
 
 assert hivtp_hf.__file__.startswith(sys.argv[1]), hivtp_hf.__file__
 from families import FAMILIES
-from hivtp_hf.cards import model_card
+from hivtp_hf.checkpoints.model_card import model_card
 from tiny_models import LOW_RATIO, photo, twins
 
 for family in FAMILIES:

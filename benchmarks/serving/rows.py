@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks.speed.environment import Environment
-from hivtp_hf.files import write_whole
+from hivtp_hf.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def write_results(
             writer.writeheader()
             writer.writerows({**_rounded(row), **where} for row in rows)
 
-    write_whole(paths[0], write_csv)
-    write_whole(paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, command, note), encoding="utf-8"))
+    atomic_write(paths[0], write_csv)
+    atomic_write(paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, command, note), encoding="utf-8"))
     return paths
 
 

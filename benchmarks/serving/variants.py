@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 
 from .server import PRUNED
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hivtp_hf.visualization.plotting import OTHER_COLOUR, method_colours
+from hivtp_hf.figures.plotting import OTHER_COLOUR, method_colours
 
 from .environment import Environment
 from .prefill import TIME_TO_FIRST_TOKEN

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from hivtp_hf.files import write_whole
-from hivtp_hf.visualization.plotting import can_plot
+from hivtp_hf.figures.plotting import can_plot
+from hivtp_hf.files import atomic_write
 
 from .plot import draw
 from .rows import write_rows
@@ -25,5 +25,5 @@ def write_results(folder: Path, stem: str, report: Report) -> list[Path]:
         writers[".png"] = lambda path: draw(path, report.rows, report.environment)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, write in writers.items():
-        write_whole(folder / (stem + suffix), write)
+        atomic_write(folder / (stem + suffix), write)
     return [folder / (stem + suffix) for suffix in writers]

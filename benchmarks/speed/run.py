@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from hivtp_hf.checkpoints.placing import checked_device
+from hivtp_hf.figures.plotting import can_plot
 from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.pruning.settings import checked_ratio
-from hivtp_hf.visualization.plotting import can_plot
 
 from .bench import Bench, Settings
 from .decode import measure_decode

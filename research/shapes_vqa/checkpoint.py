@@ -10,7 +10,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from examples.shapes_vqa.scenes import make_scene
 from examples.shapes_vqa.splits import CALIBRATION
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from hivtp_hf.files import write_whole
+from hivtp_hf.files import atomic_write
 
 from .layer_table import LayerRow, layer_table, table_text
 
@@ -42,7 +42,7 @@ def choose_layers(folder: Path, num_scenes: int = 100) -> str:
     for name in ("config.json", "processor_config.json"):
         file = folder / name
         text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), "pruning_config": pruning}, indent=2) + "\n"
-        write_whole(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        atomic_write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return table_text(rows)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from examples.shapes_vqa.scenes import draw
-from hivtp_hf.visualization import draw_comparison
+from hivtp_hf.figures import draw_comparison
 
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hivtp_hf.files import write_whole
+from hivtp_hf.files import atomic_write
 
 from .mixed_precision import MasterWeights
 from .training_log import TrainingLog
@@ -87,4 +87,4 @@ def _mean(values: Iterator[float]) -> float:
 
 def store(state: dict[str, Any], file: Path) -> None:
     """Writes a file that is there whole or as it was before."""
-    write_whole(file, lambda unfinished: torch.save(state, unfinished))
+    atomic_write(file, lambda unfinished: torch.save(state, unfinished))

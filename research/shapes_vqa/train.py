@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from examples.shapes_vqa.scenes import make_practice_scene
 from examples.shapes_vqa.splits import PRACTICE, TRAINING, VALIDATION
 from examples.shapes_vqa.vocabulary import PLACE, QUESTION_TYPES
-from hivtp_hf.visualization.plotting import can_plot
+from hivtp_hf.figures.plotting import can_plot
 
 from .checkpoint import choose_layers, write_checkpoint
 from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from hivtp_hf.files import write_whole
+from hivtp_hf.files import atomic_write
 
 _COLUMNS = ("stage", "step", "minutes", "figure", "value")
 
@@ -37,7 +37,7 @@ class TrainingLog:
         self._write()
 
     def _write(self) -> None:
-        write_whole(self._file, self._write_to)
+        atomic_write(self._file, self._write_to)
 
     def _write_to(self, path: Path) -> None:
         with path.open("w", newline="") as lines:

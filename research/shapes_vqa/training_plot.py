@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
-from hivtp_hf.files import write_whole
-from hivtp_hf.visualization.plotting import check_matplotlib
+from hivtp_hf.figures.plotting import check_matplotlib
+from hivtp_hf.files import atomic_write
 
 from .training_log import TrainingLog
 
@@ -48,7 +48,7 @@ def plot_training(log: TrainingLog, path: Path) -> None:
     panels[1][0].set_ylabel("share that is right")
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    atomic_write(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
 
 
 if __name__ == "__main__":

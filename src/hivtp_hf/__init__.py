@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from ._version import __version__
-from .families import FAMILIES, register_auto_classes
-from .families.base import Family
+from .families import register_auto_classes
 from .families.llava import (
     HIVTPLlavaConfig,
     HIVTPLlavaForConditionalGeneration,
@@ -22,7 +21,6 @@ from .families.llava_next import (
     HIVTPLlavaNextProcessor,
 )
 from .methods.base import PruningMethod
-from .pruning.checked_values import shown
 from .pruning.evidence import Evidence, VisualEvidence
 from .pruning.layout import TokenLayout
 from .pruning.registry import METHODS, register_method
@@ -60,22 +58,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *(f"select_{name}" for name, method in METHODS.items() if not method.keeps_everything)})
-
-
-def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
-    """The family of a checkpoint's model type, stock's or ours; a ValueError that names the known ones otherwise.
-
-    Args:
-        model_type: as config.json says it.
-        checkpoint: how to call the checkpoint in the message.
-    """
-    types = {kind.model_type: family for family in FAMILIES for kind in (family.stock_classes.config, family.classes.config)}
-    if not isinstance(model_type, str) or model_type not in types:
-        raise ValueError(
-            f"{checkpoint} has the model type {shown(model_type)}; known are {', '.join(map(repr, types))}. Give a checkpoint "
-            "of one of these."
-        )
-    return types[model_type]
 
 
 register_auto_classes()

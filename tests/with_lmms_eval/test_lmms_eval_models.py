@@ -15,7 +15,7 @@ from evaluations import plain_answer
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
 from families import FAMILIES
-from hivtp_hf.lmms_eval_models.run_failure import RunFailure
+from hivtp_hf.lmms_eval.run_failure import RunFailure
 from lmms_eval_runs import EXACT
 from tiny_checkpoint import build_stock_checkpoint
 

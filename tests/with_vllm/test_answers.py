@@ -8,7 +8,7 @@ from benchmarks.serving.server import serving
 from engine_runs import run_engine
 from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import HIVTPLlavaNextProcessor
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 
 # At a ratio of 1 no method has anything to choose.
 SETTINGS = {

@@ -9,7 +9,7 @@ from asked import MAX_TOKENS, generated, rows
 from engine_runs import run_engine
 from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from hivtp_hf.conversion import convert_checkpoint
+from hivtp_hf.checkpoints import convert_checkpoint
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 from tiny_models import SMALL, photo, pruned_config, pruned_processor
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from .. import Family, family_of_model_type
+from ..families import family_of_model_type
+from ..families.base import Family
 from ..files import read_json
 from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.config_only import WEIGHT_FILES, WEIGHT_NAMES, ConfigOnlyCheckpoint, weights_beside_base

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..checkpoints import open_source
 from ..checkpoints.placing import placing
-from ..files import write_whole
+from ..files import atomic_write
 from .image_files import check_targets, read_image
 from .printing import say
 
@@ -40,8 +40,8 @@ def analyze(
     Where attention gathers on objects, they lie closer together than cells at random. That says nothing of answers.
     """
     # Imported here, as Pillow is needed for nothing else.
-    from ..visualization.dispersion import checked_share, dispersion_by_layer, plot_dispersion
-    from ..visualization.plotting import check_matplotlib
+    from ..figures.dispersion import checked_share, dispersion_by_layer, plot_dispersion
+    from ..figures.plotting import check_matplotlib
 
     # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.
     top_share = checked_share(top_share)
@@ -63,7 +63,7 @@ def analyze(
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(figure_file, plot_dispersion(found, scored).savefig)
+        atomic_write(figure_file, plot_dispersion(found, scored).savefig)
     if as_json:
         print(json.dumps({"checkpoint": checkpoint, "scored_layers": scored, **found._asdict()}, indent=2))
         return

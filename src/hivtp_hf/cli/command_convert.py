@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoints import open_source
-from ..conversion import convert_checkpoint
+from ..checkpoints import convert_checkpoint, open_source
 from .printing import say
 from .pruning_options import with_pruning_options
 

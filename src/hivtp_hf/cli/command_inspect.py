@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..inspection import EXAMPLE_SIZES, CheckpointReport, inspect_checkpoint
+from ..checkpoints.inspection import EXAMPLE_SIZES, CheckpointReport, inspect_checkpoint
 from ..pruning.base_checkpoint import BaseCheckpoint
 from .printing import say
 from .pruning_options import with_pruning_options

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..hub import push_checkpoint
+from ..checkpoints import push_checkpoint
 from .printing import say
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..checkpoints import open_source
 from ..checkpoints.placing import placing
-from ..files import write_whole
+from ..files import atomic_write
 from .image_files import check_targets, read_image
 from .printing import say
 from .pruning_options import with_pruning_options
@@ -46,9 +46,9 @@ def visualize(
     Settings that are given are tried in place of the checkpoint's own.
     """
     # Imported here, as Pillow is needed for nothing else.
-    from ..visualization.figures import plot_kept_cells
-    from ..visualization.image_choice import choice_of_image
-    from ..visualization.plotting import check_matplotlib
+    from ..figures.image_choice import choice_of_image
+    from ..figures.plotting import check_matplotlib
+    from ..figures.score_maps import plot_kept_cells
 
     check_matplotlib()
     # Whatever can be wrong before a checkpoint is downloaded and loaded is found before.
@@ -86,4 +86,4 @@ def _save(figure: Any, target: Path, file_format: Format) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_SAVING):
-        write_whole(target, lambda path: figure.savefig(path, format=file_format.value, metadata=_METADATA[file_format]))
+        atomic_write(target, lambda path: figure.savefig(path, format=file_format.value, metadata=_METADATA[file_format]))

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import write_whole
+from ..files import atomic_write
 from .data import ALL, EvaluationData, ImageGroup, normalised
 from .variants import Variant
 
@@ -199,7 +199,7 @@ def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -
             writer.writerow(columns)
             writer.writerows([_shown(value) for value in line] for line in lines)
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def _shown(value: Any) -> Any:

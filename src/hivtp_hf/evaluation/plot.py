@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..visualization.plotting import OTHER_COLOUR, method_colours
+from ..figures.plotting import OTHER_COLOUR, method_colours
 from .data import ALL
 from .metrics import MetricsRow
 from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
 from ..checkpoints.placing import checked_device
-from ..files import write_whole
+from ..figures.plotting import can_plot
+from ..files import atomic_write
 from ..pruning.evidence import Evidence
 from ..pruning.settings import VisualTokenPruningConfig
-from ..visualization.plotting import can_plot
 from .answering import PartWork
 from .data import RULE, EvaluationData, load_data
 from .environment import checkpoint_identity, code_sha256, slug, this_environment
@@ -140,7 +140,7 @@ def evaluate_checkpoint(
         write_metrics(folder / METRICS, metrics)
         if can_plot():
             title = f"{config['checkpoint']['name']}, {asked.name}: {len(asked.rows)} questions, {environment.date}"
-            write_whole(folder / PLOT, lambda unfinished: draw_accuracy(unfinished, metrics, title))
+            atomic_write(folder / PLOT, lambda unfinished: draw_accuracy(unfinished, metrics, title))
         else:
             say('No figure was drawn, as matplotlib is not installed (`pip install "hivtp-hf[plots]"`).')
         # Last of all: where it is missing, a run is finished.

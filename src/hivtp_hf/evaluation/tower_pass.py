@@ -20,8 +20,7 @@ from ..pruning.evidence import Evidence, VisualEvidence, evidence_to_read
 from ..pruning.features import gather_evidence, prune_features
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import VisualTokenPruningConfig
-from ..tower_passes.both_attentions import BothAttentions
-from ..tower_passes.stock_pass import stock_pass
+from ..tower_passes import BothAttentions, stock_pass
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 

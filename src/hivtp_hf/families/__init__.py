@@ -1,7 +1,10 @@
 """The model families. A new one is a file of this folder and its line in `FAMILIES`."""
 
+from typing import Any
+
 import transformers
 
+from ..pruning.checked_values import shown
 from .base import Family
 from .llava import LlavaFamily
 from .llava_next import LlavaNextFamily
@@ -18,3 +21,19 @@ def register_auto_classes() -> None:
         transformers.AutoProcessor.register(config, processor, exist_ok=True)
         transformers.AutoModelForImageTextToText.register(config, model, exist_ok=True)
         transformers.AutoModelForMultimodalLM.register(config, model, exist_ok=True)
+
+
+def family_of_model_type(model_type: Any, checkpoint: str) -> Family:
+    """The family of a checkpoint's model type, stock's or ours; a ValueError that names the known ones otherwise.
+
+    Args:
+        model_type: as config.json says it.
+        checkpoint: how to call the checkpoint in the message.
+    """
+    types = {kind.model_type: family for family in FAMILIES for kind in (family.stock_classes.config, family.classes.config)}
+    if not isinstance(model_type, str) or model_type not in types:
+        raise ValueError(
+            f"{checkpoint} has the model type {shown(model_type)}; known are {', '.join(map(repr, types))}. Give a checkpoint "
+            "of one of these."
+        )
+    return types[model_type]

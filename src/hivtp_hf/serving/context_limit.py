@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .. import FAMILIES
+from ..families import FAMILIES
 
 _MODELS = tuple(family.classes.model for family in FAMILIES)
 

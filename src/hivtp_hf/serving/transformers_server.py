@@ -7,7 +7,7 @@ from transformers.cli.serve import Serve
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
-from .. import FAMILIES
+from ..families import FAMILIES
 from .context_limit import limit_prompts
 from .request_errors import answer_errors_of_requests
 from .servable_checkpoint import check_servable

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import Family
 from ..checkpoints import open_source
+from ..families.base import Family
 from ..pruning.checked_values import shown
 from .model_arguments import with_arguments
 

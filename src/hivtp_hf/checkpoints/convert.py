@@ -7,12 +7,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..cards import PLACEHOLDER_OWNER, model_card
-from ..checkpoints import CheckpointSource, open_source
 from ..files import read_json, staged_folder, write_json
 from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
+from .checkpoint_source import CheckpointSource, open_source
 from .file_copies import copy_files
+from .model_card import model_card
+from .repository_names import PLACEHOLDER_OWNER
 
 # Beside weights, configuration and processor, as they are.
 _COPIED = ("generation_config.json", "LICENSE*")

@@ -4,7 +4,7 @@ from typing import Any
 
 from lmms_eval.protocol import ChatMessages
 
-from .. import family_of_model_type
+from ..families import family_of_model_type
 from .pruned_lmms import PrunedLmms, TaskRow
 from .run_failure import RunFailure
 

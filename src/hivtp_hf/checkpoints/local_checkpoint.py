@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .. import family_of_model_type
-from ..checkpoints import open_source
+from ..families import family_of_model_type
 from ..files import read_json
 from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
+from .checkpoint_source import open_source
 from .pushed_files import Content, files_of_folder
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_PACKAGE = "hivtp_hf.lmms_eval_models"
+_PACKAGE = "hivtp_hf.lmms_eval"
 
 
 def manifests() -> list[Any]:

@@ -17,8 +17,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from .. import Family
 from ..evaluation.prompts import has_first_token
+from ..families.base import Family
 from ..pruning.checked_values import checked_number, shown
 from .generation_arguments import GenerationArguments, generation_arguments
 from .loaded_checkpoint import checked_template, loaded_checkpoint

@@ -18,8 +18,7 @@ from ..methods.ranking import descending_rank, keep_best, rounded_share
 from ..pruning.checked_values import checked_number
 from ..pruning.evidence import Evidence, VisualEvidence
 from ..pruning.features import gather_evidence
-from ..tower_passes.both_attentions import BothAttentions
-from ..tower_passes.stock_pass import stock_pass
+from ..tower_passes import BothAttentions, stock_pass
 from .plotting import DPI, check_finite, check_matplotlib
 
 if TYPE_CHECKING:

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Template
 
 from .._version import __version__
-from ..checkpoints import CheckpointSource, open_source
-from ..checkpoints.repository_names import PLACEHOLDER_OWNER, as_repository, is_repository, with_repository
-from ..inspection import EXAMPLE_SIZES, inspect_checkpoint
 from ..methods.base import PruningMethod
 from ..pruning.compat import OLDEST_TRANSFORMERS
 from ..pruning.registry import pruning_method
 from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
-from .card_files import card_template, no_weights_notice
 from .card_metadata import card_metadata, taken_from_base
+from .checkpoint_source import CheckpointSource, open_source
+from .inspection import EXAMPLE_SIZES, inspect_checkpoint
+from .repository_names import as_repository, is_repository
 
-__all__ = ["PLACEHOLDER_OWNER", "model_card", "with_repository"]
-
+_TEMPLATES = Path(__file__).parent / "templates"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TAGS = ("visual-token-pruning", "token-pruning", "training-free")
 _CHAT = """\
@@ -66,7 +65,7 @@ def model_card(
     has_template = (source.folder / "chat_template.jinja").is_file()
     card = ModelCard.from_template(
         card_metadata(base_name=base_name, tags=tags, taken_over=taken_over),
-        template_str=card_template(),
+        template_str=(_TEMPLATES / "pruned_checkpoint.md.jinja").read_text(encoding="utf-8"),
         base=base_name,
         base_commit=commit,
         base_is_needed=source.base is not None,
@@ -90,6 +89,18 @@ def model_card(
     )
     card.text = card.text.rstrip() + "\n"
     return card
+
+
+def no_weights_notice(base: str | None, base_commit: str | None, repo_id: str) -> str:
+    """The paragraphs of a card that say where the weights are which its repository has not.
+
+    Args:
+        base: the repository on the Hub that has them; None for a folder of somebody's machine.
+        base_commit: its commit.
+        repo_id: the repository without weights.
+    """
+    template = Template((_TEMPLATES / "no_weights.md.jinja").read_text(encoding="utf-8"))
+    return template.render(base=base, base_commit=base_commit, repo_id=repo_id).strip()
 
 
 def _what_is_kept(method: PruningMethod) -> str:

@@ -5,11 +5,12 @@ import re
 import yaml
 from huggingface_hub import ModelCard
 
-from ..cards import model_card, no_weights_notice, with_repository
 from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.settings import VisualTokenPruningConfig
 from .local_checkpoint import LocalCheckpoint
+from .model_card import model_card, no_weights_notice
 from .pushed_files import Content
+from .repository_names import with_repository
 
 _NAME = "README.md"
 

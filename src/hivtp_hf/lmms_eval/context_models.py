@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .. import family_of_model_type
+from ..families import family_of_model_type
 from .prompts import RowPrompt, messages_of_context, prompt_of_messages
 from .pruned_lmms import PrunedLmms, TaskRow, rows_of
 from .run_failure import failing_with_the_row

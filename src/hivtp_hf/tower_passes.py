@@ -1,10 +1,13 @@
-"""`BothAttentions`: either kind of attention that methods read, from one pass of the vision tower."""
+"""Passes of the vision tower alone, as a model itself does them: stock's, and the attention that methods read from it."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from ..pruning.attention_interface import ReceivedAttention
+from .pruning.attention_interface import ReceivedAttention
+from .pruning.model import PrunedModelMixin
 
 
 class BothAttentions:
@@ -30,3 +33,20 @@ class BothAttentions:
         for kind in (self.received, self.from_class_token):
             if layer in kind.layers:
                 kind.reduce(layer, query, key, scaling, num_heads)
+
+
+def stock_pass(base: Any, inputs: Mapping[str, Any]) -> Callable[..., Any]:
+    """What stock transformers would do with some images, still to be called: the pass that a pruned model itself runs.
+
+    Args:
+        base: the base model of one of ours, `model.model`.
+        inputs: what the processor returned for the images: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+    """
+    # What comes behind the mixin is stock.
+    features = super(PrunedModelMixin, base).get_image_features
+    return functools.partial(features, inputs["pixel_values"], **sizes_of(inputs), return_dict=True)
+
+
+def sizes_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument `image_sizes`, where the family has it."""
+    return {name: inputs[name] for name in ("image_sizes",) if inputs.get(name) is not None}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import CheckpointSource, open_source
 from ..remote_code import read_bundle
+from .checkpoint_source import CheckpointSource, open_source
 from .language_model_cost import kv_cache_bytes, prefill_flops
 
 # Heights and widths of images: a square, two photographs, and much padding. All of LLaVA-NeXT's shapes of crops occur.

@@ -9,12 +9,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from ..checkpoints.hub_refusals import explained_refusals, patiently
-from ..checkpoints.repository_names import is_repository
 from ..pruning.base_checkpoint import BaseCheckpoint
 from ..pruning.config_only import WEIGHT_NAMES
+from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint
 from .pushed_card import card_of
+from .repository_names import is_repository
 
 _CHUNK_BYTES = 16 * 2**20
 _COMPLETE = "Push it without `--config-only` (config_only=False)"

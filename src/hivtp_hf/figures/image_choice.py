@@ -10,7 +10,7 @@ from ..pruning.evidence import Evidence
 from ..pruning.features import gather_evidence, prune_features
 from ..pruning.layout import TokenLayout
 from ..pruning.registry import pruning_method
-from ..tower_passes.stock_pass import stock_pass
+from ..tower_passes import stock_pass
 
 
 class ImageChoice(NamedTuple):

@@ -1,1 +1,0 @@
-"""Runs of the vision tower alone, as a model itself does them. Never travels with checkpoints."""
