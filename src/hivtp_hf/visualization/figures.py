@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..methods import pruning_method
 from ..token_layout import TokenLayout
-from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
+from .kept_cells import checked_arguments, draw_tiles, panel_boxes, panels_of, size_of_panel
 from .plotting import DPI, check_finite, check_matplotlib
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def plot_kept_cells(
     values = None if scores is None else _checked_scores(scores, layout)
     lines = (_title_of(layout, kept_indices) if title is None else title).splitlines()
 
-    columns, panels = [], _panels_of(layout)
+    columns, panels = [], panels_of(layout)
     scales = [] if values is None else [_scale(values[tiles.start : tiles.stop]) for _, tiles in panels]
     # All or none, so that maps side by side read alike.
     logarithmic = all(scale.lowest > 0 for scale in scales) and any(scale.is_wide for scale in scales)
@@ -151,14 +151,6 @@ class _Panel(NamedTuple):
     caption: str
     picture: Image.Image
     bar: Callable[["Figure", Any], None] | None = None
-
-
-def _panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
-    panels = [("Base tile", range(1))]
-    if layout.num_tiles > 1:
-        crops = layout.num_tiles - 1
-        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
-    return panels
 
 
 def _title_of(layout: TokenLayout, kept_indices: Tensor) -> str:

@@ -45,15 +45,18 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
             positions of the layout's packed sequence.
     """
     kept_indices = checked_arguments(image, layout, kept_indices)
-    panels = [("base tile", range(1))]
-    if layout.num_tiles > 1:
-        crops = layout.num_tiles - 1
-        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
     drawn = []
-    for title, tiles in panels:
+    for title, tiles in panels_of(layout):
         panel, kept, cells = draw_tiles(image, layout, kept_indices, tiles, PANEL_SIDE)
         drawn.append((f"{title}: {kept} of {cells} cells kept", panel))
     return _side_by_side(drawn)
+
+
+def panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
+    """The titles and tiles of an image's panels: the base tile, and the crops where there are any."""
+    crops = layout.num_tiles - 1
+    of_crops = ("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles))
+    return [("Base tile", range(1))] + [of_crops] * (crops > 0)
 
 
 def draw_tiles(
