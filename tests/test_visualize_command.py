@@ -189,10 +189,11 @@ def test_titles_and_scales():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("height", "width", "fill"), [(2, 3000, 0.0), (3000, 2, 0.0), (1, 1, 1.0)])
-def test_odd_sizes_and_equal_scores(height, width, fill, tmp_path):
+@pytest.mark.parametrize(("height", "width", "different"), [(2, 3000, 1), (3000, 2, 1), (1, 1, 2), (60, 100, 2)])
+def test_odd_sizes_and_scores_from_zero_on(height, width, different, tmp_path):
     layout = small_layout(height, width)
-    figure = plot_kept_cells(photo(height, width), layout, torch.arange(5), torch.full(layout.valid.shape, fill))
+    scores = torch.arange(layout.valid.numel()).view(layout.valid.shape).float() % different
+    figure = plot_kept_cells(photo(height, width), layout, torch.arange(5), scores)
     figure.savefig(tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as saved:
         assert max(saved.size) < 3 * PANEL_SIDE
