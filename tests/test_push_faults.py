@@ -46,7 +46,7 @@ def test_refusals_are_one_message_and_change_nothing(small, tmp_path):
             (["owner/tagged", "--revision", "refs/pr/9"], hub.token, "'refs/pr/9', which owner/tagged does not have"),
             (["owner/absent", "--pr"], hub.token, "owner/absent does not exist.*no pull request"),
             (["owner/down"], hub.token, "503.*Run the same command again"),
-            (["owner/shut"], hub.token, "owner/shut was not changed: Error while uploading 'model.safetensors'.*403.*again"),
+            (["owner/shut"], hub.token, "owner/shut: Error while uploading 'model.safetensors'.*403.*again"),
         ]
         before = {each.repo_id: (dict(each.refs), set(each.objects)) for each in hub.repositories}
         cases = [(["push", small, *arguments], token) for arguments, token, _ in expected]
@@ -123,7 +123,7 @@ def test_what_is_cut_goes_on(small, tmp_path):
         outcomes = run_commands(hub, tmp_path / "home", [(push[0], hub.token)] * 4)
         check_that_no_token_got_out(hub, outcomes, [hub.token])
         in_upload, in_commit, too_late = (message_of(outcome, [hub.token]) for outcome in outcomes[:3])
-        assert "was not changed: Error while uploading 'model-00002-of-00002.safetensors'" in in_upload
+        assert "owner/model: Error while uploading 'model-00002-of-00002.safetensors'" in in_upload
         assert "The connection to the Hub broke" in in_commit
         assert "Somebody else has changed owner/model meanwhile" in too_late
         assert all("Run the same command again" in message for message in (in_upload, in_commit, too_late))

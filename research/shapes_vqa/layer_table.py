@@ -8,8 +8,7 @@ from transformers import LlavaNextProcessor
 
 from examples.shapes_vqa.scenes import Scene, draw
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from hivtp_hf.analysis import evidence_of_all_layers
-from hivtp_hf.analysis.dispersion import most_attended_cells
+from hivtp_hf.visualization.dispersion import evidence_of_all_layers, most_attended_cells
 
 from .dense_targets import dense_targets
 

@@ -1,25 +1,17 @@
 """A checkpoint to start from: a folder, or a repository on the Hub, of a family that can be pruned."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from .. import Family, family_of_model_type
 from ..base_checkpoint import BaseCheckpoint
 from ..files import read_json
 from ..pruning_config import VisualTokenPruningConfig
 from ..weightless_checkpoint import WEIGHT_FILES, WEIGHT_NAMES, WeightlessCheckpoint, weights_beside_base
+from .hub_refusals import explained_refusals
 
 # What a checkpoint is made of. Code is not among it: ours comes from the package, and no other is run or copied.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -151,7 +143,7 @@ class _Repository(NamedTuple):
 
     def download(self, patterns: list[str]) -> Path:
         """The folder with the files that match."""
-        with self._explained_refusals("downloaded"):
+        with explained_refusals(self.name):
             folder = snapshot_download(
                 self.name, revision=self.revision, allow_patterns=patterns, token=self.token, cache_dir=self.cache_dir
             )
@@ -159,27 +151,8 @@ class _Repository(NamedTuple):
 
     def file_names(self) -> set[str]:
         """The names of all files."""
-        with self._explained_refusals("listed"):
+        with explained_refusals(self.name):
             return set(HfApi(token=self.token).list_repo_files(self.name, revision=self.revision))
-
-    @contextlib.contextmanager
-    def _explained_refusals(self, done: str) -> Iterator[None]:
-        try:
-            yield
-        except HfHubHTTPError as error:
-            error.append_to_message(f"\n{self._advice(error)}")
-            raise
-        except HTTPError as error:  # the connection broke and the client gave up; its errors are no OSErrors
-            raise OSError(f"{self.name} could not be {done}: {error}. Try again; what has arrived is kept.") from error
-
-    def _advice(self, error: HfHubHTTPError) -> str:
-        if isinstance(error, RevisionNotFoundError):
-            return f"`revision` is {self.revision!r}; it must be a branch, a tag or a commit of {self.name}."
-        if isinstance(error, GatedRepoError):
-            return f"Ask for access on the page of {self.name}, and log in with `hf auth login`."
-        if isinstance(error, RepositoryNotFoundError):
-            return f"Check the name {self.name!r}. If it is right, the repository is private: log in with `hf auth login`."
-        return "Try again; what has arrived is kept."
 
 
 def open_source(

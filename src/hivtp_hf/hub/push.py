@@ -14,8 +14,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from ..checkpoints.hub_refusals import explained_refusals, patiently
 from ..checkpoints.repository_names import is_repository
-from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint, is_weight_file, open_local_checkpoint
 from .pushed_card import with_card, with_notice
 from .pushed_files import check_no_token

@@ -10,9 +10,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
 from ..base_checkpoint import BaseCheckpoint
+from ..checkpoints.hub_refusals import explained_refusals, patiently
 from ..checkpoints.repository_names import is_repository
 from ..weightless_checkpoint import WEIGHT_NAMES
-from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint
 from .pushed_card import card_of
 

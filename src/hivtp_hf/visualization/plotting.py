@@ -1,8 +1,10 @@
-"""What all figures share: whether they can be drawn, at which resolution, and the colour of each method.
+"""What all figures share: whether they can be drawn, at which resolution, of which scores, and the colour of each method.
 
 Figures need matplotlib (`pip install "hivtp-hf[plots]"`), which is imported when one is asked for. No pyplot, so neither a
 display nor state that outlives a call.
 """
+
+from torch import Tensor
 
 DPI = 300
 
@@ -33,3 +35,13 @@ def check_matplotlib() -> None:
     """A ValueError where matplotlib is missing."""
     if not can_plot():
         raise ValueError('figures need matplotlib, which is not installed: pip install "hivtp-hf[plots]".')
+
+
+def check_finite(scores: Tensor, valid: Tensor) -> None:
+    """A ValueError where scores of valid cells are not finite; both (tiles, grid, grid)."""
+    wrong = int((valid & ~scores.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"`scores` has {wrong} values that are not finite. Where they come from a model in float16, load it in bfloat16 "
+            "or float32."
+        )

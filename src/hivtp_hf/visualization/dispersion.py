@@ -1,0 +1,182 @@
+"""How far apart the most attended cells of a tile lie, in every layer of a vision encoder; and a figure of that.
+
+*Dispersion* is the mean Euclidean distance between two of them, in cells. Cells chosen at random have, in expectation, the
+dispersion of all valid cells of their tile: every pair is as likely as any other.
+
+Source of what it is for: HIVTP, arXiv 2509.23663, section 3.1, and HiPrune, arXiv 2508.00553, which tell the middle layers of a
+vision encoder, whose attention gathers on objects, from the deep ones, where it is scattered.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checked_values import checked_number
+from ..pruned_features import feature_layer, gather_evidence
+from ..ranking import descending_rank, keep_best
+from ..retained_share import rounded_share
+from ..selector_arguments import check_tiles
+from ..tower_passes.both_attentions import BothAttentions
+from ..tower_passes.stock_pass import sizes_of, stock_pass
+from ..visual_evidence import VisualEvidence
+from .plotting import DPI, check_finite, check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# In inches: as wide as a page's text.
+_SIZE = (6.4, 4.2)
+
+
+class Dispersion(NamedTuple):
+    """The dispersion of every encoder layer, the first layer first; each value the mean over all tiles.
+
+    Attributes:
+        received: of the cells that receive most attention from all tokens.
+        class_token: of those that the class token attends to most; None where the encoder has none.
+        at_random: in expectation, if cells were chosen at random.
+        feature_layer: the encoder layer, 0-based, whose output is the visual feature; -1 for what enters the first.
+        top_share: the share of a tile's valid cells that count as the most attended.
+        num_tiles: how many tiles have two valid cells or more, and so a dispersion.
+    """
+
+    received: list[float]
+    class_token: list[float] | None
+    at_random: float
+    feature_layer: int
+    top_share: float
+    num_tiles: int
+
+
+def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_share: float = 0.2) -> Dispersion:
+    """Measures dispersion in every layer of a model's vision encoder, over some images.
+
+    Args:
+        model: one of ours with a language modelling head, such as `HIVTPLlavaForConditionalGeneration`. Its pruning settings
+            play no part.
+        processor: of the same family; nor do its settings.
+        images: as the processor takes them, looked at one by one.
+        top_share: the share of each tile's valid cells that count as the most attended, above 0 and below 1.
+
+    Raises:
+        ValueError: for a share out of range, where there is no image, and where no tile has two valid cells.
+    """
+    top_share = checked_share(top_share)
+    found = []
+    for image in images:
+        # At a ratio of 1, as a token budget among the settings may be too small for an image.
+        inputs = processor(images=image, text=processor.image_token, retention_ratio=1.0, return_tensors="pt").to(model.device)
+        kinds = evidence_of_all_layers(model, inputs)
+        valid = kinds[0].valid.cpu()
+        scores = [kind.scores[layer].cpu() for kind in kinds for layer in sorted(kind.scores)]
+        chosen = [most_attended_cells(of_layer, valid, top_share) for of_layer in scores]
+        found.append(torch.stack([mean_pairwise_distance(cells) for cells in (valid, *chosen)]))
+    if not found:
+        raise ValueError("`images` holds no image; give at least one.")
+    distances = torch.cat(found, dim=1)
+    distances = distances[:, distances[0].isfinite()]
+    num_tiles = distances.shape[1]
+    if not num_tiles:
+        raise ValueError(
+            "no tile has two cells, so there is no distance to measure. Use a checkpoint whose vision tower has smaller "
+            "patches."
+        )
+    at_random, *means = distances.mean(1).tolist()
+    depth = len(kinds[0].scores)
+    return Dispersion(means[:depth], means[depth:] or None, at_random, kinds[0].feature_layer, top_share, num_tiles)
+
+
+@torch.no_grad()
+def evidence_of_all_layers(model: Any, inputs: Mapping[str, Any]) -> list[VisualEvidence]:
+    """What pruning methods look at, with scores of every encoder layer, from one pass of the vision tower.
+
+    Args:
+        model: one of ours with a language modelling head. Its pruning settings play no part.
+        inputs: what the processor returned for an image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+
+    Returns:
+        The evidence scored by what every cell receives from all tokens; and, where the encoder has a class token, scored by
+        what that attends to.
+    """
+    base = model.model
+    num_layers = base.config.vision_config.num_hidden_layers
+    layouts = base._layouts(inputs["pixel_values"], **sizes_of(inputs), retention_ratio=1.0)
+    both = BothAttentions(range(num_layers), range(num_layers) if base._has_cls_token else ())
+    # Called like this, the tower runs every layer, also those behind the feature.
+    features = base._received_attention_tap.call(stock_pass(base, inputs), both).pooler_output
+    layer = feature_layer(base.config.vision_feature_layer, num_layers)
+    collectors = [both.received, both.from_class_token] if base._has_cls_token else [both.received]
+    return [gather_evidence(features, layouts, collector.by_layer(), layer) for collector in collectors]
+
+
+def checked_share(value: Any) -> float:
+    """`value` as a share of a tile's cells, above 0 and below 1; a ValueError otherwise. At 1 all layers would look alike."""
+    share = checked_number("top_share", value, float, 0, 1, above_minimum=True)
+    if share == 1:
+        raise ValueError("`top_share` is 1, which takes every cell, so that all layers look alike; give less, such as 0.2.")
+    return share
+
+
+def most_attended_cells(scores: Tensor, valid: Tensor, top_share: float) -> Tensor:
+    """The share of every tile's valid cells that has the highest scores, bool (tiles, grid, grid).
+
+    Their number is rounded, halves up; it is 2 at least, as one cell has no distance, where a tile has as many. Equal scores
+    go to the lower raster index.
+
+    Args:
+        scores: floating point (tiles, grid, grid), compared in float32; those of cells that are not valid are ignored.
+        valid: bool (tiles, grid, grid).
+        top_share: of the valid cells, above 0 and below 1.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit, a share out of range, and scores of valid cells that are not finite.
+    """
+    check_tiles(valid, scores=scores)
+    top_share = checked_share(top_share)
+    check_finite(scores, valid)
+    cells = valid.flatten(1)
+    # From a table that Python's own float64 arithmetic fills, as for the tokens that a ratio keeps.
+    shares = [min(number, max(2, rounded_share(number, top_share))) for number in range(cells.shape[1] + 1)]
+    number = torch.tensor(shares, device=cells.device)[cells.sum(1)]
+    return keep_best(descending_rank(scores.flatten(1)), cells, number).view_as(valid)
+
+
+def mean_pairwise_distance(chosen: Tensor) -> Tensor:
+    """The mean Euclidean distance of all pairs of chosen cells, bool (tiles, grid, grid): float64 (tiles,), in cells.
+
+    NaN for tiles with fewer than two chosen cells. Of all valid cells, it is the expectation for cells chosen at random.
+    """
+    return torch.stack([torch.pdist(tile.nonzero().double()).mean() for tile in chosen])
+
+
+def plot_dispersion(dispersion: Dispersion, scored: Collection[int] = ()) -> "Figure":
+    """Draws the curves of `dispersion_by_layer`, to be saved by `savefig` or drawn by a notebook. Needs matplotlib.
+
+    A dashed line shows cells chosen at random, and a dotted one the layer whose output is the visual feature. The layers
+    `scored`, as far as they exist, are shaded.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers = range(len(dispersion.received))
+    figure = Figure(figsize=_SIZE, dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    # Curves are told apart by markers and lines as well as by colours.
+    axes.plot(layers, dispersion.received, "o-", color="#0072b2", label="attention received")
+    if dispersion.class_token is not None:
+        axes.plot(layers, dispersion.class_token, "s-", color="#d55e00", label="attention of the class token")
+    axes.axhline(dispersion.at_random, color="#555555", linestyle="--", label="cells at random")
+    if dispersion.feature_layer >= 0:
+        axes.axvline(dispersion.feature_layer, color="#555555", linestyle=":", label="visual feature")
+    for number, layer in enumerate(layer for layer in layers if layer in scored):
+        label = "_nolegend_" if number else "scored by the settings"
+        axes.axvspan(layer - 0.5, layer + 0.5, linewidth=0, color="#999999", alpha=0.3, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("encoder layer, from 0")
+    axes.set_ylabel("mean distance in cells")
+    axes.set_title(f"The {dispersion.top_share:.3g} of cells with most attention; tiles: {dispersion.num_tiles}")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    return figure
