@@ -366,7 +366,7 @@ def test_any_arguments_of_a_single_tile(grid, pruning, extra_tokens, image_size,
 def test_more_cells_than_memory_has_room_for():
     # Refused for every image, also for one that would get by with a smaller pinpoint: at construction, not at the first
     # large picture.
-    with pytest.raises(ValueError, match="up to 1000001 an image.*131072 are allowed.*Use smaller tiles"):
+    with pytest.raises(ValueError, match=r"up to 1000001 an image.*131072 are allowed.*Use smaller tiles"):
         TokenLayout.from_image_size(10, 10, VisualTokenPruningConfig(), pinpoints=[[336, 672], [336, 336 * 10**6]])
 
 
