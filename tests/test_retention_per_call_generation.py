@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from families import FAMILIES
 from oracle import oracle_inputs
 from tiny_models import (
-    CACHE,
     COMMON,
     IMAGE_TOKEN,
     LOW_RATIO,
@@ -110,32 +108,6 @@ def test_embeddings_may_come_in_place_of_ids(pair):
     by_embeddings = {**rest, "inputs_embeds": embeddings}
     torch.testing.assert_close(logits(pair.pruned, by_embeddings), logits(pair.pruned, inputs), atol=1e-5, rtol=0)
     assert torch.equal(generate(pair.pruned, by_embeddings), new_tokens(generate(pair.pruned, inputs), inputs))
-
-
-@pytest.mark.parametrize(
-    ("ratios", "sends"), [((0.6, 0.1), "whole conversation"), ((None, 0.6), "new part"), ((0.6, None), "new part")], ids=str
-)
-def test_a_second_turn_on_one_cache_with_another_ratio(pair, ratios, sends):
-    first = processed(pair, "one image a row", ratios[0])
-    cache = DynamicCache(config=pair.pruned.config.get_text_config())
-    answered = generate(pair.pruned, first, return_dict_in_generate=True, **{CACHE: cache}).sequences
-    texts = [" USER: <image> and this? ASSISTANT:", " USER: <image>", " and no other image."]
-    images = [photo(90, 60, 20), photo(112, 30, 21)]
-    budget = {} if ratios[1] is None else {"retention_ratio": ratios[1]}
-    second = pair.processor(images=images, text=texts, return_tensors="pt", padding=True, **budget)
-
-    sequences = torch.cat((answered, second["input_ids"]), dim=1)
-    between = new_tokens(answered, first)
-    mask = torch.cat((first["attention_mask"], torch.ones_like(between), second["attention_mask"]), dim=1)
-    with torch.no_grad():
-        answer = pair.stock.get_input_embeddings()(between)
-    parts = (oracle_inputs(pair, first)["inputs_embeds"], answer, oracle_inputs(pair, second)["inputs_embeds"])
-    expected = generate(pair.stock, {"inputs_embeds": torch.cat(parts, dim=1), "attention_mask": mask})
-
-    sent = sequences if sends == "whole conversation" else sequences[:, cache.get_seq_length() :]
-    of_second = {name: value for name, value in second.items() if name not in ("input_ids", "attention_mask")}
-    answers = generate(pair.pruned, {"input_ids": sent, "attention_mask": mask, **of_second}, **{CACHE: cache})
-    assert torch.equal(answers[:, sent.shape[1] :], expected)
 
 
 @pytest.mark.parametrize("given", [0.6, [0.6] * 3, torch.tensor([0.6] * 3, dtype=torch.float64)], ids=type)
