@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib")
 
 from checkpoints import GEOMETRY
-from hivtp_hf import cli, pruned_model
+from hivtp_hf import cli
 from hivtp_hf.figures.dispersion import (
     Dispersion,
     dispersion_by_layer,
@@ -22,6 +22,7 @@ from hivtp_hf.figures.dispersion import (
     most_attended_cells,
     plot_dispersion,
 )
+from hivtp_hf.pruning import model as pruned_model
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, settings, twins
 

@@ -1,12 +1,15 @@
 """What the package imports it declares: in its dependencies, or in an extra that the importing folder is for."""
 
 import ast
+import os
 import re
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from forked import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "hivtp_hf"
@@ -55,3 +58,12 @@ def test_no_extra_is_allowed_in_vain():
         used = {normalised(name) for path in (PACKAGE / folder).glob("*.py") for name in imported(path)}
         for extra in extras:
             assert used & names_of(PROJECT["optional-dependencies"][extra]), (folder, extra)
+
+
+def test_pictures_and_commands_need_no_matplotlib(tmp_path):
+    program = """
+import sys
+sys.modules["matplotlib"] = None
+import hivtp_hf.cli, hivtp_hf.evaluation, hivtp_hf.figures.dispersion
+"""
+    run_python(["-c", program], tmp_path, os.environ).check_returncode()

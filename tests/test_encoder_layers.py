@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hivtp_hf.pruning.encoder_layers import EncoderLayers, ending_early, find_layers, wanting_features_only
+from hivtp_hf.pruning.encoder_layers import EncoderLayers, ending_early, wanting_features_only
 from tiny_models import TOWERS, greedy, image_inputs, photo, settings, twins
 
 PROMPT = "USER: <image>\nWhat is shown?"
@@ -228,8 +228,3 @@ def test_only_towers_that_are_known_end_early(model_type, ends_early):
     with wanting_features_only():
         given = ending_early(stock, config, -2, ())
     assert given(more=1) == ({"more": 1, "vision_feature_layer": 9} if ends_early else {"more": 1})
-
-
-def test_an_encoder_of_another_depth_is_refused():
-    with pytest.raises(ValueError, match="no stack of 7 encoder layers"):
-        find_layers(twins().stock.model.vision_tower, 7)

@@ -261,13 +261,6 @@ def test_a_checkpoint_without_weights_says_what_to_do(family, folder, tmp_path):
     assert isinstance(AutoModel.from_config(config=config), family.base)
 
 
-@pytest.mark.parametrize("budget", [{"retention_ratio": 0.5}, {"token_budget": 30}], ids=lambda budget: next(iter(budget)))
-def test_a_budget_for_one_request_is_refused(budget, folder):
-    """vLLM loads a processor for the `mm_processor_kwargs` of a request, before it calls it with them."""
-    with pytest.raises(ValueError, match=f"`{next(iter(budget))}` is a pruning setting; give it as `pruning_config="):
-        AutoProcessor.from_pretrained(folder, trust_remote_code=True, **budget)
-
-
 def kept_from_remote_code(folder, seed, height, width):
     """Runs without the package: what a base model keeps that was built and loaded as engines do."""
     import accelerate

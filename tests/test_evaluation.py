@@ -8,7 +8,7 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
 from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
 from hivtp_hf.evaluation.prompts import embedded, prompt_of
 from hivtp_hf.evaluation.tower_pass import (
@@ -40,7 +40,11 @@ def pair(request):
 
 
 def methods_of(pair):
-    return [name for name in METHODS if name != "none" and (pair.pruned.model._has_cls_token or name != "cls_attention")]
+    return [
+        name
+        for name in METHODS
+        if name != "none" and (Evidence.CLASS_ATTENTION in pair.pruned.model.provided_evidence or name != "cls_attention")
+    ]
 
 
 def prunings_of(pair, **shared):
@@ -56,7 +60,7 @@ def inputs_of(pair, images=PHOTOS):
 
 
 def layouts_of(pair, pruning, images=PHOTOS):
-    return [pair.processor._token_layout(image.height, image.width, pruning) for image in images]
+    return [pair.processor.family.processor_layout(pair.processor, image.height, image.width, pruning) for image in images]
 
 
 def test_one_pass_serves_all_methods_as_their_own_would(pair):

@@ -8,12 +8,12 @@ import torch
 
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, evaluated, table_of, without_times
-from hivtp_hf import selectors_uniform
 from hivtp_hf.checkpoints import CheckpointSource, convert_checkpoint
 from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.plot import draw_accuracy
 from hivtp_hf.evaluation.run_folder import FinishedParts
+from hivtp_hf.methods import uniform as selectors_uniform
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once

@@ -3,14 +3,13 @@
 import contextlib
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
 from families import FAMILIES
 from nightly import mostly_nightly
 from oracle import oracle_inputs
-from tiny_models import LOW_RATIO, SIGLIP, TOWERS, greedy, image_inputs, photo, twins
+from tiny_models import LOW_RATIO, SIGLIP, TOWERS, greedy, photo, twins
 
 # Rows of mixed lengths, image sizes and numbers of images, one of them without any.
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "no image at all. ASSISTANT:", "<image> and <image>", "<image>"]
@@ -82,11 +81,6 @@ def test_a_mixed_batch_gives_the_oracles_logits(any_pair, padding_side):
         torch.testing.assert_close(got[row, is_token], logits(any_pair.pruned, alone)[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("row", range(len(TEXTS)))
-def test_a_single_prompt_gives_the_oracles_logits(any_pair, row):
-    assert_oracles_logits(any_pair, single(any_pair, row))
-
-
 @pytest.mark.releases
 def test_every_model_generates_as_the_oracle(any_pair):
     inputs = batch(any_pair)
@@ -137,46 +131,6 @@ def test_the_feature_strategy_may_come_with_the_call(tower, strategy):
     pair = twins(LOW_RATIO, **TOWERS[f"LLaVA-1.5, {tower}"])
     pair.processor.vision_feature_select_strategy = strategy
     assert_oracles_logits(pair, batch(pair), vision_feature_select_strategy=strategy)
-
-
-FORMS_OF_AN_IMAGE = {
-    "PIL image": lambda image: image,
-    "NumPy, channels last": np.array,
-    "NumPy, channels first": lambda image: np.array(image).transpose(2, 0, 1),
-    "tensor, channels last": lambda image: torch.from_numpy(np.array(image)),
-    "tensor, channels first": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
-}
-
-
-@pytest.mark.parametrize("returned", ["pt", "np"])
-@pytest.mark.parametrize("form", FORMS_OF_AN_IMAGE)
-def test_images_may_come_and_inputs_may_leave_as_tensors_or_arrays(pair, form, returned):
-    images = [FORMS_OF_AN_IMAGE[form](photo(*size, seed)) for seed, size in enumerate(SIZES)]
-    arguments = {"images": images, "text": TEXTS, "padding": True, "return_tensors": returned}
-    inputs = pair.processor(**arguments)
-    kind = torch.Tensor if returned == "pt" else np.ndarray
-    assert all(isinstance(value, kind) for value in inputs.values())
-    stock_inputs = pair.stock_processor(**arguments)
-    assert inputs.keys() == stock_inputs.keys()
-    for key in image_inputs(stock_inputs):
-        assert np.array_equal(inputs[key], stock_inputs[key])
-
-    inputs = {key: torch.as_tensor(value) for key, value in inputs.items()}
-    from_pil = batch(pair)
-    assert torch.equal(inputs["input_ids"], from_pil["input_ids"])
-    # torchvision, where installed, resizes tensors by other arithmetic than PIL: rounded pixels differ by one level.
-    torch.testing.assert_close(inputs["pixel_values"], from_pil["pixel_values"], atol=0.05, rtol=0)
-    assert_oracles_logits(pair, inputs)
-
-
-def test_images_may_be_grouped_by_row(pair):
-    images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
-    grouped = [[image for image, of in zip(images, ROW_OF_IMAGE, strict=True) if of == row] for row in (0, 2, 3)]
-    texts = [TEXTS[row] for row in (0, 2, 3)]
-    expected = pair.processor(images=images, text=texts, padding=True, return_tensors="pt")
-    inputs = pair.processor(images=grouped, text=texts, padding=True, return_tensors="pt")
-    assert all(torch.equal(inputs[key], expected[key]) for key in expected)
-    assert_oracles_logits(pair, inputs)
 
 
 # The oracle computes the same numbers by the same kernels, so that even half precision agrees bit for bit on the machines

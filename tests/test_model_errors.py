@@ -16,21 +16,6 @@ def pair(request):
     return twins(LOW_RATIO, family=request.param)
 
 
-@pytest.fixture(scope="module")
-def next_pair():
-    return twins(LOW_RATIO, family="llava_next")
-
-
-@pytest.fixture(scope="module")
-def llava_pair():
-    return twins(LOW_RATIO, family="llava")
-
-
-def sized(pair, size):
-    """How an error names an image's size, which LLaVA-1.5 does not know."""
-    return " ({} x {})".format(*size) if pair.family.name == "llava_next" else ""
-
-
 def never(*args, **kwargs):
     raise AssertionError("the language model ran")
 
@@ -52,7 +37,8 @@ def test_stock_placeholders_are_refused_per_image(pair):
     assert f"{sum(stock)} image placeholders" in message
     assert f"keeps {sum(kept)} visual tokens" in message
     for image, size in enumerate(sizes):
-        assert f"image {image}{sized(pair, size)}: {stock[image]} placeholders, {kept[image]} features" in message
+        sized = " ({} x {})".format(*size) if pair.family.name == "llava_next" else ""  # which LLaVA-1.5 does not know
+        assert f"image {image}{sized}: {stock[image]} placeholders, {kept[image]} features" in message
     assert "retention_ratio=0.25" in message
     assert f"`{pair.family.processor.__name__}`" in message
     assert "pruning_config=model.config.pruning_config" in message
@@ -60,17 +46,6 @@ def test_stock_placeholders_are_refused_per_image(pair):
         pair.pruned.generate(**inputs, max_new_tokens=2)
     with pytest.raises(ValueError, match="the prompt has"):
         pair.pruned.model(**inputs)
-
-
-def test_only_the_image_of_another_size_is_named(next_pair, monkeypatch):
-    """LLaVA-NeXT alone takes sizes."""
-    monkeypatch.setattr(next_pair.pruned.model.language_model, "forward", never)
-    images = [photo(60, 100), photo(112, 112)]
-    inputs = next_pair.processor(images=images, text=["<image> and <image>"], return_tensors="pt")
-    inputs["image_sizes"][1] = torch.tensor([112, 56])
-    with pytest.raises(ValueError, match=r"image 1 \(112 x 56\)") as error:
-        next_pair.pruned(**inputs)
-    assert "image 0" not in str(error.value)
 
 
 @pytest.mark.usefixtures("no_language_model")
@@ -117,53 +92,37 @@ def test_truncated_placeholders_are_refused(pair):
     assert str(error.value).startswith("Image features and image tokens do not match: the prompt has")  # what TRL looks for
 
 
-def test_equal_counts_follow_the_models_settings(pair):
-    # 1/4 of 64 cells is 16 by either rule, so the placeholders fit, and what is kept is the model's business.
-    pair.processor.pruning_config = {"global_ratio": 0.0, "local_window": 2}
-    try:
-        inputs = pair.processor(images=photo(112, 112), text=PROMPT, return_tensors="pt")
-    finally:
-        pair.processor.pruning_config = LOW_RATIO
-    assert torch.equal(inputs.input_ids, pair.processor(images=photo(112, 112), text=PROMPT, return_tensors="pt").input_ids)
-    with torch.no_grad():
-        assert pair.pruned(**inputs).logits.shape[1] == inputs.input_ids.shape[1]
+OF_BOTH_FAMILIES = [
+    (
+        {"vision_layers": 8},
+        {"retention_ratio": 1.0},
+        "layers 6 to 8, but the vision tower has 8 layers, 0 to 7.*"
+        r"`importance_start_layer` \(given: 6\), `importance_num_layers` \(given: 3\)",
+    ),
+    ({}, {"importance_num_layers": 10**30}, "10 layers"),
+    (SIGLIP, {"method": "cls_attention"}, "'cls_attention' reads .* the vision tower has no class token.*'hivtp', 'hiprune'"),
+]
 
 
-@pytest.mark.parametrize("build", ["base", "model"])
 @pytest.mark.parametrize(
     ("geometry", "pruning", "message"),
     [
-        *(
-            ({"family": family, **geometry}, pruning, message)
-            for family in FAMILIES
-            for geometry, pruning, message in (
-                (
-                    {"vision_layers": 8},
-                    {},
-                    "layers 6 to 8, but the vision tower has 8 layers, 0 to 7.*"
-                    r"`importance_start_layer` \(given: 6\), `importance_num_layers` \(given: 3\)",
-                ),
-                ({"vision_layers": 8}, {"retention_ratio": 1.0}, "8 layers"),
-                ({}, {"importance_num_layers": 10**30}, "10 layers"),
-                (SIGLIP, {"method": "cls_attention"}, "'cls_attention' reads .* the vision tower has no class token.*'hivtp'"),
-            )
-        ),
+        *(({"family": family, **geometry}, *rest) for family in FAMILIES for geometry, *rest in OF_BOTH_FAMILIES),
         # Of LLaVA-NeXT: un-padding counts whole cells, so tiles must divide. LLaVA-1.5 drops what is left, as stock does.
         ({"family": "llava_next", "patch_size": 6}, {}, "56 pixels does not divide into patches of 6 pixels"),
         ({"family": "llava_next", "pinpoints": [[56, 100]]}, {}, "does not divide into tiles of 56 pixels"),
     ],
 )
-def test_settings_that_do_not_fit_the_tower_are_refused_at_construction(build, geometry, pruning, message):
+def test_settings_that_do_not_fit_the_tower_are_refused_at_construction(geometry, pruning, message):
     config = pruned_config(tiny_config(**{**SMALL, **geometry}), pruning)
     with pytest.raises(ValueError, match=message):
-        getattr(FAMILIES[geometry["family"]], build)(config)
+        FAMILIES[geometry["family"]].model(config)
 
 
-@pytest.mark.parametrize("build", ["base", "model"])
-def test_a_tower_without_one_tile_size_is_refused(build):
+def test_a_tower_without_one_tile_size_is_refused():
     """LLaVA-1.5 also means Pixtral in transformers, whose images vary in size."""
     with pytest.raises(ValueError, match=r"Pixtral.* pruning needs one square tile"):
-        getattr(FAMILIES["llava"], build)(HIVTPLlavaConfig(vision_config={"model_type": "pixtral"}))
+        FAMILIES["llava"].model(HIVTPLlavaConfig(vision_config={"model_type": "pixtral"}))
 
 
 @pytest.mark.parametrize(
@@ -185,11 +144,12 @@ def test_a_feature_selection_that_is_not_one_per_cell_is_refused(vision_type, st
         HIVTPLlavaNextModel(config)
 
 
-def test_an_unknown_feature_selection_is_refused(llava_pair):
-    inputs = llava_pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
-    for model in (llava_pair.pruned, llava_pair.pruned.model):
-        with pytest.raises(ValueError, match="is 'cls'; it must be 'default' or 'full'"):
-            model(**inputs, vision_feature_select_strategy="cls")
+def test_an_unknown_feature_selection_is_refused():
+    """By LLaVA-1.5."""
+    pair = twins(LOW_RATIO, family="llava")
+    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
+    with pytest.raises(ValueError, match="is 'cls'; it must be 'default' or 'full'"):
+        pair.pruned(**inputs, vision_feature_select_strategy="cls")
 
 
 @pytest.mark.parametrize(
@@ -204,52 +164,10 @@ def test_a_feature_selection_that_counts_otherwise_than_the_processor_is_refused
         pair.pruned(**inputs, vision_feature_select_strategy=other)
 
 
-def test_settings_changed_after_construction_are_checked_at_the_call(pair):
+@pytest.mark.parametrize(("settings", "message"), [({"importance_start_layer": 9}, "10 layers"), ({"layer": 10}, "0 to 9")])
+def test_settings_changed_after_construction_are_checked_at_the_call(pair, settings, message, monkeypatch):
+    method = {"method": "cls_attention"} if "layer" in settings else {}
     inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
-    try:
-        for settings, message in [({"importance_start_layer": 9}, "10 layers"), ({"importance_num_layers": 5}, "6 to 10")]:
-            pair.pruned.config.pruning_config = settings
-            with pytest.raises(ValueError, match=message):
-                pair.pruned.model.get_image_features(**image_inputs(inputs))
-        with pytest.raises(ValueError, match="`retention_ratio` is 7"):
-            pair.pruned.config.pruning_config = {"retention_ratio": 7}
-    finally:
-        pair.pruned.config.pruning_config = LOW_RATIO
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_sizes": None}, "without `image_sizes`"),
-        ({"image_sizes": torch.tensor([[60, 100], [60, 100]])}, "1 images of .* names 2 images"),
-        ({"image_sizes": torch.tensor([60, 100])}, "must be \\(height, width\\)"),
-        ({"image_sizes": torch.tensor([[0, 100]])}, "`height` is 0"),
-        ({"pixel_values": torch.zeros(1, 2, 3, 56, 56)}, "images of 2 tiles"),
-        ({"pixel_values": [[0.0]]}, "`pixel_values` is a list; it must be a tensor"),
-    ],
-)
-def test_tiles_and_sizes_that_do_not_fit_each_other_are_refused(next_pair, change, message):
-    inputs = {"pixel_values": torch.zeros(1, 5, 3, 56, 56), "image_sizes": torch.tensor([[60, 100]]), **change}
+    monkeypatch.setattr(pair.pruned.config, "pruning_config", {**method, **settings})
     with pytest.raises(ValueError, match=message):
-        next_pair.pruned.model.get_image_features(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_sizes": torch.tensor([[60, 100]])}, "`image_sizes` was given, which LLaVA-1.5 does not take"),
-        ({"pixel_values": [[0.0]]}, "`pixel_values` is a list; it must be a tensor"),
-        ({"pixel_values": torch.zeros(1, 5, 3, 56, 56)}, "`pixel_values` has 5 dimensions; it must have 4"),
-        ({"retention_ratio": [0.5, 0.5]}, "`retention_ratio`"),
-    ],
-)
-def test_inputs_of_another_family_are_refused(llava_pair, change, message):
-    """LLaVA-1.5 takes a tile per image and no sizes, be it features, a forward or an answer that is asked for."""
-    pixels = {"pixel_values": torch.zeros(1, 3, 56, 56), **change}
-    prompt = {"input_ids": torch.full((1, 16), 3), "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
-    for call in (llava_pair.pruned.get_image_features, llava_pair.pruned.model.get_image_features):
-        with pytest.raises(ValueError, match=message):
-            call(**pixels)
-    for call in (llava_pair.pruned, llava_pair.pruned.model, llava_pair.pruned.generate):
-        with pytest.raises(ValueError, match=message):
-            call(**prompt, **pixels)
+        pair.pruned.model.get_image_features(**image_inputs(inputs))

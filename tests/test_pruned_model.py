@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.pruning import attention_interface as received_attention
-from hivtp_hf.pruning.attention_interface import ReceivedAttention
-from hivtp_hf.pruning.evidence import mean_of_layers
 from tiny_models import LOW_RATIO, TOWERS, greedy, image_inputs, photo, twins
 
 SIZES = [(60, 100), (112, 112), (200, 50), (37, 300), (20, 20)]
@@ -66,22 +62,6 @@ def test_kept_features_are_stocks(pair, pruning_of, settings):
     assert torch.equal(output.last_hidden_state, stock.last_hidden_state)
 
 
-def test_kept_cells_are_the_selectors_choice(pair):
-    """The whole chain once more by hand: scores of the scored layers, the selector, the packed sequence."""
-    size = (60, 100)
-    inputs = pair.processor(images=photo(*size), text=PROMPT, return_tensors="pt")
-    pruning = pair.pruned.config.pruning_config
-    layout = pair.processor.token_layout(*size)
-    model, has_class_token = pair.pruned.model, pair.stock.config.vision_config.model_type == "clip_vision_model"
-    collector = ReceivedAttention(pruning.scored_layers(2))
-    with torch.no_grad():
-        kept = model.get_image_features(**image_inputs(inputs)).kept_indices[0]
-        pixels = inputs.pixel_values.view(-1, 3, 56, 56)[: layout.num_tiles]
-        model._received_attention_tap.call(model.vision_tower, collector, pixels)
-    scores = mean_of_layers(collector.by_layer())[:, int(has_class_token) :].view(-1, 8, 8)
-    assert torch.equal(kept, layout.kept_indices(select_hivtp(scores, layout.valid, pruning)))
-
-
 def test_ratio_one_is_stock_bit_for_bit_and_scores_nothing(pair, pruning_of, monkeypatch):
     pruning_of({"retention_ratio": 1})
 
@@ -110,54 +90,6 @@ def test_prompts_without_an_image_are_stocks(pair):
     assert torch.equal(greedy(pair.pruned, inputs), greedy(pair.stock, inputs))
 
 
-ROWS = [
-    (["USER: <image>\nWhat is this? ASSISTANT:"], [(60, 100)]),
-    (["<image> and <image> and a longer text than the others have. ASSISTANT:"], [(112, 112), (200, 50)]),
-    (["no image at all. ASSISTANT:"], []),
-    (["<image>"], [(20, 20)]),
-]
-
-
-@pytest.mark.parametrize("settings", [{}, LOW_RATIO], ids=str)
-def test_a_mixed_batch_equals_single_runs(pair, pruning_of, settings):
-    pruning_of(settings)
-    images = [[photo(*size, 10 * row + i) for i, size in enumerate(sizes)] for row, (_, sizes) in enumerate(ROWS)]
-    texts = [text for (text,), _ in ROWS]
-    batch = pair.processor(
-        images=[image for row in images for image in row], text=texts, return_tensors="pt", padding=True, padding_side="left"
-    )
-    with torch.no_grad():
-        batch_logits = pair.pruned(**batch).logits
-        batch_kept = pair.pruned.model.get_image_features(**image_inputs(batch)).kept_indices
-    batch_tokens = greedy(pair.pruned, batch)
-    first = 0
-    for row, text in enumerate(texts):
-        single = pair.processor(images=images[row] or None, text=text, return_tensors="pt")
-        length = single.input_ids.shape[1]
-        assert torch.equal(batch.input_ids[row, -length:], single.input_ids[0])
-        with torch.no_grad():
-            torch.testing.assert_close(batch_logits[row, -length:], pair.pruned(**single).logits[0], atol=1e-4, rtol=0)
-            if images[row]:
-                kept = pair.pruned.model.get_image_features(**image_inputs(single)).kept_indices
-                together = batch_kept[first : first + len(kept)]
-                assert all(torch.equal(*indices) for indices in zip(kept, together, strict=True))
-                first += len(kept)
-        assert torch.equal(batch_tokens[row], greedy(pair.pruned, single)[0])
-    assert first == len(batch_kept)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs(dtype, family):
-    pair = twins(LOW_RATIO, family=family)
-    pair.pruned.to(dtype)
-    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt").to(dtype)
-    output = pair.pruned.model.get_image_features(**image_inputs(inputs))
-    assert output.pooler_output[0].dtype == dtype
-    assert len(output.kept_indices[0]) == pair.processor.token_layout(60, 100).num_retained
-    assert greedy(pair.pruned, inputs).shape == (1, 6)
-
-
 @pytest.mark.parametrize("ratio", [1 / 64, 0.25])
 def test_the_class_token_is_kept_and_counted_and_never_ranked(ratio):
     """LLaVA-1.5 with CLIP and "full": the first placeholder shows the class token, and the ratio is one of cells."""
@@ -181,19 +113,3 @@ def test_siglips_first_cell_is_dropped_as_stock_does():
     layout = pair.processor.token_layout(60, 100)
     assert layout.cells(torch.tensor([0])).tolist() == [[0, 0, 1]]
     assert layout.num_retained == layout.num_stock == 63
-
-
-def test_features_can_be_asked_for_as_a_tuple_and_from_either_class(pair):
-    inputs = pair.processor(images=photo(60, 100), text=PROMPT, return_tensors="pt")
-    with torch.no_grad():
-        output = pair.pruned.get_image_features(**image_inputs(inputs))
-        as_tuple = pair.pruned.model.get_image_features(**image_inputs(inputs), return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_tuple[-1][0], output.kept_indices[0])
-
-
-def test_the_default_prunes_to_half():
-    pruning = VisualTokenPruningConfig()
-    tiled = TokenLayout.from_image_size(112, 112, pruning, tile_size=56, patch_size=7, pinpoints=[[112, 112]])
-    for layout in (tiled, TokenLayout.single_tile(8, pruning)):
-        assert sum(layout.group_totals) == layout.num_tiles * 64 // 2

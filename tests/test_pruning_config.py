@@ -1,11 +1,7 @@
 """`VisualTokenPruningConfig`: defaults, ranges, errors, round trips."""
 
-import copy
 import dataclasses
-import json
 import math
-import pickle
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -55,87 +51,21 @@ def test_a_method_reads_its_own_settings_only(method):
             VisualTokenPruningConfig(method=method, **{name: 1})
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_default_is_written_and_read(method):
-    pruning = VisualTokenPruningConfig(method=method, keep_newlines=False)
-    stored = json.loads(json.dumps(pruning.to_dict()))
-    assert VisualTokenPruningConfig.from_dict(stored) == pruning
-    assert hash(VisualTokenPruningConfig.from_dict(stored)) == hash(pruning)
-
-
 SCORED_LAYERS = [
     ({}, [6, 7, 8]),
     ({"importance_start_layer": 0, "importance_num_layers": 2}, [0, 1]),
     ({"method": "hiprune"}, [8, 22]),
     ({"method": "hiprune", "deep_layer": 3}, [3, 8]),
     ({"method": "hiprune", "deep_layer": 8}, [8]),
-    ({"method": "hiprune", "object_layer": 22}, [22]),
-    ({"method": "hiprune", "deep_layer": 0, "object_layer": 0}, [0]),
     ({"method": "cls_attention"}, [22]),
     ({"method": "cls_attention", "layer": 0}, [0]),
     ({"method": "gprune"}, []),
-    ({"method": "random"}, []),
-    ({"method": "uniform"}, []),
-    ({"method": "none"}, []),
 ]
 
 
 @pytest.mark.parametrize(("settings", "layers"), SCORED_LAYERS, ids=str)
 def test_scored_layers(settings, layers):
     assert list(VisualTokenPruningConfig(**settings).scored_layers(22)) == layers
-
-
-def test_scored_layers_are_not_counted_out():
-    # Settings are held against an encoder's depth later, so a number that no list could hold must not be tried.
-    far = VisualTokenPruningConfig(importance_start_layer=10**15, importance_num_layers=10**15)
-    assert far.scored_layers(22)[0] == 10**15
-
-
-def test_round_trip_through_json_loses_nothing():
-    pruning = VisualTokenPruningConfig(retention_ratio=2 / 9, keep_newlines=False, global_ratio=0.1, local_window=5)
-    assert VisualTokenPruningConfig.from_dict(json.loads(json.dumps(pruning.to_dict()))) == pruning
-
-
-@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda pruning: pickle.loads(pickle.dumps(pruning))])
-def test_copies_are_equal_and_hash_alike(twin):
-    pruning = VisualTokenPruningConfig(retention_ratio=0.3)
-    assert twin(pruning) == pruning
-    assert hash(twin(pruning)) == hash(pruning)
-    assert pruning != VisualTokenPruningConfig()
-
-
-def test_numbers_become_plain_python():
-    pruning = VisualTokenPruningConfig(retention_ratio=Fraction(1, 2), local_window=np.int32(3), global_ratio=np.float32(0.5))
-    assert [type(pruning.to_dict()[key]) for key in ("retention_ratio", "local_window", "global_ratio")] == [float, int, float]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        *[
-            ("retention_ratio", value, "above 0 and at most 1")
-            for value in (0, -0.5, 1.0001, float("nan"), "0.5", True, [0.5], 10**400)
-        ],
-        *[("global_ratio", value, "from 0 to 1") for value in (-0.1, 1.1, float("inf"), None, "0.25", False)],
-        *[("local_window", value, "whole number from 1") for value in (0, -1, 2.0, "2", None, True)],
-        *[("regions", value, "whole number from 1") for value in (0, 1.5, None)],
-        *[("importance_start_layer", value, "whole number from 0") for value in (-1, 6.0, "6")],
-        *[("importance_num_layers", value, "whole number from 1") for value in (0, None)],
-        *[("token_budget", value, "whole number from 1") for value in (0, 1.5, "640", False)],
-        *[("exact_count", value, "True or False") for value in (1, None, "true")],
-        *[("keep_newlines", value, "True or False") for value in (0, "no")],
-        *[("method", value, "'hivtp'") for value in ("HIVTP", None, 3, ["hivtp"])],
-    ],
-)
-def test_errors_name_field_value_and_range(field, value, allowed):
-    with pytest.raises(ValueError, match=f"`{field}` is .*{allowed}") as error:
-        VisualTokenPruningConfig(**{field: value})
-    assert repr(value) in str(error.value)
-
-
-def test_a_setting_that_the_method_does_not_have_is_an_error():
-    with pytest.raises(ValueError, match=r"`alpha`.*'hivtp'.*`global_ratio`"):
-        VisualTokenPruningConfig(alpha=0.1)
 
 
 def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monkeypatch):
@@ -191,9 +121,6 @@ def test_layers_are_marked_as_such():
     ("settings", "advice"),
     [
         ({"retention": 0.5}, "Did you mean `retention_ratio`?"),
-        ({"tokens_budget": 64}, "Did you mean `token_budget`?"),
-        ({"local_windows": 2}, "Did you mean `local_window`?"),
-        ({"method": "hiprune", "objectlayer": 2}, "Did you mean `object_layer`?"),
         ({"method": "gprune", "similarity_treshold": 0.4, "temprature": 1}, "`similarity_threshold` and `temperature`?"),
         ({"banana": 1}, "Remove it."),
         ({"self": 1}, "`self`: not a setting of the method 'hivtp'"),
@@ -207,18 +134,15 @@ def test_a_misspelt_setting_gets_advice(settings, advice):
         assert f"`{name}`" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "advice"), [(50, "For 50 % write 0.5;"), (22.5, "For 22.5 % write 0.225;"), (100, "For 100 % write 1;")]
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_percentages_get_advice(method, value, advice):
+@pytest.mark.parametrize(("value", "advice"), [(22.5, "For 22.5 % write 0.225;"), (100, "For 100 % write 1;")])
+def test_percentages_get_advice(value, advice):
     with pytest.raises(ValueError, match=r"`retention_ratio` is .* above 0 and at most 1\.") as error:
-        VisualTokenPruningConfig(method=method, retention_ratio=value)
+        VisualTokenPruningConfig(retention_ratio=value)
     assert advice in str(error.value)
     assert f"for {value} tokens use `token_budget`" in str(error.value)
 
 
-@pytest.mark.parametrize("value", [101, 640, -1, 0, True, "50", float("inf")])
+@pytest.mark.parametrize("value", [101, 1.5, 0, "50", float("inf")])
 def test_other_wrong_ratios_get_no_advice_on_percentages(value):
     with pytest.raises(ValueError, match="`retention_ratio` is") as error:
         VisualTokenPruningConfig(retention_ratio=value)
@@ -252,48 +176,26 @@ NO_SETTINGS = "`pruning_config` is .*it must be a dict of settings"
 # name: (settings, piece of the error's message)
 BAD_SETTINGS = {
     "a list": ([], NO_SETTINGS),
-    "a list of pairs": ([("method", "hivtp")], NO_SETTINGS),
     "a string": ("hivtp", NO_SETTINGS),
-    "json": ('{"retention_ratio": 0.5}', NO_SETTINGS),
-    "a number": (3, NO_SETTINGS),
-    "a boolean": (True, NO_SETTINGS),
-    "nan": (float("nan"), NO_SETTINGS),
-    "a set": ({"hivtp"}, NO_SETTINGS),
     "keys that are no strings": ({1: 2}, NO_SETTINGS),
     "the class itself": (VisualTokenPruningConfig, NO_SETTINGS),
     "a very deep list": (nested(100_000), f"a value that cannot be printed.*{NO_SETTINGS[-20:]}"),
     "unknown key": ({"budget": 100}, "`budget`: not a setting of the method 'hivtp'.*`retention_ratio`"),
-    "key of another case": ({"Retention_Ratio": 0.5}, "`Retention_Ratio`: not a setting"),
-    "key that Python uses": ({"self": 1}, "`self`: not a setting"),
-    "nested once more": ({"pruning_config": {"retention_ratio": 0.5}}, "`pruning_config`: not a setting"),
     "key of another method": ({"alpha": 0.1}, "`alpha`: not a setting of the method 'hivtp'"),
     "ratio and budget": ({"retention_ratio": 0.5, "token_budget": 10}, "`retention_ratio` is .*`token_budget` 10.*one of them"),
     "budget of zero": ({"token_budget": 0}, "`token_budget` is 0 .*whole number from 1"),
-    "budget as a share": ({"token_budget": 0.5}, r"`token_budget` is 0\.5 .*whole number from 1"),
-    "a ratio that keeps nothing back": ({"method": "none", "retention_ratio": 0.5}, "'none' keeps every token"),
     "published counts that are fixed": ({"method": "hiprune", "exact_count": False}, "`exact_count` is False; .*'hiprune'"),
     "unknown method": ({"method": "nonesuch"}, "`method` is 'nonesuch'.*one of 'hivtp'"),
-    "no method": ({"method": None}, "`method` is None"),
     "ratio as a string": ({"retention_ratio": "0.5"}, RATIO),
-    "ratio in percent": ({"retention_ratio": 50}, RATIO),
     "ratio as a boolean": ({"retention_ratio": True}, RATIO),
     "ratio of nan": ({"retention_ratio": float("nan")}, RATIO),
-    "infinite ratio": ({"retention_ratio": float("inf")}, RATIO),
-    "ratio of zero": ({"retention_ratio": 0}, RATIO),
     "negative ratio": ({"retention_ratio": -0.0}, RATIO),
-    "complex ratio": ({"retention_ratio": 0.5 + 0j}, RATIO),
     "ratio as a tensor": ({"retention_ratio": torch.tensor(0.5)}, RATIO),
     "ratio as an array": ({"retention_ratio": np.array([0.5])}, RATIO),
-    "huge ratio": ({"retention_ratio": 10**400}, RATIO),
     "ratio of more digits than Python prints": ({"retention_ratio": 10**5000}, "cannot be printed.*above 0 and at most 1"),
-    "window as a float": ({"local_window": 2.0}, WINDOW),
-    "window as a string": ({"local_window": "2"}, WINDOW),
-    "window as a boolean": ({"local_window": True}, WINDOW),
     "huge window": ({"local_window": 10**101}, f"`local_window` is .*whole number from 1 to {10**100}"),
-    "window beyond all floats": ({"local_window": 10**400}, f"{WINDOW} to "),
     "window of more digits than Python prints": ({"local_window": -(10**5000)}, WINDOW),
     "flag as a number": ({"exact_count": 1}, "`exact_count` is 1 .*True or False"),
-    "flag as a string": ({"keep_newlines": "no"}, "`keep_newlines` is 'no' .*True or False"),
     "a very long string": ({"method": "x" * 10**6}, r"`method` is 'x{399} \.\.\. x{49}' \(str\)"),
 }
 
@@ -305,35 +207,16 @@ def test_settings_that_are_refused(settings, message):
     assert len(str(error.value)) < 2000
 
 
-def test_instances_do_not_change():
+def test_settings_cannot_be_assigned():
     pruning = VisualTokenPruningConfig()
-    with pytest.raises(AttributeError, match="replace"):
-        pruning.retention_ratio = 0.5
+    with pytest.raises(AttributeError, match=r"does not change; use `pruning\.replace\(method='gprune'\)`"):
+        pruning.method = "gprune"
+    with pytest.raises(AttributeError, match=r"does not change; use `pruning\.replace\(method='gprune'\)`"):
+        pruning["method"] = "gprune"
     with pytest.raises(AttributeError):
         del pruning.method
-    changed = pruning.replace(retention_ratio=0.5)
-    assert (changed.retention_ratio, pruning.retention_ratio) == (0.5, None)
-    written = pruning.to_dict()
-    written["retention_ratio"] = 0.5
-    assert pruning.retention_ratio is None
-
-
-@pytest.mark.parametrize(("name", "value"), [("retention_ratio", 0.5), ("method", "gprune"), ("banana", 3)])
-def test_settings_cannot_be_assigned_as_in_a_dict(name, value):
-    pruning = VisualTokenPruningConfig()
-    with pytest.raises(AttributeError, match=r"does not change; use `pruning\.replace\(") as as_attribute:
-        setattr(pruning, name, value)
-    with pytest.raises(AttributeError) as as_key:
-        pruning[name] = value
-    assert str(as_key.value) == str(as_attribute.value)
-    assert f"`pruning.replace({name}={value!r})`" in str(as_key.value)
+    pruning.to_dict()["method"] = "gprune"
     assert pruning == VisualTokenPruningConfig()
-
-
-def test_replace_with_the_same_method_keeps_its_settings():
-    pruning = VisualTokenPruningConfig(method="hiprune", alpha=0.3, retention_ratio=0.25, keep_newlines=False)
-    assert pruning.replace(method="hiprune", object_layer=2).to_dict() == {**pruning.to_dict(), "object_layer": 2}
-    assert pruning.replace() == pruning
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -375,7 +258,3 @@ def test_coerce_takes_what_users_write():
     assert VisualTokenPruningConfig.coerce({"retention_ratio": 0.5}) == pruning
     assert VisualTokenPruningConfig.coerce(OtherCopy()) == pruning
     assert VisualTokenPruningConfig.coerce(None) == VisualTokenPruningConfig.coerce({}) == VisualTokenPruningConfig()
-
-
-def test_unknown_attributes_are_missing():
-    assert not hasattr(VisualTokenPruningConfig(), "alpha")

@@ -1,12 +1,10 @@
 """Scores: equal to attention maps computed in full, under every implementation, and nobody notices that they are taken."""
 
 import copy
-import importlib.util
 import os
 import pickle
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forked import run_together
-from hivtp_hf.pruning import attention_interface as scoring
 from hivtp_hf.pruning import attention_scores as attention_reduction
 from hivtp_hf.pruning.attention_interface import ReceivedAttention, attach
 from hivtp_hf.pruning.attention_scores import received_attention
@@ -201,42 +198,6 @@ def test_copies_report_for_themselves(vision_type, twin):
     torch.testing.assert_close(scores(copied, tap, pixels(), layers=(2,)), expected[2], atol=1e-5, rtol=0)
     copied.set_attn_implementation("eager")
     assert tower.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("vision_type", TOWERS)
-def test_two_threads_share_a_tower(vision_type):
-    tower = tower_of(vision_type)
-    tap = attach(tower, 5)
-    inputs = [pixels(2), pixels(2) + 1]
-    expected = [scores(tower, tap, images) for images in inputs]
-    mistakes = []
-
-    def work(images, wanted):
-        for _ in range(20):
-            if not torch.equal(scores(tower, tap, images), wanted):
-                mistakes.append(threading.get_ident())
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not mistakes
-
-
-@pytest.mark.parametrize("vision_type", TOWERS)
-def test_two_copies_of_the_code_do_not_meet(vision_type):
-    spec = importlib.util.spec_from_file_location("hivtp_hf.another_received_attention", scoring.__file__)
-    other = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(other)
-    ours, theirs = tower_of(vision_type), tower_of(vision_type)
-    our_tap, their_tap = attach(ours, 5), other.attach(theirs, 5)
-    expected = scores(ours, our_tap, pixels())
-    collector = other.ReceivedAttention(LAYERS)
-    with torch.no_grad():
-        their_tap.call(theirs, collector, pixels())
-    assert torch.equal(mean_of_layers(collector.by_layer()), expected)
-    assert torch.equal(scores(ours, our_tap, pixels()), expected)
 
 
 @pytest.mark.parametrize("vision_type", TOWERS)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hivtp_hf.pruning.registry.hiprune import select_hiprune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.methods.hiprune import select_hiprune
 
 pytestmark = pytest.mark.once
 
@@ -133,105 +133,3 @@ def test_published_numbers_of_anchors(budget, anchors):
     object_scores[0, ::3, ::3] = 1  # so far apart that none is another's neighbour
     selected = select_hiprune(object_scores, -object_scores, FULL_TILE, VisualTokenPruningConfig("hiprune", budget / 576))
     assert int(selected[object_scores == 1].sum()) == anchors
-
-
-@pytest.mark.parametrize("published_borders", [False, True])
-def test_a_ratio_of_one_keeps_every_valid_cell(published_borders):
-    scores, valid = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 8) < 0.7
-    pruning = VisualTokenPruningConfig("hiprune", 1.0, alpha=1.0, published_borders=published_borders)
-    assert torch.equal(select_hiprune(*scores, valid, pruning), valid)
-
-
-def test_settings_may_be_a_dict():
-    scores, valid = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 8) < 0.7
-    as_dict = {"method": "hiprune", "retention_ratio": 0.3, "alpha": 0.4}
-    assert torch.equal(
-        select_hiprune(*scores, valid, as_dict), select_hiprune(*scores, valid, VisualTokenPruningConfig(**as_dict))
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_are_compared_in_float32(dtype):
-    scores, valid = torch.rand(2, 3, 24, 24).to(dtype), torch.rand(3, 24, 24) < 0.9
-    pruning = VisualTokenPruningConfig("hiprune", 0.2, alpha=0.5)
-    assert torch.equal(select_hiprune(*scores, valid, pruning), select_hiprune(*scores.float(), valid, pruning))
-
-
-@pytest.mark.parametrize("published_borders", [False, True])
-def test_tiles_do_not_influence_each_other(published_borders):
-    scores, valid = torch.rand(2, 5, 12, 12), torch.rand(5, 12, 12) < 0.8
-    pruning = VisualTokenPruningConfig("hiprune", 0.3, alpha=0.6, published_borders=published_borders)
-    one_by_one = [select_hiprune(*scores[:, [tile]], valid[[tile]], pruning) for tile in range(5)]
-    assert torch.equal(select_hiprune(*scores, valid, pruning), torch.cat(one_by_one))
-    assert select_hiprune(*scores[:, :0], valid[:0], pruning).shape == (0, 12, 12)
-
-
-def test_arguments_stay_as_they_are():
-    scores, valid = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 8) < 0.7
-    before = scores.clone(), valid.clone()
-    select_hiprune(*scores, valid, VisualTokenPruningConfig("hiprune"))
-    assert torch.equal(scores, before[0])
-    assert torch.equal(valid, before[1])
-
-
-def test_scores_that_are_no_numbers_keep_the_count():
-    scores = torch.full((2, 2, 8, 8), float("nan"))
-    scores[:, 1] = float("inf")
-    valid = torch.ones(2, 8, 8, dtype=torch.bool)
-    valid[:, 5:] = False
-    selected = select_hiprune(*scores, valid, VisualTokenPruningConfig("hiprune", 0.5, alpha=0.5))
-    assert selected.flatten(1).sum(1).tolist() == [20, 20]
-    assert not selected[~valid].any()
-
-
-@pytest.mark.parametrize("published_borders", [False, True])
-def test_compiles_into_one_graph(published_borders):
-    pruning = VisualTokenPruningConfig("hiprune", 0.4, alpha=0.5, published_borders=published_borders)
-    scores, valid = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 8) < 0.8
-    compiled = torch.compile(select_hiprune, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*scores, valid, pruning), select_hiprune(*scores, valid, pruning))
-
-
-@pytest.mark.parametrize("published_borders", [False, True])
-def test_never_waits_for_the_device(published_borders):
-    # Reading a value back is impossible on the meta device, so running there shows that nothing is read.
-    scores = torch.rand(2, 3, 24, 24, device="meta")
-    valid = torch.ones(3, 24, 24, dtype=torch.bool, device="meta")
-    pruning = VisualTokenPruningConfig("hiprune", published_borders=published_borders)
-    assert select_hiprune(*scores, valid, pruning).shape == (3, 24, 24)
-
-
-@pytest.mark.parametrize(
-    ("scores", "valid", "message"),
-    [
-        (torch.rand(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool), "square"),
-        (torch.rand(2, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), r"shape \(2, 4, 4\)"),
-        (torch.rand(4, 4), torch.ones(4, 4, dtype=torch.bool), "shape"),
-        (torch.rand(1, 0, 0), torch.ones(1, 0, 0, dtype=torch.bool), "at least one cell"),
-        (torch.rand(1, 4, 4), torch.ones(1, 4, 4), "`valid` is torch.float32; it must be bool"),
-        (torch.ones(1, 4, 4, dtype=torch.int64), torch.ones(1, 4, 4, dtype=torch.bool), "floating"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(scores, valid, message):
-    good = torch.rand(valid.shape)
-    pruning = VisualTokenPruningConfig("hiprune")
-    with pytest.raises(ValueError, match=message):
-        select_hiprune(scores, good, valid, pruning)
-    if good.shape == (1, 4, 4) and valid.dtype == torch.bool:  # `valid` itself is right
-        with pytest.raises(ValueError, match=f"`deep_scores`.*{message}"):
-            select_hiprune(good, scores, valid, pruning)
-
-
-@pytest.mark.parametrize(
-    ("pruning", "message"),
-    [
-        (VisualTokenPruningConfig(), "`pruning` has the method 'hivtp'; select_hiprune needs 'hiprune'"),
-        ({"method": "random"}, "`pruning` has the method 'random'; select_hiprune needs 'hiprune'"),
-        ({"method": "hiprune", "token_budget": 64}, r"`token_budget` \(64\).*give a `retention_ratio`"),
-        ({"method": "hiprune", "alpha": 2}, "`alpha` is 2"),
-        (0.5, "`pruning_config` is 0.5"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(pruning, message):
-    with pytest.raises(ValueError, match=message):
-        select_hiprune(torch.rand(1, 4, 4), torch.rand(1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), pruning)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hivtp_hf.pruning.registry.hivtp import count_hivtp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hivtp_reference
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
+from hivtp_hf.methods.hivtp import count_hivtp
 
 pytestmark = pytest.mark.once
 
@@ -42,13 +42,6 @@ def test_half_the_tokens_is_the_published_setting(released):
     valid = torch.ones_like(kept)
     half = select_hivtp(scores, valid, VisualTokenPruningConfig(retention_ratio=0.5))
     assert torch.equal(half, select_hivtp(scores, valid, VisualTokenPruningConfig()))
-
-
-@pytest.mark.parametrize(("ratio", "cells"), [(1.0, 576), (2 / 9, 128), (1 / 9, 64), (1 / 18, 32), (1e-9, 0)])
-def test_ratio_of_a_full_tile(released, ratio, cells):
-    scores, kept = released
-    selected = select_hivtp(scores, torch.ones_like(kept), VisualTokenPruningConfig(retention_ratio=ratio))
-    assert selected.flatten(1).sum(1).unique().tolist() == [cells]
 
 
 def test_floors_are_those_of_float64():
@@ -89,57 +82,7 @@ def test_equals_the_reference(case):
         assert selected.sum((1, 2)).tolist() == totals
 
 
-@pytest.mark.parametrize("pruning", [VisualTokenPruningConfig(), VisualTokenPruningConfig(retention_ratio=0.2)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_are_compared_in_float32(dtype, pruning):
-    scores = torch.rand(3, 24, 24).to(dtype)
-    valid = torch.rand(3, 24, 24) < 0.9
-    assert torch.equal(select_hivtp(scores, valid, pruning), select_hivtp(scores.float(), valid, pruning))
-
-
 def test_equal_scores_keep_the_first_cells():
     pruning = VisualTokenPruningConfig(global_ratio=0.5, regions=1, local_window=4, exact_count=False)
     selected = select_hivtp(torch.zeros(1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), pruning)
     assert selected.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_scores_that_are_no_numbers_keep_the_count():
-    scores = torch.full((2, 8, 8), float("nan"))
-    scores[1] = float("inf")
-    valid = torch.ones(2, 8, 8, dtype=torch.bool)
-    valid[:, 5:] = False
-    selected = select_hivtp(scores, valid, VisualTokenPruningConfig())
-    assert selected.flatten(1).sum(1).tolist() == count_hivtp(valid, VisualTokenPruningConfig()).tolist()
-    assert not selected[~valid].any()
-
-
-@pytest.mark.parametrize("ratio", [None, 0.3])
-def test_compiles_into_one_graph(ratio):
-    pruning = VisualTokenPruningConfig(retention_ratio=ratio)
-    scores, valid = torch.rand(3, 8, 8), torch.rand(3, 8, 8) < 0.8
-    # The graph is what matters here, not the code generated from it: "aot_eager" needs no C++ compiler.
-    compiled = torch.compile(select_hivtp, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(scores, valid, pruning), select_hivtp(scores, valid, pruning))
-
-
-@pytest.mark.parametrize("ratio", [None, 0.3, 1.0])
-def test_exact_counts_never_wait_for_the_device(ratio):
-    # Reading a value back is impossible on the meta device, so running there shows that nothing is read.
-    scores = torch.rand(3, 24, 24, device="meta")
-    valid = torch.ones(3, 24, 24, dtype=torch.bool, device="meta")
-    assert select_hivtp(scores, valid, VisualTokenPruningConfig(retention_ratio=ratio)).shape == (3, 24, 24)
-
-
-@pytest.mark.parametrize(
-    ("scores", "valid", "message"),
-    [
-        (torch.rand(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool), "square"),
-        (torch.rand(2, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), "shape"),
-        (torch.rand(4, 4), torch.ones(4, 4, dtype=torch.bool), "shape"),
-        (torch.rand(1, 4, 4), torch.ones(1, 4, 4), "bool"),
-        (torch.ones(1, 4, 4, dtype=torch.int64), torch.ones(1, 4, 4, dtype=torch.bool), "floating"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(scores, valid, message):
-    with pytest.raises(ValueError, match=message):
-        select_hivtp(scores, valid, VisualTokenPruningConfig())

@@ -1,9 +1,7 @@
 """`token_budget`: at most so many tokens an image, and of the numbers that a ratio can reach the largest."""
 
-import json
 import math
 import random
-import re
 
 import numpy as np
 import pytest
@@ -95,31 +93,14 @@ def test_every_budget_of_a_single_tile(method, grid, extra_tokens):
     )
 
 
-@pytest.mark.parametrize("grid", [24, 27])
 @pytest.mark.parametrize("method", PRUNING)
-def test_a_single_tile_keeps_just_the_budget(method, grid):
-    for budget in (1, 64, 128, 192, 575):
-        layout = TokenLayout.single_tile(grid, VisualTokenPruningConfig(method=method, token_budget=budget))
-        assert layout.num_retained == budget
-
-
-@pytest.mark.parametrize("method", PRUNING)
-def test_the_class_token_counts(method):
-    pruning = VisualTokenPruningConfig(method=method, token_budget=65)
-    layout = TokenLayout.single_tile(24, pruning, extra_tokens=1)
-    assert (layout.num_retained, layout.num_class_tokens, sum(layout.group_totals)) == (65, 1, 64)
-    alone = TokenLayout.single_tile(24, pruning.replace(token_budget=1), extra_tokens=1)
-    assert (alone.num_retained, sum(alone.group_totals)) == (1, 0)
-
-
-@pytest.mark.parametrize("above", [0, 1, 10**6, 10**50])
-@pytest.mark.parametrize("method", PRUNING)
-def test_a_budget_for_all_tokens_keeps_everything(method, above):
+def test_a_budget_for_all_tokens_keeps_everything(method):
     stock = TokenLayout.from_image_size(480, 640, VisualTokenPruningConfig()).num_stock
-    layout = TokenLayout.from_image_size(480, 640, VisualTokenPruningConfig(method=method, token_budget=stock + above))
-    assert layout.pruning.retention_ratio == 1
-    assert layout.keeps_everything
-    assert layout.num_retained == stock
+    for budget in (stock, 10**50):
+        layout = TokenLayout.from_image_size(480, 640, VisualTokenPruningConfig(method=method, token_budget=budget))
+        assert layout.pruning.retention_ratio == 1
+        assert layout.keeps_everything
+        assert layout.num_retained == stock
     short = TokenLayout.from_image_size(480, 640, VisualTokenPruningConfig(method=method, token_budget=stock - 1))
     assert not short.keeps_everything
 
@@ -143,22 +124,17 @@ def test_a_budget_may_go_without_exact_counts():
     assert not layout.pruning.exact_count
 
 
-@pytest.mark.parametrize("method", PRUNING)
-def test_ratio_and_budget_together_are_an_error(method):
+def test_ratio_and_budget_together_are_an_error():
     both = {"retention_ratio": 0.25, "token_budget": 640}
-    with pytest.raises(ValueError, match=r"`retention_ratio` is 0.25.*`token_budget` 640.*give one"):
-        VisualTokenPruningConfig(method=method, **both)
-    for pruning in (VisualTokenPruningConfig(method=method), VisualTokenPruningConfig(method=method, token_budget=5)):
-        with pytest.raises(ValueError, match="give one"):
-            pruning.for_call(**both)
-        with pytest.raises(ValueError, match="give one"):
-            pruning.replace(**both)
+    budget = VisualTokenPruningConfig(token_budget=5)
+    for call in (lambda **given: VisualTokenPruningConfig(**given), budget.for_call, budget.replace):
+        with pytest.raises(ValueError, match=r"`retention_ratio` is 0.25.*`token_budget` 640.*give one"):
+            call(**both)
 
 
-@pytest.mark.parametrize("method", PRUNING)
-def test_one_takes_the_place_of_the_other(method):
-    ratio = VisualTokenPruningConfig(method=method, retention_ratio=0.25, keep_newlines=False)
-    budget = VisualTokenPruningConfig(method=method, token_budget=640, keep_newlines=False)
+def test_one_takes_the_place_of_the_other():
+    ratio = VisualTokenPruningConfig(method="gprune", retention_ratio=0.25, keep_newlines=False)
+    budget = VisualTokenPruningConfig(method="gprune", token_budget=640, keep_newlines=False)
     assert ratio.replace(token_budget=640) == ratio.for_call(token_budget=640) == budget
     assert budget.replace(retention_ratio=0.25) == budget.for_call(retention_ratio=0.25) == ratio
     assert budget.for_call(token_budget=64) == budget.replace(token_budget=64)
@@ -166,7 +142,7 @@ def test_one_takes_the_place_of_the_other(method):
     for pruning in (ratio, budget):
         assert pruning.for_call() is pruning
     # Taken away, it leaves what the method reads by default.
-    assert budget.replace(token_budget=None) == VisualTokenPruningConfig(method=method, keep_newlines=False)
+    assert budget.replace(token_budget=None) == VisualTokenPruningConfig(method="gprune", keep_newlines=False)
 
 
 def test_a_budget_stays_with_another_method():
@@ -174,37 +150,6 @@ def test_a_budget_stays_with_another_method():
     assert budget.replace(method="gprune") == VisualTokenPruningConfig(method="gprune", token_budget=640)
     ratio = VisualTokenPruningConfig(method="hiprune")
     assert ratio.replace(method="uniform", token_budget=64) == VisualTokenPruningConfig(method="uniform", token_budget=64)
-
-
-@pytest.mark.parametrize("value", [0, -1, True, 1.5, "12", float("nan"), 10**200, [640]], ids=lambda value: repr(value)[:10])
-@pytest.mark.parametrize("method", PRUNING)
-def test_budgets_that_are_none_are_refused(method, value):
-    message = r"`token_budget` is .*; it must be a whole number from 1"
-    with pytest.raises(ValueError, match=message) as error:
-        VisualTokenPruningConfig(method=method, token_budget=value)
-    assert repr(value) in str(error.value)
-    with pytest.raises(ValueError, match=message):
-        VisualTokenPruningConfig(method=method).for_call(token_budget=value)
-    with pytest.raises(ValueError, match=message):
-        TokenLayout.single_tile(24, {"method": method, "token_budget": value})
-
-
-def test_numpy_budgets_become_plain():
-    pruning = VisualTokenPruningConfig(token_budget=np.int64(640))
-    assert type(pruning.token_budget) is int
-    assert pruning == VisualTokenPruningConfig(token_budget=640)
-
-
-@pytest.mark.parametrize("method", PRUNING)
-def test_round_trip_through_json(method):
-    pruning = VisualTokenPruningConfig(method=method, token_budget=640)
-    stored = json.loads(json.dumps(pruning.to_dict()))
-    assert (stored["token_budget"], stored["retention_ratio"]) == (640, None)
-    again = VisualTokenPruningConfig.from_dict(stored)
-    assert again == pruning
-    assert hash(again) == hash(pruning)
-    assert VisualTokenPruningConfig.coerce({"method": method, "token_budget": 640}) == pruning
-    assert re.search(r"token_budget=640\b", repr(pruning))
 
 
 def test_layouts_of_a_budget_are_remembered():

@@ -140,12 +140,10 @@ def test_a_layout_does_not_take_on_its_first_callers_surroundings(pruning):
     [
         ({"height": 0}, "`height` is 0"),
         ({"width": -3}, "`width` is -3"),
-        ({"height": 2.5}, "`height` is 2.5"),
         ({"height": True}, "`height` is True"),
-        ({"height": "480"}, "`height` is '480'"),
+        ({"height": 10**5000}, "`height` is a value that cannot be printed"),
         ({"patch_size": 13}, "336 pixels does not divide into patches of 13"),
         ({"pinpoints": [[336, 500]]}, r"\(336, 500\) does not divide into tiles of 336"),
-        ({"pinpoints": []}, "`pinpoints` is"),
         ({"pinpoints": [[336]]}, "`pinpoints` is"),
         ({"pruning": {"retention_ratio": 2}}, "`retention_ratio` is 2"),
     ],
@@ -273,16 +271,15 @@ def test_exact_indices_of_a_single_tile_never_wait_for_the_device(extra_tokens):
     ("arguments", "message"),
     [
         ({"grid": 0}, r"`grid` is 0 \(int\); it must be a whole number of cells from 1"),
-        ({"grid": 2.5}, "`grid` is 2.5"),
         ({"grid": True}, "`grid` is True"),
-        ({"grid": "24"}, "`grid` is '24'"),
         ({"grid": 363}, "`grid` is 363; 131769 cells are too many, 131072 are allowed"),
         ({"extra_tokens": 2}, "`extra_tokens` is 2.*must be -1, 0 or 1"),
-        ({"extra_tokens": None}, "`extra_tokens` is None"),
-        ({"extra_tokens": "1"}, "`extra_tokens` is '1'"),
-        ({"image_size": (0, 640)}, "`height` is 0"),
+        ({"extra_tokens": True}, "`extra_tokens` is True"),
+        ({"image_size": 5}, "`image_size` is 5"),
         ({"image_size": (480, 6.5)}, "`width` is 6.5"),
-        ({"pruning": {"retention_ratio": 2}}, "`retention_ratio` is 2"),
+        ({"view": "abcd"}, "`view` is 'abcd'"),
+        ({"view": (4, 0, 2, 9)}, "`view` is"),
+        ({"view": (0, 0, float("nan"), 9)}, "`view` is"),
         ({"pruning": 0.5}, "`pruning_config` is 0.5"),
     ],
 )
@@ -293,26 +290,6 @@ def test_bad_single_tiles_are_named(arguments, message):
 
 def test_the_largest_single_tile():
     assert TokenLayout.single_tile(362, VisualTokenPruningConfig(retention_ratio=1)).num_retained == 362**2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"extra_tokens": True}, "`extra_tokens` is True"),
-        ({"extra_tokens": 1.0}, "`extra_tokens` is 1.0"),
-        ({"image_size": 5}, "`image_size` is 5"),
-        ({"image_size": (1, 2, 3)}, "`image_size` is"),
-        ({"image_size": (0, 2)}, "`height` is 0"),
-        ({"view": (1, 2, 3)}, "`view` is"),
-        ({"view": "abcd"}, "`view` is 'abcd'"),
-        ({"view": (4, 0, 2, 9)}, "`view` is"),
-        ({"view": (0, 0, float("nan"), 9)}, "`view` is"),
-    ],
-    ids=str,
-)
-def test_single_tile_refuses(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        TokenLayout.single_tile(24, VisualTokenPruningConfig(), **arguments)
 
 
 def test_cells_are_counted_as_they_lie():

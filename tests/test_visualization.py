@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.figures import draw_kept_cells
-from hivtp_hf.figures.kept_cells import CAPTION_HEIGHT, MARGIN, PANEL_SIDE
+from hivtp_hf.figures.kept_cells import CAPTION_HEIGHT, MARGIN
 from tiny_checkpoint import tiny_config, tiny_processor
 from tiny_models import SMALL, photo, pruned_processor
 
@@ -42,12 +42,12 @@ def assert_drawn(panel: np.ndarray, original: np.ndarray, box: tuple[int, int, i
         assert not np.array_equal(panel[inside], original[inside]), box
 
 
-# An image whose longer side is a panel's is not resized. All three have 2 x 2 crops of 8 x 8 cells, each 45 pixels wide; the
-# oblong ones fill 10 2/3 of 16 rows or columns, of which stock keeps the 10 whole ones, from 1/3 of a cell on.
+# An image whose longer side is a panel's is not resized. Both have 2 x 2 crops of 8 x 8 cells, each 45 pixels wide, and fill
+# 10 2/3 of 16 rows or columns, of which stock keeps the 10 whole ones, from 1/3 of a cell on.
 @pytest.mark.parametrize(
     ("height", "width", "rows", "columns", "first_top", "first_left"),
-    [(720, 720, 16, 16, 0, 0), (480, 720, 10, 16, 15, 0), (720, 480, 16, 10, 0, 15)],
-    ids=["square", "wide", "tall"],
+    [(480, 720, 10, 16, 15, 0), (720, 480, 16, 10, 0, 15)],
+    ids=["wide", "tall"],
 )
 def test_cells_lie_where_they_belong(height, width, rows, columns, first_top, first_left):
     image, layout = photo(height, width), small_layout(height, width)
@@ -85,19 +85,8 @@ def test_tiles_are_separated_and_newlines_invisible():
     assert picture.tobytes() == draw_kept_cells(image, layout, newlines[:0]).tobytes()
 
 
-@pytest.mark.parametrize(("height", "width"), [(30, 40), (1500, 2000), (2, 3000), (3000, 2)])
-def test_panels_have_one_size_for_all_images(height, width):
-    layout = small_layout(height, width)
-    picture = draw_kept_cells(photo(height, width), layout, torch.arange(layout.num_stock))
-    panel_height = max(1, round(PANEL_SIDE * min(1, height / width)))
-    assert picture.height == CAPTION_HEIGHT + panel_height + MARGIN
-    assert picture.width >= 3 * MARGIN + 2 * round(PANEL_SIDE * min(1, width / height))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_every_mode_is_drawn(mode):
-    image, layout = photo(72, 96).convert(mode), small_layout(72, 96)
-    kept_indices = torch.arange(0, layout.num_stock, 2)
+def test_colours_of_a_palette_are_drawn():
+    image, layout, kept_indices = photo(72, 96).convert("P"), small_layout(72, 96), torch.arange(0, 100, 2)
     expected = draw_kept_cells(image.convert("RGB"), layout, kept_indices)
     assert draw_kept_cells(image, layout, kept_indices).tobytes() == expected.tobytes()
 
@@ -111,7 +100,7 @@ def test_every_mode_is_drawn(mode):
         (Image.new("RGB", (80, 60)), torch.tensor([0.0]), ["float32", "int64"]),
         (Image.new("RGB", (80, 60)), torch.tensor([[0, 1]]), ["(1, 2)", "(n,)"]),
         (Image.new("RGB", (80, 60)), torch.tensor([3, -1]), ["-1", "0 to", "same processor"]),
-        (Image.new("RGB", (80, 60)), torch.tensor([3, 10_000]), ["10000", "0 to"]),
+        (Image.new("RGB", (80, 60)), torch.tensor([268]), ["268", "0 to 267"]),
     ],
 )
 def test_errors_name_what_was_given_and_what_to_do(image, kept_indices, named):
@@ -122,11 +111,9 @@ def test_errors_name_what_was_given_and_what_to_do(image, kept_indices, named):
         assert part in str(raised.value)
 
 
-def test_first_and_last_position_are_allowed():
-    layout = small_layout(60, 80)
-    draw_kept_cells(Image.new("RGB", (80, 60)), layout, torch.tensor([0, layout.num_stock - 1]))
-    with pytest.raises(ValueError, match=f"0 to {layout.num_stock - 1}"):
-        draw_kept_cells(Image.new("RGB", (80, 60)), layout, torch.tensor([layout.num_stock]))
+def test_a_layout_without_the_image_is_no_place_to_draw():
+    with pytest.raises(ValueError, match=r"without the image.s size.*token_layout"):
+        draw_kept_cells(photo(60, 80), TokenLayout.single_tile(8, VisualTokenPruningConfig()), torch.tensor([0]))
 
 
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -162,7 +149,7 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (500, 500), (300, 1000), (1000, 300)])
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (1000, 300)])
 @pytest.mark.parametrize("name", TILES)
 def test_boxes_lie_where_the_image_processor_takes_its_pixels(name, height, width, tmp_path):
     """A white square where a cell is said to lie makes that cell the bright one of what the model is shown."""
@@ -187,32 +174,3 @@ def test_boxes_lie_where_the_image_processor_takes_its_pixels(name, height, widt
     assert found == cells
     assert len(cells) == (2 if name == "padded to a square" and height != width else 6)
     assert min(shares) > 0.7  # a shift by more than a seventh of a cell would not pass
-
-
-@pytest.mark.parametrize(("height", "width", "left", "top"), [(480, 720, 120, 0), (720, 480, 0, 120)], ids=["wide", "tall"])
-@pytest.mark.parametrize("tower", TOWERS)
-def test_one_tile_is_drawn_where_it_lies(tower, height, width, left, top):
-    """CLIP's is the central square, SigLIP's the whole image; what no cell shows is grey, as nothing of it is seen."""
-    image, layout = photo(height, width), llava_processor(tower).token_layout(height, width)
-    kept = np.random.default_rng(1).random((8, 8)) < 0.5
-    picture = draw_kept_cells(image, layout, torch.from_numpy(np.flatnonzero(kept.ravel())))
-
-    assert picture.size == (2 * MARGIN + width, CAPTION_HEIGHT + height + MARGIN)
-    panel, original = panels(picture, height, width)[0], np.asarray(image)
-    if tower == "siglip":
-        cell_height, cell_width, left, top = height // 8, width // 8, 0, 0
-    else:
-        cell_height = cell_width = 60
-        outside = panel.copy()
-        outside[top : top + 480, left : left + 480] = 0
-        assert (outside == outside[..., :1]).all()
-    for row, column in np.ndindex(8, 8):
-        box_left, box_top = left + column * cell_width, top + row * cell_height
-        box = (box_left, box_top, box_left + cell_width, box_top + cell_height)
-        assert_drawn(panel, original, box, kept[row, column])
-
-
-def test_a_layout_without_the_image_is_no_place_to_draw():
-    layout = TokenLayout.single_tile(8, VisualTokenPruningConfig())
-    with pytest.raises(ValueError, match="token_layout"):
-        draw_kept_cells(photo(60, 80), layout, torch.tensor([0]))

@@ -81,7 +81,7 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
             del query, key, read
         features = [torch.randn(layouts[0].num_stock, width, device=device, dtype=dtype) for _ in range(batch)]
         scores = {layer: torch.rand(tiles, cells + 1, device=device) for layer in layers}
-        evidence, select = gather_evidence(features, layouts, scores, last), method.load_selector().select
+        evidence, select = gather_evidence(features, layouts, scores, last), method.select
         chosen = peak_memory(device, functools.partial(select, evidence, pruning))
         where = {"image": bench.images(size).name, "batch": batch}
         rows.append(measured(PART, ALONE_PEAK, "bytes", [max(peak, chosen)], variant, **where))

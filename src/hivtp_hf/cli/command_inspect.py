@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..checkpoints.inspection import EXAMPLE_SIZES, CheckpointReport, inspect_checkpoint
 from ..pruning.base_checkpoint import BaseCheckpoint
+from .image_files import read_image
 from .printing import say
 from .pruning_options import with_pruning_options
 
@@ -31,7 +32,8 @@ def inspect(
 
     Settings that are given are tried in place of the checkpoint's own. No weights are read.
     """
-    sizes = [_size_of_text(text) for text in size or ()] + [_size_of_image(path) for path in images or ()]
+    sizes = [_size_of_text(text) for text in size or ()]
+    sizes += [read_image(path, "counted").size[::-1] for path in images or ()]
     report = inspect_checkpoint(checkpoint, sizes or EXAMPLE_SIZES, pruning, revision=revision, cache_dir=cache_dir)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -44,17 +46,6 @@ def _size_of_text(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"`--size` is {text!r}; it must be HEIGHTxWIDTH in pixels, such as 480x640.")
     return int(match[1]), int(match[2])
-
-
-def _size_of_image(path: Path) -> tuple[int, int]:
-    from PIL import Image, ImageOps  # needed for images alone
-
-    try:
-        with Image.open(path) as image:
-            width, height = ImageOps.exif_transpose(image).size  # as transformers sees it
-    except Exception as error:  # decoders raise whatever they meet in a broken file
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from None
-    return height, width
 
 
 def _print_table(report: CheckpointReport) -> None:

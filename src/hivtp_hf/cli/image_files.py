@@ -1,6 +1,6 @@
 """Images that commands read, and the files they write beside them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,8 @@ def check_targets(folder: Path, targets: Mapping[Path, str], images: Sequence[Pa
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output` is {folder}, which is no folder; give another one.")
     for target, what in targets.items():
-        if _is_one_of(target, images):
+        if target.exists() and any(target.samefile(image) for image in images):
             raise ValueError(f"{what} would replace the image {target}; give another `--output`.")
         if target.exists() and (target.is_dir() or not force):
             advice = "give another `--output`" + ("" if target.is_dir() else ", or `--force` to replace it")
             raise ValueError(f"{target} exists already; {advice}.")
-
-
-def _is_one_of(target: Path, images: Iterable[Path]) -> bool:
-    return target.exists() and any(target.samefile(image) for image in images)

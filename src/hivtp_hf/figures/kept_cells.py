@@ -45,15 +45,18 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
             positions of the layout's packed sequence.
     """
     kept_indices = checked_arguments(image, layout, kept_indices)
-    panels = [("base tile", range(1))]
-    if layout.num_tiles > 1:
-        crops = layout.num_tiles - 1
-        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
     drawn = []
-    for title, tiles in panels:
+    for title, tiles in panels_of(layout):
         panel, kept, cells = draw_tiles(image, layout, kept_indices, tiles, PANEL_SIDE)
         drawn.append((f"{title}: {kept} of {cells} cells kept", panel))
     return _side_by_side(drawn)
+
+
+def panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
+    """The titles and tiles of an image's panels: the base tile, and the crops where there are any."""
+    crops = layout.num_tiles - 1
+    of_crops = ("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles))
+    return [("Base tile", range(1))] + [of_crops] * (crops > 0)
 
 
 def draw_tiles(
@@ -73,14 +76,11 @@ def draw_tiles(
     bright = image.convert("RGB").resize(panel_size, Image.Resampling.LANCZOS)
     faded = ImageOps.colorize(bright.convert("L"), (_FADED_BLACK,) * 3, (_FADED_WHITE,) * 3)
 
-    every_index = torch.arange(layout.num_stock)
-    tile_of_cell, boxes = layout.cells(every_index)[:, 0], panel_boxes(layout, every_index, image.size, panel_size)
-    tile_of_kept, kept_boxes = layout.cells(kept_indices)[:, 0], panel_boxes(layout, kept_indices, image.size, panel_size)
-    in_panel = (tile_of_cell >= tiles.start) & (tile_of_cell < tiles.stop)
-    kept_in_panel = (tile_of_kept >= tiles.start) & (tile_of_kept < tiles.stop)
-    panel = _draw_panel(bright, faded, kept_boxes[kept_in_panel].tolist())
-    _draw_tile_borders(panel, boxes[in_panel], tile_of_cell[in_panel])
-    return panel, int(kept_in_panel.sum()), int(in_panel.sum())
+    cells, boxes = boxes_of_tiles(layout, torch.arange(layout.num_stock), tiles, image.size, panel_size)
+    kept, kept_boxes = boxes_of_tiles(layout, kept_indices, tiles, image.size, panel_size)
+    panel = _draw_panel(bright, faded, kept_boxes.tolist())
+    draw_tile_borders(panel, boxes, cells[:, 0], _TILE_BORDER)
+    return panel, len(kept), len(cells)
 
 
 def size_of_panel(image: Image.Image, panel_side: int) -> tuple[int, int]:
@@ -126,14 +126,25 @@ def checked_arguments(image: Any, layout: TokenLayout, kept_indices: Any) -> Ten
     return kept_indices
 
 
-def panel_boxes(layout: TokenLayout, indices: Tensor, image_size: tuple[int, int], panel_size: tuple[int, int]) -> Tensor:
-    """Left, top, right, bottom in whole pixels of a panel, int64 (cells, 4); the last two lie outside the cell.
+def boxes_of_tiles(
+    layout: TokenLayout, indices: Tensor, tiles: range, image_size: tuple[int, int], panel_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The cells of some tiles that tokens show, and where they lie in a panel.
 
-    `image_size` and `panel_size` are (width, height) in pixels.
+    Args:
+        layout: of the image.
+        indices: of the tokens, int64 (n,).
+        tiles: the base tile, `range(1)`, or crops.
+        image_size, panel_size: (width, height) in pixels.
+
+    Returns:
+        Tile, row and column, int64 (cells, 3); and left, top, right, bottom in whole pixels, int64 (cells, 4), of which the
+        last two lie outside the cell.
     """
-    width, height = image_size
-    scale = torch.tensor([panel_size[0] / width, panel_size[1] / height] * 2, dtype=torch.float64)
-    return (layout.pixel_boxes(indices) * scale).round().long()
+    cells = layout.cells(indices)
+    inside = (cells[:, 0] >= tiles.start) & (cells[:, 0] < tiles.stop)
+    scale = torch.tensor([panel_size[0] / image_size[0], panel_size[1] / image_size[1]] * 2, dtype=torch.float64)
+    return cells[inside], (layout.pixel_boxes(indices)[inside] * scale).round().long()
 
 
 def _draw_panel(bright: Image.Image, faded: Image.Image, boxes: list[list[int]]) -> Image.Image:
@@ -147,7 +158,7 @@ def _draw_panel(bright: Image.Image, faded: Image.Image, boxes: list[list[int]])
     return panel
 
 
-def _draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor) -> None:
+def draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor, colour: tuple[int, int, int]) -> None:
     """Lines where one tile ends and the next begins; none around all of them."""
     if not len(boxes):  # un-padding leaves nothing of the crops of a very narrow image
         return
@@ -158,9 +169,9 @@ def _draw_tile_borders(panel: Image.Image, boxes: Tensor, tile_of_cell: Tensor) 
         left, top = corners[:, :2].amin(0).tolist()
         right, bottom = corners[:, 2:].amax(0).tolist()
         if left > first_left:
-            draw.line([(left, top), (left, bottom - 1)], fill=_TILE_BORDER, width=2)
+            draw.line([(left, top), (left, bottom - 1)], fill=colour, width=2)
         if top > first_top:
-            draw.line([(left, top), (right - 1, top)], fill=_TILE_BORDER, width=2)
+            draw.line([(left, top), (right - 1, top)], fill=colour, width=2)
 
 
 def _side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:

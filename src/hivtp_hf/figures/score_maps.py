@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pruning.layout import TokenLayout
 from ..pruning.registry import pruning_method
-from .kept_cells import checked_arguments, draw_tiles, panel_boxes, size_of_panel
+from .kept_cells import boxes_of_tiles, checked_arguments, draw_tile_borders, draw_tiles, panels_of, size_of_panel
 from .plotting import DPI, check_finite, check_matplotlib
 
 if TYPE_CHECKING:
@@ -46,13 +46,6 @@ _DARKEST, _BRIGHTEST = 0.1, 0.9
 _TILE_BORDER = (255, 255, 255)
 
 
-class _Words(NamedTuple):
-    """How a method's scores are called: `note` is a line about the settings under which they arose."""
-
-    caption: str
-    note: Callable[[Any], str]
-
-
 def _note_of_hivtp(pruning: Any) -> str:
     first, number = pruning.importance_start_layer, pruning.importance_num_layers
     return f"layer {first}" if number == 1 else f"mean of layers {first} to {first + number - 1}"
@@ -62,14 +55,13 @@ def _note_of_layer(layer: int | None) -> str:
     return "layer of the visual feature" if layer is None else f"layer {layer}"
 
 
-# A method without an entry has plain words.
-_WORDS = {
-    "hivtp": _Words("Attention received", _note_of_hivtp),
-    "hiprune": _Words("Attention received, deep layer", lambda pruning: _note_of_layer(pruning.deep_layer)),
-    "cls_attention": _Words("Attention of the class token", lambda pruning: _note_of_layer(pruning.layer)),
-    "gprune": _Words("Mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
+# How a method's scores are called, and a line about the settings under which they arose. Others have plain words.
+_WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "hivtp": ("attention received", _note_of_hivtp),
+    "hiprune": ("attention received, deep layer", lambda pruning: _note_of_layer(pruning.deep_layer)),
+    "cls_attention": ("attention of the class token", lambda pruning: _note_of_layer(pruning.layer)),
+    "gprune": ("mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
 }
-_PLAIN_WORDS = _Words("Scores", lambda pruning: "")
 
 
 def plot_kept_cells(
@@ -109,7 +101,7 @@ def plot_kept_cells(
     values = None if scores is None else _checked_scores(scores, layout)
     lines = (_title_of(layout, kept_indices) if title is None else title).splitlines()
 
-    columns, panels = [], _panels_of(layout)
+    columns, panels = [], panels_of(layout)
     scales = [] if values is None else [_scale(values[tiles.start : tiles.stop]) for _, tiles in panels]
     # All or none, so that maps side by side read alike.
     logarithmic = all(scale.lowest > 0 for scale in scales) and any(scale.is_wide for scale in scales)
@@ -151,14 +143,6 @@ class _Panel(NamedTuple):
     caption: str
     picture: Image.Image
     bar: Callable[["Figure", Any], None] | None = None
-
-
-def _panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
-    panels = [("Base tile", range(1))]
-    if layout.num_tiles > 1:
-        crops = layout.num_tiles - 1
-        panels.append(("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_tiles)))
-    return panels
 
 
 def _title_of(layout: TokenLayout, kept_indices: Tensor) -> str:
@@ -205,35 +189,27 @@ def _score_panel(
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)[..., None] / 255
     grey = _DARKEST + (_BRIGHTEST - _DARKEST) * grey
 
-    # Of every pixel its tile, -1 for none, and the score of its cell.
-    tile_of_pixel, score_of_pixel = np.full(grey.shape[:2], -1), np.full(grey.shape[:2], scale.lowest)
-    positions = torch.arange(layout.num_stock)
-    boxes = panel_boxes(layout, positions, image.size, size).tolist()
-    for (tile, row, column), (left, top, right, bottom) in zip(layout.cells(positions).tolist(), boxes, strict=True):
-        if tile in tiles:
-            tile_of_pixel[top:bottom, left:right] = tile
-            score_of_pixel[top:bottom, left:right] = values[tile, row, column]
+    score_of_pixel = np.full(grey.shape[:2], math.nan)
+    cells, boxes = boxes_of_tiles(layout, torch.arange(layout.num_stock), tiles, image.size, size)
+    for (tile, row, column), (left, top, right, bottom) in zip(cells.tolist(), boxes.tolist(), strict=True):
+        score_of_pixel[top:bottom, left:right] = values[tile, row, column]
 
     lowest, highest = scale.lowest, scale.highest
     norm = functools.partial(LogNorm if logarithmic else Normalize, lowest, highest)
     colours = matplotlib.colormaps[_COLOUR_MAP]
     painted = _SCORE_SHARE * colours(norm(clip=True)(score_of_pixel))[..., :3] + (1 - _SCORE_SHARE) * grey
-    outside = tile_of_pixel < 0
+    outside = np.isnan(score_of_pixel)
     painted[outside] = 0.75 + 0.25 * np.broadcast_to(grey, painted.shape)[outside]
-    pixels = (painted * 255).round().astype(np.uint8)
-    # Both neighbours of a border, as wide as the borders of the panel of kept cells.
-    for before, after in (np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]):
-        first, second = tile_of_pixel[before], tile_of_pixel[after]
-        border = (first != second) & (first >= 0) & (second >= 0)
-        pixels[before][border] = pixels[after][border] = _TILE_BORDER
+    picture = Image.fromarray((painted * 255).round().astype(np.uint8))
+    draw_tile_borders(picture, boxes, cells[:, 0], _TILE_BORDER)
 
     # The bar shows colours as they come out over middle grey.
     middle = (_DARKEST + _BRIGHTEST) / 2
     as_painted = ListedColormap(_SCORE_SHARE * colours(np.linspace(0, 1, 256))[:, :3] + (1 - _SCORE_SHARE) * middle)
-    words = _WORDS.get(layout.pruning.method, _PLAIN_WORDS)
+    caption, note = _WORDS.get(layout.pruning.method, ("scores", lambda pruning: ""))
     ticks = _log_ticks(lowest, highest) if logarithmic else []
     exponent = _exponent(ticks[0] if ticks else max(abs(lowest), abs(highest)))
-    label = " ".join(filter(None, [words.note(layout.pruning), f"($\\times 10^{{{exponent}}}$)" if exponent else ""]))
+    label = " ".join(filter(None, [note(layout.pruning), f"($\\times 10^{{{exponent}}}$)" if exponent else ""]))
 
     def bar(figure: "Figure", axes: Any) -> None:
         drawn = figure.colorbar(
@@ -250,7 +226,7 @@ def _score_panel(
         axes.tick_params(labelsize=_LABEL_SIZE, width=0.4, length=2, pad=1.5)
         axes.set_xlabel(label, fontsize=_LABEL_SIZE, labelpad=1.5)
 
-    return _Panel(f"{name}: {words.caption[0].lower()}{words.caption[1:]}", Image.fromarray(pixels), bar)
+    return _Panel(f"{name}: {caption}", picture, bar)
 
 
 def _log_ticks(lowest: float, highest: float) -> list[float]:
