@@ -90,7 +90,7 @@ def revisions(folder, family):
     """Checkpoints that bring their code along. The second revision's prefers what receives the least attention."""
     first = build_pruned_checkpoint(folder, LOW_RATIO, family)
     second = shutil.copytree(first, first.with_name("second_revision"))
-    file = second / "attention_reduction.py"
+    file = second / f"hivtp_{family}.py"
     source, line = file.read_text(), "return summed / (num_heads * query.shape[2])"
     assert source.count(line) == 1
     file.write_text(source.replace(line, line.replace("summed", "-summed")))
@@ -121,7 +121,7 @@ def kept_in_turn(folders, copies, family):
             Model = getattr(hivtp_hf, names[family])
         elif "package" in models:
             # With the package imported, the Auto classes prefer it to remote code of the same type.
-            Model = get_class_from_dynamic_module(f"modeling_hivtp_{family}.{names[family]}", folders[copy])
+            Model = get_class_from_dynamic_module(f"hivtp_{family}.{names[family]}", folders[copy])
         else:
             Model = AutoModelForImageTextToText
         models[copy] = Model.from_pretrained(folders.get(copy, folders["first"]), trust_remote_code=True)

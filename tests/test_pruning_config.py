@@ -1,6 +1,5 @@
 """`VisualTokenPruningConfig`: defaults, ranges, errors, round trips."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -69,7 +68,7 @@ def test_scored_layers(settings, layers):
 
 
 def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monkeypatch):
-    fixed = dataclasses.replace(METHODS["hivtp"], name="fixed", content_dependent_count=False)
+    fixed = type("Fixed", (type(METHODS["hivtp"]),), {"name": "fixed", "content_dependent_count": False})()
     monkeypatch.setitem(METHODS, "fixed", fixed)
     assert VisualTokenPruningConfig(method="fixed").exact_count
     assert not VisualTokenPruningConfig(exact_count=False).exact_count

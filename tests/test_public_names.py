@@ -7,10 +7,12 @@ import pytest
 import hivtp_hf
 import hivtp_hf.figures
 from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.settings import SHARED_SETTINGS
 
 pytestmark = pytest.mark.once
 
 PUBLIC = [
+    "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
     "HIVTPLlavaModel",
@@ -19,8 +21,12 @@ PUBLIC = [
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
     "HIVTPLlavaProcessor",
+    "PruningMethod",
+    "Setting",
     "TokenLayout",
+    "VisualEvidence",
     "VisualTokenPruningConfig",
+    "register_method",
     "select_hivtp",
 ]
 
@@ -45,10 +51,8 @@ def test_everything_public_is_documented():
 
 def test_every_setting_and_method_is_documented():
     documentation = inspect.getdoc(hivtp_hf.VisualTokenPruningConfig)
-    for name in ("method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"):
-        assert f"    {name} (`" in documentation
     for method in METHODS.values():
         assert f'"{method.name}": ' in documentation
-        for hyperparameter in method.settings:
-            kind, default = hyperparameter.kind.__name__, hyperparameter.default
-            assert f"    {hyperparameter.name} ({kind}, {default}" in documentation
+    for setting in (*SHARED_SETTINGS.values(), *(setting for method in METHODS.values() for setting in method.settings)):
+        assert f"{setting.name} ({setting.kind.__name__}, {setting.default}" in documentation
+        assert setting.meaning in documentation

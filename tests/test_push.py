@@ -87,7 +87,7 @@ def test_later_pushes(small, tmp_path):
     first = with_changes(small, tmp_path / "first", old)
     second = with_settings(small, tmp_path / "second", {"retention_ratio": 0.125})
     shards = with_shards(second, tmp_path / "shards")
-    evil = with_changes(second, tmp_path / "evil", {"configuration_hivtp_llava.py": EVIL, "sitecustomize.py": EVIL})
+    evil = with_changes(second, tmp_path / "evil", {"hivtp_llava.py": EVIL, "sitecustomize.py": EVIL})
     push = [
         (first, "owner/model"),
         (second, "owner/model"),
@@ -145,7 +145,7 @@ def test_later_pushes(small, tmp_path):
         branch = hub.commits("owner/model", "a/branch")
         assert [commit.oid for commit in branch[:3]] == [pushed[5], pushed[4], pushed[3]]
         assert at[4].keys() == at[1].keys()
-        assert at[5]["configuration_hivtp_llava.py"] == EVIL.encode()
+        assert at[5]["hivtp_llava.py"] == EVIL.encode()
         assert [commit.oid for commit in hub.commits("owner/model", "refs/pr/1")][:3] == [pushed[8], pushed[6], pushed[3]]
         assert hub.repository("owner/model").pull_requests == ["guest"]
         assert f"Pull request: {hub.endpoint}/owner/model/discussions/1" in outcomes[6]["out"]

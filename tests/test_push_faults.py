@@ -93,7 +93,7 @@ def test_a_refused_commit_leaves_nothing_where_uploads_use_xet(small, tmp_path):
     # without weights, as nothing of it goes through storage.
     config = json.loads((small / "config.json").read_text()) | {"base_model": {"name": "owner/base", "revision": "0" * 40}}
     folder = with_changes(small, tmp_path / "folder", {"config.json": json.dumps(config), WEIGHTS: None})
-    assert len(contents(folder)) > 20
+    assert len(contents(folder)) > 5
     with HubServer() as hub:
         before = hub.add_repository("owner/model")
         hub.fail("POST", "/commit/", status=400, times=6)
