@@ -68,29 +68,29 @@ def one_thread():
 
 
 SHARED = ["method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"]
-FIELDS = SHARED + [hyperparameter.name for method in METHODS.values() for hyperparameter in method.settings]
+FIELDS = SHARED + [setting.name for method in METHODS.values() for setting in method.settings]
 RATIOS = st.floats(0, 1, exclude_min=True) | st.fractions(Fraction(1, 1000), 1) | st.just(np.int8(1))
 BUDGETS = st.integers(1, 10**100) | st.integers(1, 900) | st.just(np.uint8(40))
 
 
-def values_of(hyperparameter):
+def values_of(setting):
     """What its entry allows, as Python and NumPy write it."""
-    low, high = hyperparameter.minimum, hyperparameter.maximum
-    if hyperparameter.kind is bool:
+    low, high = setting.minimum, setting.maximum
+    if setting.kind is bool:
         values = st.booleans()
-    elif hyperparameter.kind is int:
+    elif setting.kind is int:
         values = st.integers(low, high or 10**100) | st.integers(low, low + 30) | st.just(np.uint8(low + 3))
     else:
         high = 1e300 if high is None else high
-        values = st.floats(low, high, exclude_min=hyperparameter.above_minimum) | st.sampled_from([1, np.float16(0.5)])
-    return values if hyperparameter.default is not None else st.none() | values
+        values = st.floats(low, high, exclude_min=setting.above_minimum) | st.sampled_from([1, np.float16(0.5)])
+    return values if setting.default is not None else st.none() | values
 
 
 @st.composite
 def good_settings(draw, methods=tuple(METHODS)):
     """Settings of one of the methods, some or all of them, with a ratio or a budget or neither."""
     method = METHODS[draw(st.sampled_from(methods))]
-    optional = {hyperparameter.name: values_of(hyperparameter) for hyperparameter in method.settings}
+    optional = {setting.name: values_of(setting) for setting in method.settings}
     optional["exact_count"] = st.booleans() if method.content_dependent_count else st.just(True)
     optional["keep_newlines"] = st.booleans()
     settings = draw(st.fixed_dictionaries({}, optional=optional))
@@ -135,20 +135,20 @@ def check_pruning(pruning, given_settings):
     """Everything that the rest of the package takes for granted."""
     stored = pruning.to_dict()
     method = METHODS[stored["method"]]
-    assert list(stored) == SHARED + [hyperparameter.name for hyperparameter in method.settings]
+    assert list(stored) == SHARED + [setting.name for setting in method.settings]
     ratio, budget = stored["retention_ratio"], stored["token_budget"]
     assert ratio is None or (type(ratio) is float and 0 < ratio <= 1)
     assert budget is None or (type(budget) is int and budget >= 1 and ratio is None)
     assert type(stored["exact_count"]) is type(stored["keep_newlines"]) is bool
     assert stored["exact_count"] or method.name == "hivtp"
-    for hyperparameter in method.settings:
-        value = stored[hyperparameter.name]
+    for setting in method.settings:
+        value = stored[setting.name]
         if value is None:
-            assert hyperparameter.default is None
+            assert setting.default is None
             continue
-        assert type(value) is hyperparameter.kind
-        assert value >= hyperparameter.minimum
-        assert hyperparameter.maximum is None or value <= hyperparameter.maximum
+        assert type(value) is setting.kind
+        assert value >= setting.minimum
+        assert setting.maximum is None or value <= setting.maximum
         assert math.isfinite(value)
     for field, value in given_settings.items():
         defaults = {"retention_ratio": None if budget else method.default_retention_ratio}
@@ -159,7 +159,7 @@ def check_pruning(pruning, given_settings):
         assert layers[0] == stored["importance_start_layer"]
         assert layers[-1] - layers[0] == stored["importance_num_layers"] - 1
     else:
-        named = [stored[hyperparameter.name] for hyperparameter in method.settings if hyperparameter.is_layer]
+        named = [stored[setting.name] for setting in method.settings if setting.is_layer]
         assert list(layers) == sorted({22 if layer is None else layer for layer in named})
     for twin in (
         VisualTokenPruningConfig.from_dict(json.loads(json.dumps(stored))),

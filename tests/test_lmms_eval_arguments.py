@@ -172,7 +172,7 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
     assert family.config is HIVTPLlavaNextConfig
     pruned = build_pruned_checkpoint(tmp_path, {"method": "uniform", "keep_newlines": False})
     stock = build_stock_checkpoint(tmp_path / "other", **GEOMETRY)
-    convert_checkpoint(str(stock), tmp_path / "weightless", {"retention_ratio": 0.25}, config_only=True, show_progress=False)
+    convert_checkpoint(str(stock), tmp_path / "config_only", {"retention_ratio": 0.25}, config_only=True, show_progress=False)
 
     def loaded(folder, family=family, **pruning):
         return loaded_checkpoint(
@@ -182,7 +182,7 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
     for folder, own in (
         (stock, VisualTokenPruningConfig()),
         (pruned, VisualTokenPruningConfig(method="uniform", keep_newlines=False)),
-        (tmp_path / "weightless", VisualTokenPruningConfig(retention_ratio=0.25)),
+        (tmp_path / "config_only", VisualTokenPruningConfig(retention_ratio=0.25)),
     ):
         assert loaded(folder).model.config.pruning_config == own
         model, processor = loaded(folder, retention_ratio="1/9")

@@ -13,10 +13,10 @@ from tested_methods import TESTED
 pytestmark = pytest.mark.once
 
 SHARED = {"token_budget": None, "exact_count": True, "keep_newlines": True}
-EVERY_HYPERPARAMETER = [
-    pytest.param(method.name, hyperparameter, id=f"{method.name}-{hyperparameter.name}")
+EVERY_SETTING = [
+    pytest.param(method.name, setting, id=f"{method.name}-{setting.name}")
     for method in METHODS.values()
-    for hyperparameter in method.settings
+    for setting in method.settings
 ]
 
 
@@ -76,43 +76,43 @@ def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monke
         VisualTokenPruningConfig(method="fixed", exact_count=False)
 
 
-@pytest.mark.parametrize(("method", "hyperparameter"), EVERY_HYPERPARAMETER)
-def test_hyperparameters_hold_to_their_ranges(method, hyperparameter):
+@pytest.mark.parametrize(("method", "setting"), EVERY_SETTING)
+def test_settings_hold_to_their_ranges(method, setting):
     def given(value):
-        return getattr(VisualTokenPruningConfig(method=method, **{hyperparameter.name: value}), hyperparameter.name)
+        return getattr(VisualTokenPruningConfig(method=method, **{setting.name: value}), setting.name)
 
     wrong = ["1", [1], {}, object, float("nan")]
-    wrong += [] if hyperparameter.default is None else [None]
-    if hyperparameter.kind is bool:
+    wrong += [] if setting.default is None else [None]
+    if setting.kind is bool:
         right = [True, False]
         wrong += [0, 1, 1.0]
         allowed = "True or False"
     else:
-        low, high = hyperparameter.minimum, hyperparameter.maximum
+        low, high = setting.minimum, setting.maximum
         right = [high if high is not None else 10**6]
-        right += [] if hyperparameter.above_minimum else [low]
+        right += [] if setting.above_minimum else [low]
         wrong += [True, False, low - 1, float("inf"), -float("inf"), 10**400, 1j]
-        wrong += [low] if hyperparameter.above_minimum else []
+        wrong += [low] if setting.above_minimum else []
         wrong += [] if high is None else [high + 1]
-        wrong += [2.5, 1.0] if hyperparameter.kind is int else []
-        allowed = "whole number " if hyperparameter.kind is int else "number "
-        allowed += f"{'above' if hyperparameter.above_minimum else 'from'} {low}"
+        wrong += [2.5, 1.0] if setting.kind is int else []
+        allowed = "whole number " if setting.kind is int else "number "
+        allowed += f"{'above' if setting.above_minimum else 'from'} {low}"
         allowed += "" if high is None else f" to {high}"
-    if hyperparameter.kind is float:
+    if setting.kind is float:
         right.append(0.75)
         wrong += [math.nextafter(low, -1)] + ([] if high is None else [math.nextafter(high, 2)])
     for value in right:
         assert given(value) == value
-        assert type(given(value)) is hyperparameter.kind
-    assert given(hyperparameter.default) == hyperparameter.default
+        assert type(given(value)) is setting.kind
+    assert given(setting.default) == setting.default
     for value in wrong:
-        with pytest.raises(ValueError, match=f"`{hyperparameter.name}` is .*; it must be a? ?{allowed}"):
+        with pytest.raises(ValueError, match=f"`{setting.name}` is .*; it must be a? ?{allowed}"):
             given(value)
 
 
 def test_layers_are_marked_as_such():
     for method in METHODS.values():
-        layers = [hyperparameter.name for hyperparameter in method.settings if hyperparameter.is_layer]
+        layers = [setting.name for setting in method.settings if setting.is_layer]
         assert layers == [name for name in TESTED[method.name].defaults if "layer" in name]
 
 

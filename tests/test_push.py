@@ -176,7 +176,7 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         of_base = {"name": "owner/base", "revision": newest["base"]}
         config = json.loads((complete / "config.json").read_text())
         edited = json.dumps(config | {"base_model": of_base})
-        weightless = with_changes(complete, tmp_path / "weightless", {"config.json": edited, WEIGHTS: None})
+        config_only = with_changes(complete, tmp_path / "config_only", {"config.json": edited, WEIGHTS: None})
 
         refused = {
             "changed": ({WEIGHTS: (complete / WEIGHTS).read_bytes()[:-1] + b"\1"}, "is not the one of owner/base at commit"),
@@ -188,14 +188,14 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         cases: list[Any] = []
         for name, (changed, _) in refused.items():
             cases.append([with_changes(complete, tmp_path / name, changed), "owner/refused", "--config-only"])
-        cases += [[complete, "owner/base", "--config-only"], [weightless, "owner/base"], [weightless, "owner/full"]]
+        cases += [[complete, "owner/base", "--config-only"], [config_only, "owner/base"], [config_only, "owner/full"]]
         full = hub.add_repository("owner/full", stock["llava_next"])
         accepted = [
             [complete, "owner/small"],
             [complete, "owner/small", "--config-only"],
             [shards, "owner/small2", "--config-only", "--private"],
-            [weightless, "owner/small3"],
-            [weightless, "owner/small3", "--config-only"],
+            [config_only, "owner/small3"],
+            [config_only, "owner/small3", "--config-only"],
         ]
         outcomes = run_commands(hub, tmp_path / "home", [(["push", *case], hub.token) for case in cases + accepted])
         check_that_no_token_got_out(hub, outcomes, [hub.token])

@@ -14,10 +14,10 @@ from hivtp_hf.remote_code import bundle, read_bundle
 
 pytestmark = pytest.mark.once
 PACKAGE = Path(importlib.util.find_spec("hivtp_hf").origin).parent
-# What travels, each folder with those that it may import from.
+# What is bundled, each folder with those that it may import from.
 MAY_IMPORT = {"pruning": {"pruning"}, "methods": {"pruning", "methods"}, "families": {"pruning", "methods", "families"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
-TRAVELLING = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in MAY_IMPORT]
+BUNDLED = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in MAY_IMPORT]
 
 
 def imported_files(path):
@@ -54,8 +54,8 @@ def test_no_circle_of_files():
         visit(path, [])
 
 
-@pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_what_travels_imports_downwards(path):
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_what_is_bundled_imports_downwards(path):
     folder = path.relative_to(PACKAGE).parts[0]
     assert {file.relative_to(PACKAGE).parts[0] for file in imported_files(path)} <= MAY_IMPORT[folder]
     tree = ast.parse(path.read_text())

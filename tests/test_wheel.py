@@ -1,4 +1,4 @@
-"""The wheel holds all that it must, also the files that travel as remote code, and works without the source tree.
+"""The wheel holds all that it must, also the files that remote code is made of, and works without the source tree.
 
 It is built as for a release: of the source distribution, and so of nothing that this lacks.
 """

@@ -1,4 +1,4 @@
-"""The command line `hivtp`. Never travels with checkpoints."""
+"""The command line `hivtp`."""
 
 import signal
 import sys

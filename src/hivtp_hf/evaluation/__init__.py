@@ -1,4 +1,4 @@
-"""Accuracy of pruned checkpoints on questions about images. Needs Pillow (`pip install "hivtp-hf[images]"`). Never travels."""
+"""Accuracy of pruned checkpoints on questions about images. Needs Pillow (`pip install "hivtp-hf[images]"`)."""
 
 from .data import Row
 from .run import Evaluation, evaluate_checkpoint

@@ -1,4 +1,4 @@
-"""Checkpoints served over HTTP, by transformers' own server. Never travels with them."""
+"""Checkpoints served over HTTP, by transformers' own server."""
 
 from .transformers_server import Server
 
