@@ -1,5 +1,7 @@
 """Stock weights exist under three sets of names. Each must load completely: what is not found stays random."""
 
+import logging
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -112,6 +114,17 @@ def test_stock_reads_what_ours_saved(stock_folders, weights, family, tmp_path, l
     model, info = load(family.stock_model, tmp_path / "ours", config=config)
     assert_complete(info, "model")
     assert_same_weights(model, weights, "model")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stock_class_loads_a_pruned_checkpoint_with_a_warning(tmp_path, caplog, name):
+    logger = logging.getLogger("transformers")  # which does not propagate to the root, where pytest listens
+    logger.addHandler(caplog.handler)
+    try:
+        FAMILIES[name].stock_model.from_pretrained(build_pruned_checkpoint(tmp_path, {}, name))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "model of type" in caplog.text
 
 
 def load_save_and_load(folders, weights_file, saved_folder):

@@ -19,7 +19,7 @@ from .hub_refusals import explained_refusals, patiently
 from .local_checkpoint import LocalCheckpoint, is_weight_file, open_local_checkpoint
 from .pushed_card import with_card, with_notice
 from .pushed_files import check_no_token
-from .weightless_push import without_weights
+from .weightless_push import is_same_file, without_weights
 
 _TITLE = "Upload checkpoint with visual token pruning"
 # Beside weights: what transformers reads where it finds it. Of a former push it would go on to change what loads.
@@ -186,10 +186,11 @@ def _commit(api: HfApi, repo_id: str, place: _Place, checkpoint: LocalCheckpoint
     parts: where the Hub refuses a commit several times, a part of the checkpoint may go in without the rest, and a pull request
     stays open and empty. With or without hf_xet, it leaves out what a .gitignore of the repository names, without a word.
     """
-    additions = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content))
-        for name, content in checkpoint.files.items()
-    ]
+    additions = []
+    for name, content in checkpoint.files.items():
+        there = place.files.get(name)
+        if there is None or there.lfs is None or isinstance(content, bytes) or not is_same_file(content, there):
+            additions.append(CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content)))
     stale = sorted(name for name in place.files if name not in checkpoint.files and _changes_what_loads(name))
     # Files first: a new branch appears when nothing but the commit is missing. No .gitignore counts.
     patiently(
