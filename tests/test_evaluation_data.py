@@ -125,6 +125,13 @@ def test_broken_lines_of_json_are_named(folder, line, message):
         load_data(folder, None)
 
 
+def test_quotes_that_do_not_end_are_an_error(folder):
+    with open(folder / "questions.csv", "a") as file:
+        file.write('wide.png,"What?,cat,animal\n')
+    with pytest.raises(ValueError, match="row 5 of .* cannot be read"):
+        load_data(folder, None)
+
+
 def test_folders_that_hold_no_data_are_refused(folder, tmp_path):
     other = data_folder(tmp_path / "columns", [row[:2] for row in ROWS], ("image", "prompt"))
     for source, number, message in (

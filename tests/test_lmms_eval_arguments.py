@@ -1,5 +1,7 @@
 """What stands between lmms-eval and the model, as far as it needs no lmms-eval: arguments, prompts, failures, sums."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -176,6 +178,8 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
     family = FAMILIES[0]
     pruned = build_pruned_checkpoint(tmp_path, {"method": "uniform", "keep_newlines": False})
     stock = build_stock_checkpoint(tmp_path / "other", **GEOMETRY)
+    tokenizer = json.loads((stock / "tokenizer_config.json").read_text())
+    (stock / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"padding_side": "right"}))
     convert_checkpoint(str(stock), tmp_path / "weightless", config_only=True, show_progress=False)
 
     def loaded(folder, family=family, **pruning):
