@@ -128,7 +128,7 @@ def test_broken_lines_of_json_are_named(folder, line, message):
 def test_quotes_that_do_not_end_are_an_error(folder):
     with open(folder / "questions.csv", "a") as file:
         file.write('wide.png,"What?,cat,animal\n')
-    with pytest.raises(ValueError, match="row 5 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"row 5 of .* cannot be read"):
         load_data(folder, None)
 
 
