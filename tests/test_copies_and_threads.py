@@ -13,7 +13,6 @@ from tiny_models import LOW_RATIO, greedy, image_inputs, photo, twins
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 SIZES = [(60, 100), (112, 112), (200, 50)]
-OTHER = {"retention_ratio": 0.5, "regions": 4, "importance_start_layer": 0}
 
 
 def answer(pair, size):
@@ -63,21 +62,6 @@ def test_two_threads(family, settings):
     assert not errors
     assert expected[0] != expected[1]
     assert got == [[expected[0]] * 4, [expected[1]] * 4]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_models_with_different_settings_take_turns(family):
-    def expected(settings):
-        pair = twins(settings, family=family)
-        return [answer(pair, size) for size in SIZES]
-
-    low, other = twins(LOW_RATIO, family=family), twins(OTHER, family=family)
-    turns = [(answer(low, size), answer(other, size)) for size in SIZES]
-    assert turns == list(zip(expected(LOW_RATIO), expected(OTHER), strict=True))
-    # One model whose settings change in between is each of the two in turn.
-    for settings, wanted in [(OTHER, expected(OTHER)), (LOW_RATIO, expected(LOW_RATIO))]:
-        low.pruned.config.pruning_config = low.processor.pruning_config = settings
-        assert [answer(low, size) for size in SIZES] == wanted
 
 
 def revisions(folder, family):

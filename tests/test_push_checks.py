@@ -87,18 +87,10 @@ def test_files_that_are_missing_or_wrong(folder, changes, message):
     ("name", "changes", "message"),
     [
         ("config.json", {"pruning_config": {"retention_ratio": 0.5}}, "different pruning settings"),
-        (
-            "config.json",
-            {"auto_map": {"AutoConfig": "configuration_hivtp_llava.HIVTPLlavaConfig"}},
-            "AutoModelForImageTextToText",
-        ),
+        ("config.json", {"auto_map": {"AutoConfig": "configuration_hivtp_llava.HIVTPLlavaConfig"}}, "AutoModelForImageText"),
         ("processor_config.json", {"auto_map": {}}, "AutoProcessor"),
         ("processor_config.json", {"image_processor": None}, "no settings for images"),
-        (
-            "tokenizer_config.json",
-            {"auto_map": {"AutoTokenizer": [None, "someone/else--code.Tokenizer"]}},
-            "another repository",
-        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "some/one--code.Own"]}}, "another repository"),
         ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "own.Images"}}}, r"has no own\.py"),
         ("config.json", {"base_model": {"name": "owner/base", "revision": "main"}}, "40 hexadecimal"),
         ("config.json", {"base_model": {"name": "owner/base", "revision": COMMIT}}, "has weights"),

@@ -143,11 +143,3 @@ def test_remote_code_answers_as_the_installed_package(family, installed, remote)
 @pytest.mark.usefixtures("remote")
 def test_remote_code_saves_all_its_files(folder, saved_by_remote_code):
     assert python_files(saved_by_remote_code) == python_files(folder)
-
-
-# One family is enough: the test above says that the files are the same.
-@pytest.mark.parametrize("family", ["llava_next"], indirect=True)
-def test_what_remote_code_saved_answers_the_same(folder, remote, saved_by_remote_code):
-    work_folder = folder.with_name("second_process")
-    again = run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True)
-    assert {**again, "other methods": remote["other methods"]} == remote
