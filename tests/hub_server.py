@@ -8,7 +8,7 @@ As on the Hub, large files live on another host: the endpoint is 127.0.0.1, and 
 signed addresses on localhost, which refuse the client's token. What differs from the Hub:
 
 * no Xet, which `HubServer.environment` switches off in the client: large files go by plain HTTP, in one part;
-* listings come in one page, and downloads begin from the start; every model card is valid;
+* listings come in one page, and downloads begin from the start;
 * what goes through LFS is said by a file's suffix and size, not by the repository's .gitattributes;
 * every 401 for a missing repository carries `X-Error-Code: RepoNotFound`, as the client knows it by its address only where
   that starts with https.
@@ -35,9 +35,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from forked import run_python
 from hub_server_repositories import GITATTRIBUTES, Commit, Repository, goes_through_lfs, oid_of, pointer_to, sha256_of
 
+_FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|\Z)", re.DOTALL)
 # What an environment may hold that would lead a client elsewhere than to this server.
 _STEERING = re.compile("(HF|HUGGING|HUGGINGFACE|TRANSFORMERS)_.*|.*_PROXY|XDG_CACHE_HOME", re.IGNORECASE)
 _IN_API = "/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
@@ -313,7 +316,13 @@ class HubServer:
         return _json({"url": f"{self.endpoint}/{repo_id}"}, status=409 if exists else 200)
 
     def _validate_card(self, request: Request) -> _Answer:
-        return _json({"errors": [], "warnings": []})
+        found = _FRONT_MATTER.match(request.json["content"])
+        try:
+            valid = found is None or isinstance(yaml.safe_load(found[1]), dict)
+        except yaml.YAMLError:
+            valid = False
+        errors = [] if valid else [{"message": "the metadata is no YAML object"}]
+        return _json({"errors": errors, "warnings": []}, status=200 if valid else 400)
 
     # What is in a repository.
 
