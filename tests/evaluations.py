@@ -26,7 +26,7 @@ def data_folder(folder: Path, rows: Any = ROWS, headings: tuple[str, ...] = HEAD
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(*size, seed=seed).save(path)
-    with open(folder / "questions.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "questions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([headings, *rows])
     return folder
 

@@ -8,7 +8,7 @@ As on the Hub, large files live on another host: the endpoint is 127.0.0.1, and 
 signed addresses on localhost, which refuse the client's token. What differs from the Hub:
 
 * no Xet, which `HubServer.environment` switches off in the client: large files go by plain HTTP, in one part;
-* listings come in one page;
+* listings come in one page, and downloads begin from the start;
 * what goes through LFS is said by a file's suffix and size, not by the repository's .gitattributes;
 * every 401 for a missing repository carries `X-Error-Code: RepoNotFound`, as the client knows it by its address only where
   that starts with https.
@@ -294,8 +294,6 @@ class HubServer:
     def _writable(self, request: Request, repo_id: str, write: bool = True) -> Repository:
         """The repository, if whoever asks may write to it; everybody who may see it may open a pull request."""
         repository, user = self._repository(request, repo_id), self._who(request)
-        if user is None:
-            raise _Refused(401, "Invalid username or password.", "RepoNotFound")
         if write and not request.asks("create_pr") and user != repository.namespace:
             raise _Refused(403, f"Forbidden: you don't have write access to {repo_id}")
         return repository
@@ -310,8 +308,6 @@ class HubServer:
         asked, user = request.json, self._who(request)
         namespace = asked.get("organization") or user
         repo_id = f"{namespace}/{asked['name']}"
-        if user is None:
-            raise _Refused(401, "Invalid username or password.")
         if user != namespace:
             raise _Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         exists = repo_id in self._repositories
@@ -370,9 +366,9 @@ class HubServer:
         content = commit.files.get(path)
         if content is None:
             raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{oid_of(path, content)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{oid_of(path, content)}"'}
         if not goes_through_lfs(path, len(content)):
-            return _ranged(request, content, headers)
+            return _Answer(200, content, headers)
         headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{sha256_of(content)}"'}
         headers["Location"] = self._signed("objects", repository, sha256_of(content))
         return _Answer(302, b"", headers)
@@ -383,8 +379,6 @@ class HubServer:
         repository = self._writable(request, repo_id)
         start = self._at(repository, request.json.get("startingPoint"))
         ref = f"refs/heads/{branch}"
-        if ref in repository.refs:
-            raise _Refused(409, f"Reference already exists: {ref}")
         repository.refs[ref] = start.oid
         return _json({"ref": ref})
 
@@ -458,7 +452,7 @@ class HubServer:
             raise _Refused(403, "SignatureDoesNotMatch")
         objects = self.repository(repo_id).objects
         if kind == "objects":
-            return _ranged(request, objects[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+            return _Answer(200, objects[sha256], {"ETag": f'"{sha256}"'})
         if sha256_of(request.body) != sha256:
             raise _Refused(400, "The content is not what its SHA-256 says")
         objects[sha256] = request.body
@@ -483,15 +477,6 @@ def _json(content: Any, status: int = 200, **headers: str) -> _Answer:
 
 def _unanswered(request: Request) -> _Refused:
     return _Refused(HTTPStatus.NOT_IMPLEMENTED, f"This server has no answer to {request.method} {request.path}")
-
-
-def _ranged(request: Request, content: bytes, headers: dict[str, str]) -> _Answer:
-    """The content, or all of it from where a download goes on."""
-    found = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
-    if not found:
-        return _Answer(200, content, headers)
-    first, size = int(found[1]), len(content)
-    return _Answer(206, content[first:], headers | {"Content-Range": f"bytes {first}-{size - 1}/{size}"})
 
 
 class _HttpServer(ThreadingHTTPServer):

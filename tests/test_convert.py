@@ -3,17 +3,18 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from checkpoints import GEOMETRY, run_without_package
+from checkpoints import GEOMETRY
 from families import FAMILIES
 from hivtp_hf.checkpoints import convert, convert_checkpoint, file_copies
+from hub_commands import contents
+from pushes import with_shards
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import greedy, photo
 
@@ -39,24 +40,6 @@ def family_of_folder(folder):
     return FAMILIES[json.loads((folder / "config.json").read_text())["model_type"].removeprefix("hivtp_")]
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def answer_of(folder, height, width):
-    """Runs in a process without the package: new token ids, and what the configuration says."""
-    import numpy as np
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    image = Image.fromarray((np.arange(height * width * 3) % 251).astype(np.uint8).reshape(height, width, 3))
-    inputs = processor(images=image, text="<image> what", return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return [type(model).__name__, model.config.pruning_config.to_dict(), output[0, inputs.input_ids.shape[1] :].tolist()]
-
-
 def test_a_whole_checkpoint(stock, tmp_path):
     before = contents(stock)
     target = made(stock, tmp_path / "pruned")
@@ -70,7 +53,7 @@ def test_a_whole_checkpoint(stock, tmp_path):
     family.model.from_pretrained(stock).save_pretrained(own)
     family.processor.from_pretrained(stock).save_pretrained(own)
     assert {path.name for path in target.glob("*.py")} == {path.name for path in own.glob("*.py")}
-    assert (target / "generation_config.json").read_bytes() == before[Path("generation_config.json")]
+    assert (target / "generation_config.json").read_bytes() == before["generation_config.json"]
 
     # Weights: the same bytes in a file of its own, so that what is saved there later leaves the source alone.
     copied, source = target / "model.safetensors", stock / "model.safetensors"
@@ -109,23 +92,13 @@ def test_the_card_is_that_of_a_pruned_checkpoint_under_the_licence_of_its_source
     assert (again.data.base_model, again.data.license) == ("llava-hf/llava-v1.6-mistral-7b-hf", "llama2")
 
 
-@pytest.mark.parametrize(
-    "card", ["no metadata", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n", "\x00"]
-)
+@pytest.mark.parametrize("card", ["no metadata", "---\nlicense: [\n---\n", "---\nlicense: {a: b}\n---\n"])
 def test_a_broken_card_is_in_nobodys_way(next_stock, tmp_path, card):
     source = shutil.copytree(next_stock, tmp_path / "source")
     (source / "README.md").write_text(card)
     made_card = ModelCard.load(made(source, tmp_path / "pruned") / "README.md")
     assert made_card.data.license is None
     assert made_card.data.pipeline_tag == "image-text-to-text"
-
-
-def test_it_loads_without_the_package(stock, tmp_path):
-    target = made(stock, tmp_path / "pruned", {"method": "gprune"})
-    name, pruning, tokens = run_without_package(answer_of, tmp_path / "work", folder=target, height=60, width=100)
-    assert name == family_of_folder(stock).model.__name__
-    assert pruning["method"] == "gprune"
-    assert len(tokens) == 4
 
 
 def test_settings_of_a_pruned_source_stay_unless_they_are_given(next_stock, tmp_path):
@@ -141,31 +114,28 @@ def test_settings_of_a_pruned_source_stay_unless_they_are_given(next_stock, tmp_
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_shards(next_stock, tmp_path, kind):
-    source = shutil.copytree(next_stock, tmp_path / "source")
-    weights = load_file(source / "model.safetensors")
-    (source / "model.safetensors").unlink()
-    stem = "model" if kind == "safetensors" else "pytorch_model"
-    names, index = sorted(weights), {}
-    for number, keys in enumerate((names[::2], names[1::2]), start=1):
-        shard = f"{stem}-0000{number}-of-00002.{kind}"
-        part = {key: weights[key] for key in keys}
-        if kind == "safetensors":
-            save_file(part, source / shard, {"format": "pt"})
-        else:
-            torch.save(part, source / shard)
-        index |= dict.fromkeys(keys, shard)
-    (source / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    source = with_shards(next_stock, tmp_path / "source")
+    index = source / "model.safetensors.index.json"
+    shards = sorted(source.glob("model-*.safetensors"))
+    if kind == "bin":
+        index = index.rename(source / "pytorch_model.bin.index.json")
+        index.write_text(index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin"))
+        for shard in shards:
+            torch.save(load_file(shard), source / f"pytorch_{shard.stem}.bin")
+            shard.unlink()
+        shards = sorted(source.glob("pytorch_model-*.bin"))
     target = made(source, tmp_path / "pruned")
-    for name in {*index.values(), f"{stem}.{kind}.index.json"}:
-        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert len(shards) == 2
+    for path in (index, *shards):
+        assert (target / path.name).read_bytes() == path.read_bytes()
     loaded = AutoModelForImageTextToText.from_pretrained(target).state_dict()
     whole = FAMILIES["llava_next"].model.from_pretrained(next_stock).state_dict()
     assert all(torch.equal(loaded[key], whole[key]) for key in whole)
 
-    (source / next(iter(index.values()))).unlink()
+    shards[0].unlink()
     with pytest.raises(ValueError, match=r"names the shard .* which is no file beside it"):
         made(source, tmp_path / "other")
-    (source / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": {"a": f"../{stem}.{kind}"}}))
+    index.write_text(json.dumps({"weight_map": {"a": f"../{shards[1].name}"}}))
     with pytest.raises(ValueError, match=r"names the shard '\.\./"):
         made(source, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "source"]
@@ -185,8 +155,7 @@ def test_an_existing_target_stays_unless_forced(next_stock, tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
-def test_an_interrupted_run_leaves_nothing(next_stock, tmp_path, monkeypatch, force, error):
+def test_an_interrupted_run_leaves_nothing(next_stock, tmp_path, monkeypatch, force):
     target = tmp_path / "pruned"
     if force:
         made(next_stock, target)
@@ -194,10 +163,10 @@ def test_an_interrupted_run_leaves_nothing(next_stock, tmp_path, monkeypatch, fo
 
     def interrupted(files, **_):
         files[0][1].write_bytes(b"half")
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "copy_files", interrupted)
-    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+    with pytest.raises(KeyboardInterrupt):
         made(next_stock, target, {"method": "uniform"}, force=force)
     assert contents(tmp_path) == before
     assert target.exists() == force
@@ -221,10 +190,7 @@ def test_targets_that_touch_the_source(next_stock, tmp_path):
     [
         ({"retention_ratio": 50}, "For 50 % write 0.5"),
         ({"importance_start_layer": 40}, "reads the encoder layers 40 to 42, but the vision tower has 10 layers"),
-        ({"method": "hivpt"}, "`method` is 'hivpt'"),
-        ({"method": "gprune", "alpha": 1}, "`alpha`: not a setting of the method 'gprune'"),
     ],
-    ids=str,
 )
 def test_settings_that_do_not_fit(next_stock, tmp_path, pruning, message):
     with pytest.raises(ValueError, match=message):

@@ -1,16 +1,12 @@
 """`hivtp evaluate`, as a user runs it."""
 
-import sys
-
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from checkpoints import GEOMETRY
 from evaluations import ROWS, data_folder, table_of
-from hivtp_hf import cli
 from hivtp_hf.cli.command_evaluate import evaluate
-from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.variants import DEFAULT_RATIOS
 from tiny_checkpoint import build_stock_checkpoint
@@ -68,38 +64,9 @@ def test_its_defaults_are_the_librarys(stock, tmp_path, monkeypatch):
     assert given["ratios"] == DEFAULT_RATIOS
 
 
-@pytest.fixture
-def hivtp(monkeypatch, capsys):
-    """Runs the whole command line in this process; how it ended, and what it wrote to both streams."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hivtp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
 def test_errors_are_one_message(hivtp, stock, tmp_path):
     data_folder(tmp_path / "data", [*ROWS, ("wide.png", "What?", "", "colour")])
     status, out, err = hivtp("evaluate", *arguments_of(stock, tmp_path))
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("hivtp: row 5: the answer is ''")
     assert "Traceback" not in err
-
-
-def test_an_error_in_a_row_ends_the_command(stock, tmp_path, monkeypatch):
-    data_folder(tmp_path / "data")
-
-    def broken(seen, layouts):
-        raise ZeroDivisionError("by zero")
-
-    monkeypatch.setattr(answering, "pruned_tokens", broken)
-    done = CliRunner().invoke(app, arguments_of(stock, tmp_path, "--methods", "uniform"))
-    assert done.exit_code == 1
-    assert isinstance(done.exception, RuntimeError)
-    assert str(done.exception).startswith(
-        "row 1 (image 'wide.png', question 'What colour is the cat?'): choosing visual tokens"
-    )
-    assert not list((tmp_path / "runs").iterdir())

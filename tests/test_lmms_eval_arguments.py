@@ -1,11 +1,13 @@
 """What stands between lmms-eval and the model, as far as it needs no lmms-eval: arguments, prompts, failures, sums."""
 
+import json
+
 import pytest
 from PIL import Image
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import FAMILIES, HIVTPLlavaNextConfig, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
+from hivtp_hf import FAMILIES, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.lmms_eval.generation_arguments import generation_arguments
 from hivtp_hf.lmms_eval.loaded_checkpoint import checked_template, loaded_checkpoint
@@ -29,13 +31,11 @@ def processor():
 def test_given_settings_rule_over_the_checkpoints():
     assert with_arguments(OWN, {}, OTHERS) == OWN
     assert with_arguments(OWN, {"retention_ratio": "2/9"}, OTHERS) == OWN.replace(retention_ratio=2 / 9)
-    assert with_arguments(OWN, {"token_budget": 300}, OTHERS) == OWN.replace(token_budget=300)
     given = {"method": "hiprune", "deep_layer": "none", "alpha": 1, "retention_ratio": 0.5}
     assert with_arguments(OWN, given, OTHERS).to_dict() == {
         **VisualTokenPruningConfig(method="hiprune", alpha=1.0, deep_layer=None).to_dict(),
         "retention_ratio": 0.5,
     }
-    assert with_arguments(OWN, {"method": "none"}, OTHERS).method == "none"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,6 @@ def test_given_settings_rule_over_the_checkpoints():
         ),
         ({"object_layer": 3}, "`object_layer`: not a setting of the method 'hivtp'"),
         ({"retention_ratio": "a half"}, "`retention_ratio` is 'a half'"),
-        ({"retention_ratio": "1/0"}, "`retention_ratio` is '1/0'"),
     ],
 )
 def test_settings_that_are_none_are_refused(given, message):
@@ -169,10 +168,11 @@ def test_sums_are_means_over_images_and_processes():
 
 def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_path):
     family = FAMILIES[0]
-    assert family.config is HIVTPLlavaNextConfig
     pruned = build_pruned_checkpoint(tmp_path, {"method": "uniform", "keep_newlines": False})
     stock = build_stock_checkpoint(tmp_path / "other", **GEOMETRY)
-    convert_checkpoint(str(stock), tmp_path / "config_only", {"retention_ratio": 0.25}, config_only=True, show_progress=False)
+    tokenizer = json.loads((stock / "tokenizer_config.json").read_text())
+    (stock / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"padding_side": "right"}))
+    convert_checkpoint(str(stock), tmp_path / "config_only", config_only=True, show_progress=False)
 
     def loaded(folder, family=family, **pruning):
         return loaded_checkpoint(
@@ -182,9 +182,8 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
     for folder, own in (
         (stock, VisualTokenPruningConfig()),
         (pruned, VisualTokenPruningConfig(method="uniform", keep_newlines=False)),
-        (tmp_path / "config_only", VisualTokenPruningConfig(retention_ratio=0.25)),
+        (tmp_path / "config_only", VisualTokenPruningConfig()),
     ):
-        assert loaded(folder).model.config.pruning_config == own
         model, processor = loaded(folder, retention_ratio="1/9")
         assert model.config.pruning_config == processor.pruning_config == own.replace(retention_ratio=1 / 9)
         assert processor.tokenizer.padding_side == "left"

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.once
 
 PUBLIC = [
     "Evidence",
+    "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
     "HIVTPLlavaModel",
@@ -26,6 +27,7 @@ PUBLIC = [
     "TokenLayout",
     "VisualEvidence",
     "VisualTokenPruningConfig",
+    "register_method",
     "register_method",
     "select_hivtp",
 ]

@@ -9,7 +9,7 @@ from checkpoints import build_pruned_checkpoint
 from families import FAMILIES
 from hivtp_hf.checkpoints import convert_checkpoint
 from hub_commands import contents, message_of, run_commands
-from hub_server import HubServer, run_client
+from hub_server import HubServer
 from pushes import (
     CARD,
     WEIGHTS,
@@ -230,32 +230,3 @@ def test_weights_stay_at_the_base(folders, tmp_path):
         assert not hub.unanswered
         small = {("owner/small", commits[1]): complete, ("owner/small2", commits[2]): shards, ("owner/small3", None): complete}
         check_same_answers(hub, small, tmp_path / "loading", hub.token)
-
-
-def pushes_with_bars(folder: str) -> list[Any]:
-    """Runs in a process of its own: whether bars show in pushes without and with them, and what these return."""
-    import contextlib
-    import importlib
-    import io
-    import os
-
-    # Before it is imported: otherwise bars are off for good.
-    del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]
-    push_checkpoint = importlib.import_module("hivtp_hf.checkpoints").push_checkpoint
-
-    found: list[Any] = []
-    for name, shown in (("owner/quiet", False), ("owner/loud", True), ("owner/quiet", False)):
-        with contextlib.redirect_stderr(io.StringIO()) as stream:
-            pushed = push_checkpoint(folder, name, show_progress=shown)
-        found.append(["model.safetensors: " in stream.getvalue(), pushed._asdict()])
-    return found
-
-
-def test_progress_shows_unless_it_is_unwanted(small):
-    with HubServer() as hub:
-        quiet, loud, again = run_client(hub, pushes_with_bars, folder=small)
-        assert [quiet[0], loud[0], again[0]] == [False, True, False]
-        commit = hub.commits("owner/loud")[0].oid
-        page = {"url": f"{hub.endpoint}/owner/loud", "repo_id": "owner/loud", "commit": commit, "pull_request": None}
-        assert loud[1] == {**page, "removed": [], "is_new": True}
-        assert again[1] == {**quiet[1], "is_new": False}

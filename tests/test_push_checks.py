@@ -10,7 +10,7 @@ import pytest
 from checkpoints import build_pruned_checkpoint
 from hivtp_hf.checkpoints import push_checkpoint
 from hivtp_hf.checkpoints.model_card import model_card
-from pushes import CARD, WEIGHTS, with_shards
+from pushes import WEIGHTS, with_shards
 
 pytestmark = pytest.mark.once
 
@@ -41,13 +41,8 @@ def check_refused(folder, message, repo_id="owner/name", **arguments):
     assert TOKEN not in str(refused.value)
 
 
-def test_a_whole_folder_passes(folder):
-    # What all others differ from: the first request fails.
-    with pytest.raises(OSError, match="offline"):
-        push_checkpoint(folder, "owner/name", token=TOKEN)
-
-
 def test_a_card_that_describes_other_settings(folder):
+    # What all others differ from passes: the first request fails.
     said = model_card(folder, repo_id="owner/name")
     (folder / "README.md").write_text(str(said))
     with pytest.raises(OSError, match="offline"):
@@ -64,18 +59,16 @@ def test_a_card_that_describes_other_settings(folder):
     [
         ({"config.json": None}, "has no config.json"),
         ({"config.json": b"{"}, "cannot be read as JSON"),
-        ({"config.json": b"[]"}, "holds no JSON object"),
         ({"config.json": b'{"model_type": "bert"}'}, "has the model type 'bert'"),
         ({"processor_config.json": None}, "has no processor_config.json"),
-        ({"tokenizer_config.json": None}, "has no tokenizer_config.json"),
         ({"tokenizer.json": None}, "no tokenizer: one of tokenizer.json"),
         ({WEIGHTS: None}, "has no weights"),
-        ({"hivtp_llava.py": None}, r"has no hivtp_llava\.py"),
-        ({"hivtp_llava.py": b"from .absent import x\n"}, r"has no absent\.py"),
+        ({"modeling_hivtp_llava.py": None}, "has no modeling_hivtp_llava.py"),
+        ({"ranking.py": None}, r"has no ranking\.py"),
+        ({"ranking.py": b"from .absent import x\n"}, r"has no absent\.py"),
         ({"README.md": b"---\ntags: [\n---\n"}, "metadata of README.md cannot be read"),
         ({"README.md": b"\xff"}, "README.md is no text"),
         ({"notes/log.txt": f"token={TOKEN}".encode()}, r"notes/log\.txt holds the token"),
-        ({"README.md": CARD.encode() + TOKEN.encode()}, r"README\.md holds the token"),
         ({"big.txt": b"x" * (2**20 - 5) + TOKEN.encode()}, r"big\.txt holds the token"),
         ({f"{TOKEN}.txt": b""}, "stands in the name of a file"),
     ],
@@ -94,17 +87,10 @@ def test_files_that_are_missing_or_wrong(folder, changes, message):
     ("name", "changes", "message"),
     [
         ("config.json", {"pruning_config": {"retention_ratio": 0.5}}, "different pruning settings"),
-        (
-            "config.json",
-            {"auto_map": {"AutoConfig": "hivtp_llava.HIVTPLlavaConfig"}},
-            "AutoModelForImageTextToText",
-        ),
+        ("config.json", {"auto_map": {"AutoConfig": "hivtp_llava.HIVTPLlavaConfig"}}, "AutoModelForImageText"),
         ("processor_config.json", {"auto_map": {}}, "AutoProcessor"),
-        (
-            "tokenizer_config.json",
-            {"auto_map": {"AutoTokenizer": [None, "someone/else--code.Tokenizer"]}},
-            "another repository",
-        ),
+        ("processor_config.json", {"image_processor": None}, "no settings for images"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "some/one--code.Own"]}}, "another repository"),
         ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "own.Images"}}}, r"has no own\.py"),
         ("config.json", {"base_model": {"name": "owner/base", "revision": "main"}}, "40 hexadecimal"),
         ("config.json", {"base_model": {"name": "owner/base", "revision": COMMIT}}, "has weights"),
@@ -113,15 +99,9 @@ def test_files_that_are_missing_or_wrong(folder, changes, message):
 )
 def test_settings_that_do_not_load(folder, name, changes, message):
     content = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(content | changes))
+    content = {key: value for key, value in (content | changes).items() if value is not None}
+    (folder / name).write_text(json.dumps(content))
     check_refused(folder, message)
-
-
-def test_images_need_settings(folder):
-    content = json.loads((folder / "processor_config.json").read_text())
-    del content["image_processor"]
-    (folder / "processor_config.json").write_text(json.dumps(content))
-    check_refused(folder, "no settings for images")
 
 
 def test_a_missing_shard(folder, tmp_path):
@@ -137,7 +117,7 @@ def test_no_pruned_checkpoint_at_all(pruned, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
-@pytest.mark.parametrize("kind", ["file", "folder", "chain", "parent", "dangling", "hidden", "nested", "loop"])
+@pytest.mark.parametrize("kind", ["file", "folder", "chain", "dangling", "hidden", "nested"])
 def test_links_that_lead_out(folder, tmp_path, kind):
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -148,16 +128,14 @@ def test_links_that_lead_out(folder, tmp_path, kind):
         "file": (folder / "link.txt", outside / "secret.txt"),
         "folder": (folder / "link", outside),
         "chain": (folder / "link.txt", folder / "notes" / "second.txt"),
-        "parent": (folder / "link", folder.parent),
         "dangling": (folder / "link.txt", folder / "absent.txt"),
         "hidden": (folder / "link.txt", folder / ".env"),
         "nested": (folder / "notes" / "link.txt", "../../outside/secret.txt"),
-        "loop": (folder / "link.txt", folder / "link.txt"),
     }[kind]
     if kind == "chain":
         target.symlink_to(outside / "secret.txt")
     link.symlink_to(target)
-    said = "what is not pushed" if kind in ("dangling", "hidden", "loop") else "leads out of the folder"
+    said = "what is not pushed" if kind in ("dangling", "hidden") else "leads out of the folder"
     check_refused(folder, f"{re.escape(str(link))} is a link .*{said}|second.txt is a link .*{said}")
 
 
@@ -171,13 +149,9 @@ def test_what_is_no_file(folder):
     ("arguments", "message"),
     [
         ({"repo_id": "name"}, "must be owner/name"),
-        ({"repo_id": "owner/name/more"}, "must be owner/name"),
         ({"repo_id": "owner/-bad-"}, "must be owner/name"),
-        ({"repo_id": "../name"}, "must be owner/name"),
         ({"revision": "dev", "create_pr": True}, "not both"),
         ({"revision": COMMIT}, "name of a branch"),
-        ({"revision": ""}, "name of a branch"),
-        ({"token": None}, "log in with `hf auth login`"),
         ({"token": False}, "log in with `hf auth login`"),
     ],
 )

@@ -99,28 +99,6 @@ def installed(folder, family):
     return answers(str(folder), trust_remote_code=False, other_settings=OTHER_METHODS[family.name])
 
 
-@pytest.fixture(scope="module")
-def saved_by_remote_code(folder):
-    return folder.with_name("saved_by_remote_code")
-
-
-@pytest.fixture(scope="module")
-def remote(folder, family, saved_by_remote_code):
-    """What remote code answers; it also saves the checkpoint again."""
-    return run_without_package(
-        answers,
-        folder.with_name("first_process"),
-        folder=folder,
-        trust_remote_code=True,
-        saved_folder=saved_by_remote_code,
-        other_settings=OTHER_METHODS[family.name],
-    )
-
-
-def test_installed_package_serves_the_saved_folder(installed):
-    assert installed["packages"] == ["hivtp_hf"]
-
-
 def test_the_settings_show_in_the_answers(folder, installed):
     # Otherwise equal answers would not prove that remote code prunes, or pads to the left.
     everything = answers(str(folder), trust_remote_code=False, pruning_config={"retention_ratio": 1})
@@ -131,25 +109,21 @@ def test_the_settings_show_in_the_answers(folder, installed):
     assert len({str(tokens) for tokens in of_methods}) == len(of_methods) > 2
 
 
-def test_remote_code_answers_as_the_installed_package(family, installed, remote):
-    assert remote["packages"] == ["transformers_modules"]
-    assert remote["classes"] == installed["classes"]
+def test_remote_code_answers_as_the_installed_package(folder, family, installed):
+    """And it saves its file again."""
+    saved = folder.with_name("saved_by_remote_code")
+    remote = run_without_package(
+        answers,
+        folder.with_name("first_process"),
+        folder=folder,
+        trust_remote_code=True,
+        saved_folder=saved,
+        other_settings=OTHER_METHODS[family.name],
+    )
+    assert (installed["packages"], remote["packages"]) == (["hivtp_hf"], ["transformers_modules"])
+    assert {**remote, "packages": installed["packages"]} == installed
     assert remote["classes"][-1] == family.base.__name__
-    assert remote["generated"] == installed["generated"]
-    assert remote["other methods"] == installed["other methods"]
-
-
-@pytest.mark.usefixtures("remote")
-def test_remote_code_saves_its_file_again(folder, saved_by_remote_code):
-    assert code_of(saved_by_remote_code) == code_of(folder)
-
-
-# One family is enough: the test above says that the files are the same.
-@pytest.mark.parametrize("family", ["llava_next"], indirect=True)
-def test_what_remote_code_saved_answers_the_same(folder, remote, saved_by_remote_code):
-    work_folder = folder.with_name("second_process")
-    again = run_without_package(answers, work_folder, folder=saved_by_remote_code, trust_remote_code=True)
-    assert {**again, "other methods": remote["other methods"]} == remote
+    assert code_of(saved) == code_of(folder)
 
 
 def test_a_checkpoint_of_many_code_files_still_loads(tmp_path):

@@ -1,5 +1,6 @@
 """The files of a folder that are pushed: those that lie in it, and nothing that a link would bring in from elsewhere."""
 
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -7,8 +8,6 @@ from pathlib import Path
 
 # What a file of the repository is made of: a file on disk, or bytes that differ from it.
 Content = Path | bytes
-
-_CHUNK_BYTES = 2**20
 
 
 def files_of_folder(folder: Path) -> dict[str, Path]:
@@ -49,7 +48,7 @@ def check_no_token(files: Mapping[str, Content], large: list[str], token: str) -
     for name, content in files.items():
         if token in name:
             raise ValueError("The token that is in use stands in the name of a file that would be pushed. Rename the file.")
-        if name not in large and any(secret in chunk for chunk in _overlapping_chunks(content, len(secret))):
+        if name not in large and _holds(content, secret):
             raise ValueError(f"{name} holds the token that is in use, which must not be published. Take it out of the file.")
 
 
@@ -77,12 +76,10 @@ def _check_link(path: Path, root: Path) -> None:
         raise ValueError(f"{path} is a link to what is not pushed. Put the file itself there, or take the link away.")
 
 
-def _overlapping_chunks(content: Content, overlap: int) -> Iterator[bytes]:
+def _holds(content: Content, secret: bytes) -> bool:
     if isinstance(content, bytes):
-        yield content
-        return
-    before = b""
-    with content.open("rb") as reading:
-        while chunk := reading.read(_CHUNK_BYTES):
-            yield before + chunk
-            before = chunk[-overlap:]
+        return secret in content
+    if not content.stat().st_size:  # nothing to map
+        return False
+    with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(secret) >= 0

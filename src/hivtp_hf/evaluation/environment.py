@@ -104,16 +104,9 @@ def checkpoint_identity(source: CheckpointSource) -> dict[str, Any]:
     files = sorted({*weights, *(path for pattern in _READ for path in source.folder.glob(pattern) if path.is_file())})
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode() + _sha256(path))
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return {"name": source.folder.resolve().name, "sha256": digest.hexdigest()}
-
-
-def _sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.digest()
 
 
 def _cpu_name() -> str:

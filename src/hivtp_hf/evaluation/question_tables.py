@@ -1,9 +1,9 @@
-"""Rows read by the library `datasets`: tables in folders, what `save_to_disk` wrote, and data sets on the Hub.
+"""Rows of questions: tables in folders, and by the library `datasets` what `save_to_disk` wrote and data sets on the Hub.
 
-`datasets` guesses what a column holds. Text is therefore asked for as text where it can be asked for, and what it turned into
-something else is refused rather than turned back: "01" and "1" are two answers.
+Only text is taken, and as it is written: "01" and "1" are two answers, and "none" is one.
 """
 
+import csv
 import functools
 import hashlib
 import io
@@ -24,13 +24,6 @@ COLUMNS = ("image", "question", "answer")
 TYPE_COLUMNS = ("question_type", "type")
 # What `save_to_disk` leaves beside the data of one split, and above those of several.
 _SAVED = ("state.json", "dataset_dict.json")
-_CSV = {
-    # "none" and "NA" are answers like others, and so is "01".
-    "keep_default_na": False,
-    "converters": dict.fromkeys((*COLUMNS, *TYPE_COLUMNS), str),
-}
-# The column that pandas makes of the first fields where the first row has more fields than there are headings.
-_SHIFTED = "__index_level_0__"
 
 
 def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, Iterator[Row]]:
@@ -46,7 +39,7 @@ def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, I
 
     Raises:
         ValueError: for what is none of these, for missing columns and values that are no text, where the row is named, and
-            where `datasets` is not installed.
+            where `datasets` is needed and not installed.
         OSError: for a data set on the Hub that cannot be downloaded.
     """
     folder = Path(source).expanduser()
@@ -67,12 +60,12 @@ def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, I
             f"`--data` is {folder}, which has {names}; it must have one of {', '.join(TABLES)} and what `save_to_disk` of the "
             "library `datasets` writes."
         )
-    datasets, (path,) = _datasets(source), there
+    (path,) = there
     if split is not None and path.name != _SAVED[1]:
         raise ValueError(f"`--split` is {split!r}, but {folder} has no splits. Leave it out.")
     if path.name not in _SAVED:
-        return folder.resolve().name, _rows_of_table(datasets, path)
-    dataset = _one_split(datasets.load_from_disk(str(folder)), source, split)
+        return folder.resolve().name, _rows_of_table(path)
+    dataset = _one_split(_datasets(source).load_from_disk(str(folder)), source, split)
     return folder.resolve().name, _rows_of_dataset(dataset, folder)
 
 
@@ -98,40 +91,31 @@ def _one_split(loaded: Any, source: str | Path, split: str | None) -> Any:
     return loaded[split]
 
 
-def _rows_of_table(datasets: Any, path: Path) -> Iterator[Row]:
-    for index, record in enumerate(_records(datasets, path)):
-        if _SHIFTED in record:
+def _rows_of_table(path: Path) -> Iterator[Row]:
+    for index, record in enumerate(_records(path)):
+        if not isinstance(record, dict) or None in record:
             raise ValueError(
-                f"{numbered(index)} of {path} has more fields than there are headings. Put text with commas in double quotes."
+                f"{numbered(index)} of {path} is no JSON object, or has more fields than there are headings. Put text with "
+                "commas in double quotes."
             )
         name, question, answer = (_text_of(index, record, column) for column in COLUMNS)
         image = functools.partial(Image.open, _image_path(path.parent, name, index))
         yield Row(image, name, question, answer, _type_of(index, record))
 
 
-def _records(datasets: Any, path: Path) -> Iterator[Mapping[str, Any]]:
-    kind, options = ("csv", _CSV) if path.suffix == ".csv" else ("json", {})
+def _records(path: Path) -> Iterator[Any]:
+    read = 0
     try:
-        # As a stream, which leaves no copy of the table behind.
-        yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-    except Exception as error:  # each reader raises its own
-        where = "" if kind == "csv" else _broken_line(path)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file, strict=True) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+            for record in lines:
+                read += 1
+                yield record
+    except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path} cannot be read{where}: {str(error).strip() or type(error).__name__}. Write it in UTF-8, as CSV with text "
-            "that has commas in double quotes, or as one JSON object a line."
+            f"{numbered(read)} of {path} cannot be read: {error}. Write it in UTF-8, as CSV with text that has commas in "
+            "double quotes, or as one JSON object a line."
         ) from error
-
-
-def _broken_line(path: Path) -> str:
-    """Which row is none, where the reader does not say, or counts within blocks of its own."""
-    for index, line in enumerate(line for line in path.read_bytes().splitlines() if line.strip()):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in COLUMNS):
-            return f", as {numbered(index)} is no JSON object with text for {', '.join(COLUMNS)}"
-    return ""
 
 
 def _rows_of_dataset(dataset: Any, folder: Path | None) -> Iterator[Row]:
@@ -208,8 +192,5 @@ def _text_of(index: int, record: Mapping[str, Any], name: str) -> str:
     """The text that a row has in a column; a ValueError where there is none."""
     value = _value_of(index, record, name)
     if not isinstance(value, str):
-        raise ValueError(
-            f"{numbered(index)}: {name!r} is {shown(value)}; it must be text. Write it in quotes; `datasets` takes a column "
-            "of dates alone for times, so that these must be in CSV."
-        )
+        raise ValueError(f"{numbered(index)}: {name!r} is {shown(value)}; it must be text. Write it in quotes.")
     return value

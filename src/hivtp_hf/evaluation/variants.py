@@ -111,26 +111,32 @@ def shrunken_grid(grid: int, ratio: Fraction) -> int:
     return max(1, math.isqrt(math.floor(ratio * grid * grid)))
 
 
-def parsed_ratios(text: str) -> tuple[Fraction, ...]:
-    """The ratios of a list such as "1,1/2,0.25", exact, largest first and each once.
+def parsed_ratio(text: str) -> Fraction:
+    """The ratio that a decimal or a fraction such as "0.25" or "2/9" means, exact.
 
     Raises:
         ValueError: for what is no number, and for numbers that are not above 0 and at most 1.
     """
-    ratios = set()
-    for part in text.split(","):
-        try:
-            ratio = Fraction(part.strip())
-        except (ValueError, ZeroDivisionError):
-            ratio = None
-        # A share so small that float64 has no number for it keeps nothing of any image.
-        if ratio is None or not 0 < float(ratio) <= 1:
-            raise ValueError(
-                f"`--ratios` is {text!r}, in which {part.strip()!r} is no ratio; give decimals or fractions above 0 and at "
-                f"most 1, separated by commas, such as {DEFAULT_RATIOS}."
-            )
-        ratios.add(ratio)
-    return tuple(sorted(ratios, reverse=True))
+    try:
+        ratio = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    # A share so small that float64 has no number for it keeps nothing of any image.
+    if not 0 < ratio <= 1 or not float(ratio):
+        raise ValueError(f"{text.strip()!r} is no ratio; give a decimal or a fraction above 0 and at most 1, such as 2/9.")
+    return ratio
+
+
+def parsed_ratios(text: str) -> tuple[Fraction, ...]:
+    """The ratios of a list such as "1,1/2,0.25", exact, largest first and each once.
+
+    Raises:
+        ValueError: as `parsed_ratio`.
+    """
+    try:
+        return tuple(sorted(set(map(parsed_ratio, text.split(","))), reverse=True))
+    except ValueError as error:
+        raise ValueError(f"`--ratios` is {text!r}, in which {error} Separate ratios by commas.") from None
 
 
 def settings_of_methods(

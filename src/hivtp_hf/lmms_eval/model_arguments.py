@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
+from ..evaluation.variants import parsed_ratio
 from ..pruning.registry import METHODS
 from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
 
@@ -40,6 +40,6 @@ def _value(name: str, value: Any) -> Any:
     if value.strip().lower() == "none":
         return None
     try:
-        return float(Fraction(value))
-    except (ValueError, ZeroDivisionError):
+        return float(parsed_ratio(value))
+    except ValueError:
         return value  # its setting says what is allowed
