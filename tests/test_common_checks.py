@@ -225,15 +225,6 @@ def test_hidden_states_and_attentions_of_the_tower_are_stocks(pair, copied, inpu
         assert all(torch.equal(*both) for both in zip(got[name], expected[name], strict=True))
 
 
-def test_attention_implementations_agree(copied, inputs):
-    expected, kept = logits(copied, inputs), kept_indices(copied, inputs)
-    copied.set_attn_implementation("eager")
-    assert kept_indices(copied, inputs) == kept
-    # What stands at a padded place is of no use, and differs.
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits(copied, inputs)[real], expected[real], atol=1e-3, rtol=0)
-
-
 def test_calls_are_repeatable_and_the_mode_does_not_matter(copied, inputs):
     expected = logits(copied, inputs)
     assert torch.equal(logits(copied, inputs), expected)

@@ -8,7 +8,7 @@ import torch
 from checkpoints import GEOMETRY
 from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
 from families import FAMILIES
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
 from hivtp_hf.evaluation.prompts import embedded, prompt_of
 from hivtp_hf.evaluation.tower_pass import (
@@ -40,7 +40,7 @@ def prunings_of(pair):
     return [
         VisualTokenPruningConfig(method=method, retention_ratio=ratio, **TESTED[method].small)
         for method in METHODS
-        if method != "none" and (pair.pruned.model._has_cls_token or method != "cls_attention")
+        if method != "none" and (Evidence.CLASS_ATTENTION in pair.pruned.model.provided_evidence or method != "cls_attention")
         for ratio in (0.5, 1 / 9)
     ]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.evaluation.data import ImageGroup, Row, checked_data, normalised
+from hivtp_hf.evaluation import Row
+from hivtp_hf.evaluation.data import ImageGroup, checked_data, normalised
 from hivtp_hf.evaluation.metrics import (
     VariantAnswers,
     answers_of_variants,

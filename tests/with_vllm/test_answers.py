@@ -53,7 +53,7 @@ def test_the_images_have_many_sizes():
 def test_offline_engine(checkpoint, prompts, expected, image_paths, tmp_path):
     run = run_engine(tmp_path, checkpoint, prompts, [[path] for path in image_paths], MAX_TOKENS)
     assert run.answers is not None, run.output[-8000:]
-    assert list(tmp_path.glob("modules/**/modeling_hivtp_llava_next.py"))  # the code of the checkpoint, which ran
+    assert list(tmp_path.glob("modules/**/hivtp_llava_next.py"))  # the code of the checkpoint, which ran
     assert [answer["prompt_tokens"] for answer in run.answers] == [answer.prompt_tokens for answer in expected]
     assert [answer["token_ids"] for answer in run.answers] == [answer.token_ids for answer in expected]
 

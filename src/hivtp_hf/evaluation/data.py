@@ -5,13 +5,14 @@ import importlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+
+from .question_tables import Row, numbered, rows_of_source
 
 # What results call the questions of all types together.
 ALL = "all"
@@ -27,35 +28,6 @@ _EXAMPLES_MODULE = "examples.shapes_vqa.held_out"
 def normalised(answer: str) -> str:
     """An answer as it is compared; two answers are the same where these are equal. Empty for nothing but punctuation."""
     return _AT_THE_END.sub("", answer.lower()).strip()
-
-
-class Row(NamedTuple):
-    """One question about one image.
-
-    Attributes:
-        image: what is asked about, or a function that gives it, so that not all images need be in memory at once.
-        image_name: rows of the same name are about the same image, which is then encoded once.
-        question: as it is put to the model.
-        answer: what counts as right.
-        question_type: the kind of question; empty where the data tells none apart.
-    """
-
-    image: Image.Image | Callable[[], Image.Image]
-    image_name: str
-    question: str
-    answer: str
-    question_type: str = ""
-
-    def open_image(self) -> Image.Image:
-        """The image as transformers sees it, whole and in memory: turned as its metadata say, in RGB."""
-        if isinstance(self.image, Image.Image):
-            return _as_seen(self.image)
-        with self.image() as image:
-            return _as_seen(image)
-
-
-def _as_seen(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class ImageGroup(NamedTuple):
@@ -103,11 +75,6 @@ class EvaluationData:
         return f"{numbered(row)} (image {asked.image_name!r}, question {asked.question!r})"
 
 
-def numbered(index: int) -> str:
-    """How messages call the row at an index."""
-    return f"row {index + 1}"
-
-
 def load_data(source: str | Path | None, number: int | None, split: str | None = None) -> EvaluationData:
     """The first rows of a folder or of a data set on the Hub, or of the project's own questions, looked through.
 
@@ -123,8 +90,6 @@ def load_data(source: str | Path | None, number: int | None, split: str | None =
     if number is not None and number < 1:
         raise ValueError(f"`--questions` is {number}; it must be a whole number from 1. Leave it out for all.")
     if source is not None:
-        from .question_tables import rows_of_source
-
         return checked_data(*rows_of_source(source, split), number)
     if split is not None:
         raise ValueError(f"`--split` is {split!r}, but no `--data` was given. Leave it out, or give data that has splits.")

@@ -8,15 +8,14 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..checkpoints.repository_names import is_repository
 from ..pruning.checked_values import shown
-from .data import Row, numbered
 
 TABLES = ("questions.csv", "questions.jsonl")
 COLUMNS = ("image", "question", "answer")
@@ -24,6 +23,40 @@ COLUMNS = ("image", "question", "answer")
 TYPE_COLUMNS = ("question_type", "type")
 # What `save_to_disk` leaves beside the data of one split, and above those of several.
 _SAVED = ("state.json", "dataset_dict.json")
+
+
+class Row(NamedTuple):
+    """One question about one image.
+
+    Attributes:
+        image: what is asked about, or a function that gives it, so that not all images need be in memory at once.
+        image_name: rows of the same name are about the same image, which is then encoded once.
+        question: as it is put to the model.
+        answer: what counts as right.
+        question_type: the kind of question; empty where the data tells none apart.
+    """
+
+    image: Image.Image | Callable[[], Image.Image]
+    image_name: str
+    question: str
+    answer: str
+    question_type: str = ""
+
+    def open_image(self) -> Image.Image:
+        """The image as transformers sees it, whole and in memory: turned as its metadata say, in RGB."""
+        if isinstance(self.image, Image.Image):
+            return _as_seen(self.image)
+        with self.image() as image:
+            return _as_seen(image)
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def numbered(index: int) -> str:
+    """How messages call the row at an index."""
+    return f"row {index + 1}"
 
 
 def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, Iterator[Row]]:
