@@ -20,9 +20,9 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 EXTRAS = {
     "cli": ["images", "plots"],
     "evaluation": ["images", "plots", "data"],
-    "lmms_eval_models": ["images", "lmms-eval"],
+    "figures": ["images", "plots"],
+    "lmms_eval": ["images", "lmms-eval"],
     "serving": ["serving"],
-    "visualization": ["images", "plots"],
 }
 
 pytestmark = pytest.mark.once

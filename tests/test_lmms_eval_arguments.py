@@ -7,8 +7,9 @@ from PIL import Image
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import FAMILIES, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
+from hivtp_hf import HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import convert_checkpoint
+from hivtp_hf.families import FAMILIES
 from hivtp_hf.lmms_eval.generation_arguments import generation_arguments
 from hivtp_hf.lmms_eval.loaded_checkpoint import checked_template, loaded_checkpoint
 from hivtp_hf.lmms_eval.model_arguments import with_arguments

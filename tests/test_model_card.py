@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from checkpoints import build_pruned_checkpoint
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.checkpoints.model_card import PLACEHOLDER_OWNER, model_card, with_repository
+from hivtp_hf.checkpoints import model_card
+from hivtp_hf.checkpoints.repository_names import PLACEHOLDER_OWNER, with_repository
 from hivtp_hf.pruning.registry import METHODS
 from hub_server import HubServer, run_client
 from tested_methods import TESTED

@@ -13,7 +13,6 @@ pytestmark = pytest.mark.once
 
 PUBLIC = [
     "Evidence",
-    "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
     "HIVTPLlavaModel",
@@ -27,7 +26,6 @@ PUBLIC = [
     "TokenLayout",
     "VisualEvidence",
     "VisualTokenPruningConfig",
-    "register_method",
     "register_method",
     "select_hivtp",
 ]

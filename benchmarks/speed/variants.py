@@ -18,7 +18,6 @@ from torch import Tensor
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.pruning.encoder_layers import wanting_features_only
-from hivtp_hf.pruning.registry import METHODS
 
 from .images import Images, prompt_ids, token_layout
 from .models import Models
@@ -73,7 +72,7 @@ def published_of(variant: Variant) -> Variant:
 
 def has_published_way(method: str) -> bool:
     """Whether a method reads attention, so that maps are what its publication reads."""
-    return bool(METHODS[method].scored_layers(VisualTokenPruningConfig(method=method), 0))
+    return bool(VisualTokenPruningConfig(method=method).scored_layers(0))
 
 
 def model_of(models: Models, variant: Variant) -> Any:
