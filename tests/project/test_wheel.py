@@ -15,7 +15,7 @@ from families import FAMILIES
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hivtp_hf"
 
 PROGRAM = """
@@ -64,7 +64,7 @@ def test_the_wheel_holds_every_file(wheel):
 def test_the_wheel_works_alone(wheel, tmp_path):
     unpacked, checkpoint = tmp_path / "unpacked", tmp_path / "checkpoint"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    search_path = [unpacked, ROOT / "tests", ROOT / "examples"]
+    search_path = [unpacked, ROOT / "tests" / "support", ROOT / "examples"]
     program = f"import sys; sys.path[:0] = {[str(path) for path in search_path]!r}\n" + PROGRAM
     run = [sys.executable, "-c", program, str(unpacked), str(checkpoint)]
     output = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path).stdout

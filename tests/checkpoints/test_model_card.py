@@ -23,7 +23,7 @@ from tiny_models import photo
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASE, COMMIT = "llava-hf/some-base", "0123456789abcdef" * 2 + "01234567"
 REPOSITORY = "owner/pruned"
 LOCAL_BASE = {"name": "/somewhere/else", "revision": None}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from examples.shapes_vqa.reference import CHECKPOINT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Of these, some are answered in another way once tokens are dropped.
 QUESTIONS = 36
 # Weights are stored as float16; answers that are compared are those of float32.

@@ -14,7 +14,7 @@ from hivtp_hf.methods.hivtp import count_hivtp
 
 pytestmark = pytest.mark.once
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hivtp_hf.pruning.layout import TokenLayout
 
 pytestmark = pytest.mark.once
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 NEWLINE = 1234.0  # what the released code's results have in place of the newline's embedding
 
 # Image sizes (height, width) of tiles with 4 x 4 cells: crops side by side, on top of each other and both, un-padded or not.

@@ -14,7 +14,7 @@ from hivtp_hf.methods.hiprune import select_hiprune
 
 pytestmark = pytest.mark.once
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FULL_TILE = torch.ones(1, 24, 24, dtype=torch.bool)
 
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 import transformers
 
-PACKAGE = Path(__file__).resolve().parents[1] / "src" / "hivtp_hf"
+PACKAGE = Path(__file__).resolve().parents[2] / "src" / "hivtp_hf"
 _LIBRARIES = ("site-packages", str(Path(logging.__file__).parents[1]))
 _REMOTE_CODE = "transformers_modules"
 # About the arguments that a caller of `generate` gave, as transformers' own pipelines and assistants do; ours hands them on.

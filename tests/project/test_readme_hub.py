@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_readme import PRUNED_NAME, ROOT, STOCK_NAME
 
 from checkpoints import GEOMETRY
 from hub_server import HubServer, run_client
-from test_readme import PRUNED_NAME, ROOT, STOCK_NAME
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once

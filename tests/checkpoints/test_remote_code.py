@@ -12,7 +12,7 @@ from hivtp_hf.remote_code import bundle
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.releases
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 # A checkpoint of each family, with a method of its own each.
 CHECKPOINTS = {
     "llava_next": {"retention_ratio": 0.4, "regions": 1},
