@@ -1,4 +1,4 @@
-"""A small LLaVA-NeXT or LLaVA-1.5 with random weights, made on the spot: for demos and tests that must work offline.
+"""A small model of any family with random weights, made on the spot: for demos and tests that must work offline.
 
 Its geometry is real (by default 336-pixel tiles of 24 x 24 cells and the five pinpoints), its width and depth are not: it
 answers nonsense. Everything is built from stock transformers classes.
@@ -7,20 +7,13 @@ answers nonsense. Everything is built from stock transformers classes.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerFast
+
+from hivtp_hf.families import family_of_model_type
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -59,11 +52,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def five_pinpoints(tile_size: int) -> list[list[int]]:
-    """LLaVA-NeXT's five pinpoints, for tiles of so many pixels."""
-    return [[rows * tile_size, columns * tile_size] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-
-
 def tiny_config(
     *,
     family: str = "llava_next",
@@ -79,15 +67,13 @@ def tiny_config(
     vocab_size: int = 400,
     image_token_index: int = 3,
     vision_feature_select_strategy: str | None = None,
-) -> LlavaNextConfig | LlavaConfig:
-    """A narrow, shallow configuration of the family "llava_next" or "llava".
+) -> Any:
+    """A narrow, shallow stock configuration of a family.
 
     Pinpoints are LLaVA-NeXT's five, in tiles, unless given; the feature strategy is what fits the tower.
     """
     if vision_feature_select_strategy is None:
         vision_feature_select_strategy = "default" if vision_type == "clip_vision_model" else "full"
-    if pinpoints is None:
-        pinpoints = five_pinpoints(tile_size)
     vision_config = AutoConfig.for_model(
         vision_type,
         image_size=tile_size,
@@ -111,56 +97,45 @@ def tiny_config(
         bos_token_id=1,
         eos_token_id=2,
     )
-    shared = {
+    entry = family_of_model_type(family, "the tiny checkpoint")
+    values = {
         "vision_config": vision_config.to_dict(),
         "text_config": text_config.to_dict(),
         "image_token_index": image_token_index,
         "vision_feature_select_strategy": vision_feature_select_strategy,
         "image_seq_length": (tile_size // patch_size) ** 2,
     }
-    if family == "llava":
-        return LlavaConfig(**shared)
-    return LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
+    values |= entry.tiny_config_values(tile_size)
+    if pinpoints is not None:
+        values["image_grid_pinpoints"] = pinpoints
+    return entry.stock_classes.config(**values)
 
 
-def tiny_processor(
-    config: LlavaNextConfig | LlavaConfig, tokenizer: PreTrainedTokenizerFast | None = None
-) -> LlavaNextProcessor | LlavaProcessor:
-    """The stock processor for a configuration."""
-    tile_size, has_class_token = config.vision_config.image_size, config.vision_config.model_type == "clip_vision_model"
-    square = {"height": tile_size, "width": tile_size}
-    cropped = {"size": {"shortest_edge": tile_size}, "crop_size": square}
+def tiny_processor(config: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
+    """The stock processor for a stock configuration."""
+    family = family_of_model_type(config.model_type, "the configuration")
     # Read through the Auto class, which picks the implementation that this environment has.
-    if isinstance(config, LlavaNextConfig):
-        kind, settings = "LlavaNextImageProcessor", {**cropped, "image_grid_pinpoints": config.image_grid_pinpoints}
-    elif has_class_token:
-        kind, settings = "CLIPImageProcessor", cropped
-    else:
-        kind, settings = "SiglipImageProcessor", {"size": square}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **settings}))
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(family.tiny_image_processor(config)))
         image_processor = AutoImageProcessor.from_pretrained(folder)
-    processor_class = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
-    return processor_class(
+    return family.stock_classes.processor(
         image_processor=image_processor,
         tokenizer=tokenizer or tiny_tokenizer(),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def tiny_model(
-    config: LlavaNextConfig | LlavaConfig, seed: int = 0
-) -> LlavaNextForConditionalGeneration | LlavaForConditionalGeneration:
-    """A stock model with random weights."""
+def tiny_model(config: Any, seed: int = 0) -> Any:
+    """A stock model with random weights, for a stock configuration."""
+    family = family_of_model_type(config.model_type, "the configuration")
     torch.manual_seed(seed)
-    is_next = isinstance(config, LlavaNextConfig)
-    model = (LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration)(config).eval()
+    model = family.stock_classes.model(config).eval()
     with torch.no_grad():
         # Default initialisation leaves attention almost uniform. Sharper queries give scores that differ between cells.
-        for name, parameter in model.model.vision_tower.named_parameters():
+        for name, parameter in family.encoder(model.model).named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter.normal_(std=parameter.shape[0] ** -0.5 * 2)
         # Without this the language model repeats one token, and equal answers would prove nothing.

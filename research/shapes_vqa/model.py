@@ -13,7 +13,8 @@ from transformers import (
 
 from examples.shapes_vqa.scenes import TILE
 from examples.shapes_vqa.vocabulary import COLOURS, COUNTS, DIGITS, KINDS
-from examples.tiny_checkpoint import five_pinpoints, tiny_processor
+from examples.tiny_checkpoint import tiny_processor
+from hivtp_hf.families.llava_next import LlavaNextFamily
 
 PATCH = 8
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -22,7 +23,7 @@ _FUNCTION_WORDS = (
     *("shapes", "the", "there", "what", "which"),
 )
 _MARKS = ("USER:", "ASSISTANT:", "?", "\n")
-PINPOINTS = five_pinpoints(TILE)
+PINPOINTS = LlavaNextFamily().tiny_config_values(TILE)["image_grid_pinpoints"]
 
 
 def words() -> list[str]:

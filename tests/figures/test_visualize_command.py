@@ -265,6 +265,6 @@ def test_an_unfinished_figure_does_not_stay(stocks, images, tmp_path, monkeypatc
 
 
 def test_every_scored_method_has_a_map():
-    """A method that reads attention says in its registry entry by which scores it ranks."""
-    assert {name for name, tested in TESTED.items() if tested.reads_attention} | {"gprune"} <= set(SCORED)
+    """A method that looks at something says by which scores it ranks."""
+    assert {name for name, method in METHODS.items() if method.reads(None)[0]} == set(SCORED)
     assert set(figures._WORDS) <= set(SCORED)

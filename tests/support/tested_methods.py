@@ -1,6 +1,8 @@
-"""The list of methods that the tests go by: a new method adds its line here."""
+"""What the tests must know of the methods, beyond what these say of themselves."""
 
 from typing import Any, NamedTuple
+
+from hivtp_hf.pruning.registry import METHODS
 
 
 class Tested(NamedTuple):
@@ -9,23 +11,26 @@ class Tested(NamedTuple):
     Attributes:
         defaults: its own settings and their published values.
         small: settings in addition to a ratio, for towers of ten layers; the defaults where they fit.
-        reads_attention: whether it must look into the vision tower.
     """
 
     defaults: dict[str, Any]
     small: dict[str, Any] = {}  # noqa: RUF012  (read only)
-    reads_attention: bool = False
 
 
 _HIVTP = {"global_ratio": 0.25, "local_window": 2, "regions": 2, "importance_start_layer": 6, "importance_num_layers": 3}
 _HIPRUNE = {"alpha": 0.1, "object_layer": 8, "deep_layer": None, "published_borders": False}
 
-TESTED = {
-    "hivtp": Tested(_HIVTP, reads_attention=True),
-    "hiprune": Tested(_HIPRUNE, small={"object_layer": 5}, reads_attention=True),
+_KNOWN = {
+    "hivtp": Tested(_HIVTP),
+    "hiprune": Tested(_HIPRUNE, small={"object_layer": 5}),
     "gprune": Tested({"similarity_threshold": 0.5, "temperature": 0.03, "iterations": 5}),
-    "cls_attention": Tested({"layer": None}, reads_attention=True),
+    "cls_attention": Tested({"layer": None}),
     "random": Tested({"seed": 0}, small={"seed": 7}),
     "uniform": Tested({}),
     "none": Tested({}),
+}
+# A method that is not named above is tested as it is.
+TESTED = {
+    name: _KNOWN.get(name) or Tested({setting.name: setting.default for setting in method.settings})
+    for name, method in METHODS.items()
 }

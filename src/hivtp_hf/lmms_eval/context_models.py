@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from ..families import family_of_model_type
 from .prompts import RowPrompt, messages_of_context, prompt_of_messages
-from .pruned_lmms import PrunedLmms, TaskRow, rows_of
+from .pruned_lmms import PrunedLmms, TaskRow, classes_of_families, rows_of
 from .run_failure import failing_with_the_row
 from .token_sums import TokenSums
 
@@ -73,13 +72,5 @@ class _FromContext(PrunedLmms):
         return prompt_of_messages(self.processor, messages, self.chat_template), str(continuation)
 
 
-class HIVTPLlavaNextFromContext(_FromContext):
-    """LLaVA-NeXT with pruned visual tokens; arguments as `PrunedLmms`."""
-
-    family = family_of_model_type("llava_next", "LLaVA-NeXT")
-
-
-class HIVTPLlavaFromContext(_FromContext):
-    """LLaVA-1.5 with pruned visual tokens; arguments as `PrunedLmms`."""
-
-    family = family_of_model_type("llava", "LLaVA-1.5")
+# One class for every family, found by the names that `manifests` gives.
+globals().update(classes_of_families(_FromContext, "FromContext"))

@@ -4,8 +4,7 @@ from typing import Any
 
 from lmms_eval.protocol import ChatMessages
 
-from ..families import family_of_model_type
-from .pruned_lmms import PrunedLmms, TaskRow
+from .pruned_lmms import PrunedLmms, TaskRow, classes_of_families
 from .run_failure import RunFailure
 
 
@@ -25,13 +24,5 @@ class _FromMessages(PrunedLmms):
         raise RunFailure("tasks that score choices need `--force_simple`.")
 
 
-class HIVTPLlavaNextFromMessages(_FromMessages):
-    """LLaVA-NeXT with pruned visual tokens; arguments as `PrunedLmms`."""
-
-    family = family_of_model_type("llava_next", "LLaVA-NeXT")
-
-
-class HIVTPLlavaFromMessages(_FromMessages):
-    """LLaVA-1.5 with pruned visual tokens; arguments as `PrunedLmms`."""
-
-    family = family_of_model_type("llava", "LLaVA-1.5")
+# One class for every family, found by the names that `manifests` gives.
+globals().update(classes_of_families(_FromMessages, "FromMessages"))

@@ -18,10 +18,12 @@ from loguru import logger
 from tqdm import tqdm
 
 from ..evaluation.prompts import has_first_token
+from ..families import FAMILIES
 from ..families.base import Family
 from ..pruning.checked_values import checked_number, shown
 from .generation_arguments import GenerationArguments, generation_arguments
 from .loaded_checkpoint import checked_template, loaded_checkpoint
+from .manifests import class_name
 from .prompts import RowPrompt, prompt_of_messages
 from .run_failure import RunFailure, failing_with_the_row
 from .token_sums import TokenSums, settings_as_numbers, summed
@@ -264,3 +266,13 @@ def _checked_batch_size(value: Any) -> int:
     if isinstance(value, str) and not value.isdecimal():
         raise ValueError(f"`batch_size` is {shown(value)}; it must be a whole number from 1, such as `--batch_size 4`.")
     return checked_number("batch_size", int(value) if isinstance(value, str) else value, int, 1)
+
+
+def classes_of_families(base: type[PrunedLmms], ending: str) -> dict[str, type[PrunedLmms]]:
+    """By its name a subclass of `base` for every family; `ending` is what the names end in."""
+    found = {}
+    for family in FAMILIES:
+        name = class_name(family, ending)
+        documentation = f"{family.title} with pruned visual tokens; arguments as `PrunedLmms`."
+        found[name] = type(name, (base,), {"family": family, "__doc__": documentation, "__module__": base.__module__})
+    return found
