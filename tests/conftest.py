@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much wh
 
 
 # Tests that need vLLM, which has an environment of its own: `make test-vllm`.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["with_vllm"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["integration/with_vllm"]
 
 
 @pytest.fixture

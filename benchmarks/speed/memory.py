@@ -67,7 +67,8 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
     config, device, dtype = bench.models.config, bench.device, bench.models.dtype
     vision, width = config.vision_config, config.text_config.hidden_size
     heads, cells = vision.num_attention_heads, (vision.image_size // vision.patch_size) ** 2
-    last = bench.models.pruned.model.family.feature_layer(config, {})
+    family = bench.models.pruned.model.family
+    last = family.feature_layer(config, {})
     rows = []
     for variant in ours:
         layouts = [token_layout(config, size, variant.method, variant.ratio)] * batch
@@ -80,7 +81,8 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
             peak = peak_memory(device, functools.partial(received_attention, read, key, shape[-1] ** -0.5, heads))
             del query, key, read
         features = [torch.randn(layouts[0].num_stock, width, device=device, dtype=dtype) for _ in range(batch)]
-        scores = {layer: torch.rand(tiles, cells + 1, device=device) for layer in layers}
+        of_tokens = {layer: torch.rand(tiles, cells + 1, device=device) for layer in layers}
+        scores = {layer: family.cell_scores(found, layouts) for layer, found in of_tokens.items()}
         evidence, select = gather_evidence(features, layouts, scores, last), method.select
         chosen = peak_memory(device, functools.partial(select, evidence, pruning))
         where = {"image": bench.images(size).name, "batch": batch}

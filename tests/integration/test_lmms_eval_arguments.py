@@ -177,7 +177,13 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
 
     def loaded(folder, family=family, **pruning):
         return loaded_checkpoint(
-            str(folder), family, family.classes.config.model_type, pruning, revision=None, trust_remote_code=False, other_names=OTHERS
+            str(folder),
+            family,
+            family.classes.config.model_type,
+            pruning,
+            revision=None,
+            trust_remote_code=False,
+            other_names=OTHERS,
         )
 
     for folder, own in (
