@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from transformers.utils import logging
+
+from .registry import pruning_method
+
+
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
     from transformers.utils import PushToHubMixin as _StockSaving
@@ -20,6 +25,7 @@ class RemoteCodeMixin(_StockSaving):
     """What is saved brings the code along by which `trust_remote_code=True` loads it. Comes before the stock class."""
 
     family: ClassVar[Any]
+    pruning_config: Any
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As stock, and the Python file by which the checkpoint loads where this package is not installed."""
@@ -35,6 +41,12 @@ class RemoteCodeMixin(_StockSaving):
     def _write_remote_code(self, folder: Any) -> None:
         name, text = remote_code_of(type(self))
         Path(folder, name).write_text(text, encoding="utf-8")
+        method = type(pruning_method(self.pruning_config.method))
+        if method.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            logging.get_logger(__name__).warning(
+                f"The method {method.name!r} is from {method.__module__}, and does not travel with the checkpoint: it loads only "
+                "where that package has registered its method."
+            )
 
     def _auto_map(self) -> dict[str, str]:
         """By this map a checkpoint that is loaded without the package finds its classes in the file."""
