@@ -68,7 +68,7 @@ SAVED_NAMES = {"llava_next": "hivtp_llava_next.HIVTPLlavaNext", "llava": "hivtp_
 
 
 def test_saved_files(family, pruned):
-    name = SAVED_NAMES[family.name]
+    name = SAVED_NAMES.get(family.name, f"{family.config.model_type}.{family.config.__name__.removesuffix('Config')}")
     config, processor = read_json(pruned, "config"), read_json(pruned, "processor_config")
     assert config["model_type"] == f"hivtp_{family.name}"
     assert config["pruning_config"] == processor["pruning_config"] == PRUNING.to_dict()

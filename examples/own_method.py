@@ -1,0 +1,17 @@
+import torch
+
+from hivtp_hf import PruningMethod, VisualTokenPruningConfig, register_method
+
+
+@register_method
+class TopRows(PruningMethod):
+    name = "top_rows"
+    rule = "the first cells in raster order"
+
+    def select(self, evidence, pruning):  # what a method may look at, for all tiles of a batch at once
+        totals = torch.tensor([count for layout in evidence.layouts for count in layout.group_totals])
+        cells = evidence.valid.flatten(1)
+        return (cells & (cells.cumsum(1) <= totals[:, None])).view_as(evidence.valid)
+
+
+print(VisualTokenPruningConfig(method="top_rows", retention_ratio=0.25))
