@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from .registry import pruning_method
 
-
 # A mixin's calls to super() reach the stock class that comes behind it.
 if TYPE_CHECKING:
     from transformers.utils import PushToHubMixin as _StockSaving
@@ -44,8 +43,8 @@ class RemoteCodeMixin(_StockSaving):
         method = type(pruning_method(self.pruning_config.method))
         if method.__module__.partition(".")[0] != __name__.partition(".")[0]:
             logging.get_logger(__name__).warning(
-                f"The method {method.name!r} is from {method.__module__}, and does not travel with the checkpoint: it loads only "
-                "where that package has registered its method."
+                f"The method {method.name!r} is from {method.__module__}, and does not travel with the checkpoint: that loads "
+                "only where the package has registered its method."
             )
 
     def _auto_map(self) -> dict[str, str]:
