@@ -1,20 +1,25 @@
-"""Part "import": what `import hivtp_hf` adds to importing what it needs of other packages, in fresh processes."""
+"""Part "import": what `import hivtp_hf` adds to importing what it needs, and what remote code adds to loading stock."""
 
 import ast
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import hivtp_hf
+from examples.tiny_checkpoint import tiny_config, tiny_processor
 
 from .bench import Bench
 from .interleaving import interleave
 from .rows import Row, compared, measured
 
 PART = "import"
+LOADING = "loading by remote code beyond stock"
 # Measured in one process, one after the other: the difference of two processes' times would drown in their noise.
 _BOTH = """
 import importlib, json, sys, time
@@ -23,8 +28,7 @@ started = time.perf_counter()
 needed = time.perf_counter() - started
 import hivtp_hf
 added = time.perf_counter() - started - needed
-ours = [name for name in sys.modules if name.startswith("hivtp_hf.")]
-print(json.dumps({{"needed": needed, "added": added, "ours": ours}}))
+print(json.dumps({{"needed": needed, "added": added}}))
 """
 _OURS_FIRST = """
 import json, sys, time
@@ -35,25 +39,59 @@ print(json.dumps({"total": total, "ours": [name for name in sys.modules if name.
 """
 
 
+# A configuration or a processor alone, without a model: what a process that makes inputs does.
+_LOADING = """
+import json, sys, time
+sys.modules["hivtp_hf"] = None  # as where it is not installed
+from transformers import {auto_class}
+started = time.perf_counter()
+{auto_class}.from_pretrained({folder!r}, trust_remote_code=True)
+print(json.dumps({{"total": time.perf_counter() - started}}))
+"""
+_ALONE = {"AutoConfig": "a configuration alone", "AutoProcessor": "a processor alone"}
+
+
 def measure_import(bench: Bench) -> list[Row]:
-    """Rows without an image: seconds, and how many selectors an import brings along, of which each belongs to one method."""
+    """Rows without an image, in seconds."""
     modules = _fresh(_OURS_FIRST)["ours"]
     folder = Path(hivtp_hf.__file__).parent
     files = [folder / "__init__.py", *(folder.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in modules)]
     statements = needed_imports(path.read_text() for path in files if path.exists())
     runs = {"both": lambda: _fresh(_BOTH.format(needed="\n".join(statements))), "ours": lambda: _fresh(_OURS_FIRST)}
-    # The very first process, above, was the warm-up: it read from the disk what later ones find in memory.
-    results = interleave(runs, bench.settings.repeats_of(PART), warm_up=())
+    with tempfile.TemporaryDirectory() as temporary:
+        _write_checkpoints(Path(temporary))
+        for auto_class, name in itertools.product(_ALONE, ("stock", "pruned")):
+            code = _LOADING.format(auto_class=auto_class, folder=str(Path(temporary, name)))
+            runs[f"{auto_class} {name}"] = functools.partial(_fresh, code)
+        # The very first process, above, was the warm-up: it read from the disk what later ones find in memory. The copy of the
+        # remote code, which transformers makes once, is made by a run that does not count.
+        runs["AutoConfig pruned"]()
+        results = interleave(runs, bench.settings.repeats_of(PART), warm_up=())
     added, needed = ([result[name] for result in results["both"]] for name in ("added", "needed"))
     total = [result["total"] for result in results["ours"]]
-    selectors = [sum(".selectors_" in name for name in result["ours"]) for result in results["ours"]]
     return [
         measured(PART, "import of what hivtp_hf needs", "s", needed),
         measured(PART, "import of hivtp_hf after what it needs", "s", added),
         measured(PART, "import of hivtp_hf alone", "s", total),
         compared(PART, "import of hivtp_hf alone over what it needs", total, needed),
-        measured(PART, "selectors imported", "modules", selectors),
+        *itertools.chain.from_iterable(_loading_rows(results, auto_class) for auto_class in _ALONE),
     ]
+
+
+def _loading_rows(results: Mapping[str, Sequence[Mapping[str, float]]], auto_class: str) -> list[Row]:
+    stock, remote = ([result["total"] for result in results[f"{auto_class} {name}"]] for name in ("stock", "pruned"))
+    beyond = [ours - stocks for ours, stocks in zip(remote, stock, strict=True)]
+    rows = {"loading, stock": stock, "loading, remote code": remote, LOADING: beyond}
+    return [measured(PART, quantity, "s", values, note=_ALONE[auto_class]) for quantity, values in rows.items()]
+
+
+def _write_checkpoints(folder: Path) -> None:
+    """Configuration and processor of a small checkpoint, stock's and ours, in the folders "stock" and "pruned"."""
+    config = tiny_config()
+    tiny_processor(config).save_pretrained(folder / "stock")
+    config.save_pretrained(folder / "stock")
+    for part in (hivtp_hf.HIVTPLlavaNextConfig, hivtp_hf.HIVTPLlavaNextProcessor):
+        part.from_pretrained(folder / "stock").save_pretrained(folder / "pruned")
 
 
 def needed_imports(sources: Iterable[str]) -> list[str]:
