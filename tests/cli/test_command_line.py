@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from checkpoints import GEOMETRY
+from checkpoints import GEOMETRY, build_pruned_checkpoint
 from hivtp_hf import TokenLayout
 from hivtp_hf.checkpoints.language_model_cost import kv_cache_bytes, prefill_flops
 from hivtp_hf.pruning.compat import cache_of
@@ -16,6 +17,7 @@ from tiny_models import photo
 
 pytestmark = pytest.mark.once
 
+ROOT = Path(__file__).parents[2]
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 
 
@@ -96,3 +98,25 @@ def test_costs_are_those_of_the_model():
     assert counter.get_total_flops() - prefill_flops(text_config, tokens) in (0, angles_of_positions)
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(output).layers)
     assert cached == kv_cache_bytes(text_config, tokens, torch.float32)
+
+
+def test_methods_are_shown_as_the_docs_have_them(hivtp):
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert hivtp("methods", "--markdown").stdout == page
+    shown = hivtp("methods").stdout
+    for method in METHODS.values():
+        assert f"| {method.name} | {'CLS | CLS' if method.name == 'cls_attention' else 'yes | yes'} |" in page
+        assert method.rule in shown
+        for setting in method.settings:
+            assert str(setting) in shown
+
+
+def test_inspect_says_whose_code_a_checkpoint_has(hivtp, tmp_path):
+    pruned = build_pruned_checkpoint(tmp_path, {"retention_ratio": 0.4})
+    code = pruned / "hivtp_llava_next.py"
+    assert hivtp("bundle", "llava_next").stdout == code.read_text(encoding="utf-8")
+    assert "the same as that of the installed release" in hivtp("inspect", pruned, "--size", "60x100").stdout
+    code.write_text(code.read_text(encoding="utf-8").replace("return", "return ", 1), encoding="utf-8")
+    assert "CHANGED since it was written" in hivtp("inspect", pruned, "--size", "60x100").stdout
+    told = json.loads(hivtp("inspect", pruned, "--size", "60x100", "--json").stdout)["remote_code"]
+    assert (told["family"], told["is_unchanged"], told["is_current"]) == ("llava_next", False, False)

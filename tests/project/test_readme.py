@@ -72,6 +72,15 @@ def test_contributing_names_what_exists():
         assert (ROOT / name).exists() or (ROOT / "src" / "hivtp_hf" / name).exists(), name
 
 
+@pytest.fixture(autouse=True)
+def _known_methods():
+    """An example registers a method, which other tests are not to see."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")

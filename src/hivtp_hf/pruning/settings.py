@@ -38,10 +38,16 @@ class Setting:
             return checked_flag(self.name, value)
         return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
 
-    def __str__(self) -> str:
-        opening = "above" if self.above_minimum else "from"
+    @property
+    def range(self) -> str:
+        """What is allowed, in words; empty where the type says it all."""
+        if self.kind is bool:
+            return ""
         upper = "" if self.maximum is None else f" to {self.maximum}"
-        allowed = "" if self.kind is bool else f", {opening} {self.minimum}{upper}"
+        return f"{'above' if self.above_minimum else 'from'} {self.minimum}{upper}"
+
+    def __str__(self) -> str:
+        allowed = f", {self.range}" if self.range else ""
         return f"{self.name} ({self.kind.__name__}, {self.default}{allowed}): {self.meaning}."
 
 
