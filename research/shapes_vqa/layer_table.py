@@ -8,7 +8,7 @@ from transformers import LlavaNextProcessor
 
 from examples.shapes_vqa.scenes import Scene, draw
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
-from hivtp_hf.figures.dispersion import evidence_of_all_layers, most_attended_cells
+from hivtp_hf.figures.dispersion import most_attended_cells
 
 from .dense_targets import dense_targets
 
@@ -34,17 +34,20 @@ def layer_table(
     model: HIVTPLlavaNextForConditionalGeneration, processor: LlavaNextProcessor, scenes: Sequence[Scene]
 ) -> list[LayerRow]:
     """A row for every encoder layer, over all tiles that show a shape; chance is 0.2."""
-    layers = range(model.config.vision_config.num_hidden_layers)
+    layers = range(model.config.family.num_layers(model.config))
     hits = torch.zeros(2, len(layers))
     number = 0
     for scene in scenes:
         inputs = processor.image_processor(draw(scene), return_tensors="pt").to(model.device, model.dtype)
         targets = dense_targets(scene)
-        for evidence, found in zip(evidence_of_all_layers(model, inputs), hits, strict=True):
-            on_shape = torch.zeros_like(evidence.valid)
-            on_shape[targets.tile, targets.row, targets.column] = targets.shape.to(on_shape.device) >= 0
-            for layer, scores in evidence.scores.items():
-                most_attended = most_attended_cells(scores, evidence.valid, _MOST_ATTENDED)
+        look = model.look(inputs, layers=layers)
+        (layout,) = look.layouts({"method": "none"})
+        valid = layout.valid.to(model.device)
+        on_shape = torch.zeros_like(valid)
+        on_shape[targets.tile, targets.row, targets.column] = targets.shape.to(on_shape.device) >= 0
+        for scores_of_layers, found in zip((look.received, look.class_attention), hits, strict=True):
+            for layer, scores in scores_of_layers.items():
+                most_attended = most_attended_cells(scores, valid, _MOST_ATTENDED)
                 found[layer] += int((most_attended & on_shape).sum())
         number += int(on_shape.sum())
     return [LayerRow(layer, *share) for layer, share in enumerate((hits / number).T.tolist())]

@@ -15,7 +15,6 @@ from examples.shapes_vqa.scenes import Scene, draw
 from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.evaluation.tower_pass import see
 from hivtp_hf.evaluation.variants import SEEDS, UNPRUNED
-from hivtp_hf.pruning.features import prune_features
 
 
 class Chosen(NamedTuple):
@@ -90,6 +89,6 @@ def kept_of_scenes(
         kept = {}
         for chosen, pruning in settings.items():
             layout = processor.family.processor_layout(processor, scene.height, scene.width, pruning)
-            _, (indices,) = prune_features(seen.evidence_for([layout]))
+            _, (indices,) = seen.kept(pruning, [layout])
             kept[chosen] = layout, indices
         yield number, kept

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..pruning.layout import TokenLayout
+from ..pruning.look import Look
 from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
-from .tower_pass import KeptTokens, SeenImages, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens
+from .tower_pass import KeptTokens, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens
 from .variants import BASE_ONLY, Variant
 
 Item = TypeVar("Item")
@@ -23,7 +24,7 @@ class _Encoded(NamedTuple):
     """Images, as the processor and the vision tower return them."""
 
     inputs: Any
-    seen: SeenImages
+    seen: Look
 
 
 class PartWork:

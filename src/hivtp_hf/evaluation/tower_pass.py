@@ -14,85 +14,30 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from ..families.base import Family
 from ..pruning.encoder_layers import wanting_features_only, without_unread_layers
-from ..pruning.evidence import Evidence, VisualEvidence, evidence_to_read
-from ..pruning.features import gather_evidence, prune_features
 from ..pruning.layout import TokenLayout
+from ..pruning.look import Look
 from ..pruning.settings import VisualTokenPruningConfig
-from ..tower_passes import BothAttentions, stock_pass
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 
 
-class SeenImages(NamedTuple):
-    """What the tower says of some images.
-
-    Attributes:
-        features: of every image the stock features as they are packed, (num_stock, hidden).
-        received: of every layer that some method reads, the attention that tokens receive, float32 (tiles, tokens).
-        from_class_token: the same of what the class token attends to.
-        feature_layer: the encoder layer, 0-based, whose output is the visual feature.
-        family: of the model.
-        provided: the kinds of evidence that the model has.
-    """
-
-    features: list[Tensor]
-    received: Mapping[int, Tensor]
-    from_class_token: Mapping[int, Tensor]
-    feature_layer: int
-    family: Family
-    provided: frozenset[Evidence]
-
-    def evidence_for(self, layouts: Sequence[TokenLayout]) -> VisualEvidence:
-        """What a method may look at: the scores that it reads under its settings, and no others, as methods average over all.
-
-        Args:
-            layouts: of every image, all under the method's settings.
-        """
-        settings = layouts[0].pruning
-        kinds = evidence_to_read(settings, self.provided) or ()
-        scores = self.from_class_token if Evidence.CLASS_ATTENTION in kinds else self.received
-        layers = settings.scored_layers(self.feature_layer)
-        read = {layer: self.family.cell_scores(scores[layer], layouts) for layer in layers}
-        return gather_evidence(self.features, layouts, read, self.feature_layer)
-
-
-@torch.no_grad()
-def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPruningConfig]) -> SeenImages:
+def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPruningConfig]) -> Look:
     """Runs the vision tower once over some images, and takes along what all methods look at.
-
-    Features and scores are those of the model's own pass, bit for bit: stock runs as the model lets it run, without the layers
-    that nothing is read from.
 
     Args:
         model: a pruned model with a language modelling head. Its own settings play no part.
-        inputs: of the processor for the images: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+        inputs: of the processor for the images.
         prunings: the settings of all methods.
 
     Raises:
         ValueError: for settings that do not fit the tower, and where features or scores are not finite.
     """
-    base = model.model
-    received: set[int] = set()
-    from_class_token: set[int] = set()
-    layer, _ = base._feature_layer_and_evidence(_UNPRUNED, {})
-    for pruning in prunings:
-        _, kinds = base._feature_layer_and_evidence(pruning, {})
-        read = from_class_token if Evidence.CLASS_ATTENTION in kinds else received
-        read.update(pruning.scored_layers(layer))
-
-    with wanting_features_only():
-        both = BothAttentions(received, from_class_token)
-        stock = stock_pass(base, inputs)
-        shorter = base.family.ending_early(stock, base.config, {}, both.layers)
-        output = base._received_attention_tap.call(shorter, both) if both.layers else shorter()
-    features = list(output.pooler_output)
-    check_finite("the vision tower's visual features", features)
-    by_layer = {"received": both.received.by_layer(), "from_class_token": both.from_class_token.by_layer()}
-    for scores in by_layer.values():
-        check_finite("the vision tower's attention scores", list(scores.values()))
-    return SeenImages(features, **by_layer, feature_layer=layer, family=base.family, provided=base.provided_evidence)
+    look = model.look(inputs, prunings=list(prunings))
+    check_finite("the vision tower's visual features", look.features)
+    for scores in (look.received, look.class_attention):
+        check_finite("the vision tower's attention scores", scores.values())
+    return look
 
 
 class KeptTokens(NamedTuple):
@@ -110,7 +55,7 @@ class KeptTokens(NamedTuple):
 
 
 @torch.no_grad()
-def pruned_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
+def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
     """What the method of the layouts keeps of every image.
 
     Args:
@@ -121,14 +66,14 @@ def pruned_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[Kept
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
     kept_of_images = []
-    for features, kept, layout in zip(*prune_features(seen.evidence_for(layouts)), layouts, strict=True):
+    for features, kept, layout in zip(*seen.kept(layouts[0].pruning, layouts), layouts, strict=True):
         patches = check_kept_indices(kept, layout)
         # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
         kept_of_images.append(KeptTokens(features[len(features) - len(kept) :], patches, layout.num_newlines))
     return kept_of_images
 
 
-def base_tile_tokens(seen: SeenImages, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
+def base_tile_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
     """The base tile of every image of LLaVA-NeXT, which stock packs first: no crop, no newline."""
     cells = [layout.grid * layout.grid for layout in layouts]
     return [KeptTokens(features[:number], number, 0) for features, number in zip(seen.features, cells, strict=True)]

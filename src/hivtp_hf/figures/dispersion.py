@@ -7,7 +7,7 @@ Source of what it is for: HIVTP, arXiv 2509.23663, section 3.1, and HiPrune, arX
 vision encoder, whose attention gathers on objects, from the deep ones, where it is scattered.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 from ..methods.base import check_tiles
 from ..methods.ranking import descending_rank, keep_best, rounded_share
 from ..pruning.checked_values import checked_number
-from ..pruning.evidence import Evidence, VisualEvidence
-from ..pruning.features import gather_evidence
-from ..tower_passes import BothAttentions, stock_pass
 from .plotting import DPI, check_finite, check_matplotlib
 
 if TYPE_CHECKING:
@@ -62,13 +59,14 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
         ValueError: for a share out of range, where there is no image, and where no tile has two valid cells.
     """
     top_share = checked_share(top_share)
-    found = []
+    found, depth = [], model.config.family.num_layers(model.config)
     for image in images:
         # At a ratio of 1, as a token budget among the settings may be too small for an image.
         inputs = processor(images=image, text=processor.image_token, retention_ratio=1.0, return_tensors="pt").to(model.device)
-        kinds = evidence_of_all_layers(model, inputs)
-        valid = kinds[0].valid.cpu()
-        scores = [kind.scores[layer].cpu() for kind in kinds for layer in sorted(kind.scores)]
+        look = model.look(inputs, layers=range(depth))
+        valid = torch.cat([layout.valid for layout in look.layouts({"method": "none"})])
+        kinds = (look.received, look.class_attention)
+        scores = [kind[layer].cpu() for kind in kinds for layer in sorted(kind)]
         chosen = [most_attended_cells(of_layer, valid, top_share) for of_layer in scores]
         found.append(torch.stack([mean_pairwise_distance(cells) for cells in (valid, *chosen)]))
     if not found:
@@ -82,35 +80,7 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
             "patches."
         )
     at_random, *means = distances.mean(1).tolist()
-    depth = len(kinds[0].scores)
-    return Dispersion(means[:depth], means[depth:] or None, at_random, kinds[0].feature_layer, top_share, num_tiles)
-
-
-@torch.no_grad()
-def evidence_of_all_layers(model: Any, inputs: Mapping[str, Any]) -> list[VisualEvidence]:
-    """What pruning methods look at, with scores of every encoder layer, from one pass of the vision tower.
-
-    Args:
-        model: one of ours with a language modelling head. Its pruning settings play no part.
-        inputs: what the processor returned for an image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
-
-    Returns:
-        The evidence scored by what every cell receives from all tokens; and, where the encoder has a class token, scored by
-        what that attends to.
-    """
-    base = model.model
-    layers = range(base.family.num_layers(base.config))
-    layouts = base._layouts(inputs, retention_ratio=1.0)
-    has_class_token = Evidence.CLASS_ATTENTION in base.provided_evidence
-    both = BothAttentions(layers, layers if has_class_token else ())
-    # Called like this, the tower runs every layer, also those behind the feature.
-    features = base._received_attention_tap.call(stock_pass(base, inputs), both).pooler_output
-    feature_layer = base.family.feature_layer(base.config, {})
-    found = []
-    for collector in (both.received, both.from_class_token) if has_class_token else (both.received,):
-        scores = {layer: base.family.cell_scores(tokens, layouts) for layer, tokens in collector.by_layer().items()}
-        found.append(gather_evidence(features, layouts, scores, feature_layer))
-    return found
+    return Dispersion(means[:depth], means[depth:] or None, at_random, look.feature_layer, top_share, num_tiles)
 
 
 def checked_share(value: Any) -> float:

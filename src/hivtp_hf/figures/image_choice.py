@@ -6,11 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import Evidence
-from ..pruning.features import gather_evidence, prune_features
 from ..pruning.layout import TokenLayout
-from ..pruning.registry import pruning_method
-from ..tower_passes import stock_pass
 
 
 class ImageChoice(NamedTuple):
@@ -38,14 +34,9 @@ def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) 
     Raises:
         ValueError: for inputs of several images, and for settings or a layout that do not fit the model.
     """
-    base, pruning = model.model, layout.pruning
     if len(inputs["pixel_values"]) != 1:
         raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
-    layer, kinds = base._feature_layer_and_evidence(pruning, {})
-    from_class_token = Evidence.CLASS_ATTENTION in kinds
-    output, collector = base._scored_pass(stock_pass(base, inputs), pruning.scored_layers(layer), from_class_token)
-    scores = {scored: base.family.cell_scores(found, [layout]) for scored, found in collector.by_layer().items()}
-    evidence = gather_evidence(output.pooler_output, [layout], scores, layer)
-    _, (kept_indices,) = prune_features(evidence)
-    importance = pruning_method(pruning.method).importance(evidence, pruning)
+    look = model.look(inputs, [layout.pruning])
+    _, (kept_indices,) = look.kept(layout.pruning, [layout])
+    importance = look.importance(layout.pruning, [layout])
     return ImageChoice(kept_indices, None if importance is None else importance.float().cpu())

@@ -92,8 +92,11 @@ class ReceivedAttentionTap:
         finally:
             _active.reset(token)
 
-    def call(self, function: Callable[..., Any], collector: ReceivedAttention, *args: Any, **kwargs: Any) -> Any:
-        """`function(*args, **kwargs)`, with the encoder's layers reporting to `collector`."""
+    def call(self, function: Callable[..., Any], collector: Any, *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, with the encoder's layers reporting to `collector`.
+
+        It has `layers` and `reduce` as a `ReceivedAttention` has them.
+        """
         if self.forwards_keywords:
             return function(*args, **kwargs, **{_KEYWORD: collector})
         with self._context(collector):

@@ -20,7 +20,8 @@ from .compat import (
     with_cache_named,
 )
 from .encoder_layers import wanting_features_only
-from .model import PrunedImageFeaturesOutput, encoded_images, has_pixels
+from .look import Look
+from .model import PrunedImageFeaturesOutput, PrunedModelMixin, encoded_images, has_pixels
 from .pretrained import PrunedPreTrainedMixin
 from .settings import checked_ratio
 from .surplus_placeholders import (
@@ -43,6 +44,11 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         text = self.config.text_config
         self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+    # One pass of the vision encoder, with all that methods read from it.
+    @functools.wraps(PrunedModelMixin.look)
+    def look(self, *args: Any, **kwargs: Any) -> Look:
+        return self.model.look(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; with `exact_count=False` placeholders without a token take no part in the loss."""

@@ -4,7 +4,7 @@ A family mixes `PrunedModelMixin` into its base model, and its `Family` says wha
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from .features import (
     prune_features,
 )
 from .layout import TokenLayout
+from .look import BothAttentions, Look
 from .pretrained import PrunedPreTrainedMixin
 from .retention_bits import ratios_of_images
 from .settings import VisualTokenPruningConfig
@@ -105,6 +106,51 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         pruning = self.config.pruning_config if pruning is None else VisualTokenPruningConfig.coerce(pruning)
         return self.family.layout(self, (height, width), pruning, {})
 
+    @torch.no_grad()
+    def look(
+        self, inputs: Mapping[str, Any], prunings: Iterable[Any] | None = None, layers: Iterable[int] | None = None
+    ) -> Look:
+        """Runs the vision encoder once over some images, and takes along all that methods read. Nothing is pruned.
+
+        Features and scores are those of the model's own pass, bit for bit; layers that nothing is read from do not run.
+
+        Args:
+            inputs: what the processor returned for the images; text plays no part.
+            prunings: settings whose evidence is wanted; the model's own unless these or `layers` are given.
+            layers: encoder layers, 0-based, whose attention is wanted in both kinds, as far as the encoder has them.
+
+        Raises:
+            ValueError: for inputs that are no images of this family, and settings or layers that do not fit the encoder.
+        """
+        arguments = {name: inputs[name] for name in self._image_arguments() if inputs.get(name) is not None}
+        # The settings play no part, and a token budget among them may be too small for an image.
+        layouts = self._layouts(arguments, pruning=VisualTokenPruningConfig("none"))
+        depth, has_class_token = self.family.num_layers(self.config), Evidence.CLASS_ATTENTION in self.provided_evidence
+        received = set(() if layers is None else layers)
+        wrong = sorted(layer for layer in received if not 0 <= layer < depth)
+        if wrong:
+            raise ValueError(f"`layers` has {wrong}; the vision tower has {depth} layers, 0 to {depth - 1}.")
+        class_attention = set(received) if has_class_token else set()
+        wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
+        for settings in map(VisualTokenPruningConfig.coerce, wanted):
+            layer, kinds = self._feature_layer_and_evidence(settings, arguments)
+            read = class_attention if Evidence.CLASS_ATTENTION in kinds else received
+            read.update(settings.scored_layers(layer))
+        both = BothAttentions(received, class_attention)
+        call = functools.partial(super().get_image_features, **arguments, return_dict=True)
+        with wanting_features_only():
+            call = self.family.ending_early(call, self.config, arguments, both.layers)
+            output = self._received_attention_tap.call(call, both) if both.layers else call()
+        of_cells, of_class_token = (
+            {layer: self.family.cell_scores(found, layouts) for layer, found in kind.by_layer().items()}
+            for kind in (both.received, both.class_attention)
+        )
+        feature_layer = self.family.feature_layer(self.config, arguments)
+        return Look(self, arguments, list(output.pooler_output), of_cells, of_class_token, feature_layer)
+
+    def _image_arguments(self) -> tuple[str, ...]:
+        return (*self.family.image_inputs, *self.family.feature_arguments)
+
     def _feature_layer_and_evidence(
         self, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
     ) -> tuple[int, frozenset[Evidence]]:
@@ -148,7 +194,9 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
-    def _layouts(self, arguments: Mapping[str, Any], retention_ratio: Any = None) -> list[TokenLayout]:
+    def _layouts(
+        self, arguments: Mapping[str, Any], retention_ratio: Any = None, pruning: VisualTokenPruningConfig | None = None
+    ) -> list[TokenLayout]:
         """The layout of every image of a call, each under its own ratio; ValueError where inputs do not fit each other."""
         if is_torchdynamo_exporting():
             raise ValueError(
@@ -162,7 +210,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
                 '`return_tensors="pt"`.'
             )
         sizes = self.family.image_sizes(self, arguments)
-        prunings = [self.config.pruning_config] * len(sizes)
+        prunings = [self.config.pruning_config if pruning is None else pruning] * len(sizes)
         ratios = ratios_of_images(retention_ratio, len(sizes))
         if ratios is not None:
             prunings = [pruning.for_call(ratio) for pruning, ratio in zip(prunings, ratios, strict=True)]
@@ -228,7 +276,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         encoded = encoded_images(arguments)
         if encoded is None and has_pixels(arguments):
             inputs = (*self.family.image_inputs, "retention_ratio")
-            names = (*inputs, *self.family.feature_arguments)
+            names = (*self._image_arguments(), "retention_ratio")
             with wanting_features_only():
                 encoded = self.get_image_features(
                     **{name: arguments[name] for name in names if name in arguments}, return_dict=True
