@@ -21,7 +21,7 @@ EXTRAS = {
     "cli": ["images", "plots"],
     "evaluation": ["images", "plots", "data"],
     "lmms_eval_models": ["images", "lmms-eval"],
-    "serving": ["serving"],
+    "serving": ["images", "serving"],
     "visualization": ["images", "plots"],
 }
 
