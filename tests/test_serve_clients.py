@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, image_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
@@ -210,15 +211,19 @@ class Steps(StoppingCriteria):
 @pytest.fixture(scope="module")
 def server_here(complete):
     """A server in this process, its address, and the model that it runs."""
+    known = dict(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
     server = Server(force_model=str(complete), device="cpu", dtype="float32", host="127.0.0.1", port=0, non_blocking=True)
     while not server.server.started:
         server._thread.join(0.05)
-    model, _ = server._model_manager.load_model_and_processor(str(complete))
+    model, _ = server._model_manager.load_model_and_processor(server._model_manager.process_model_name(str(complete)))
     try:
         yield server.server.servers[0].sockets[0].getsockname(), model
     finally:
         server.kill_server()
         server._thread.join(60)
+        # Other tests in this process see what transformers' server knows by itself.
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.clear()
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(known)
 
 
 def abandoned(address, body):

@@ -54,11 +54,7 @@ class AllowedHosts:
         Whoever connects must take one of these and not the name: asked again, the name may stand for another address.
         """
         self.check_host(host)
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise ValueError(f"no address was found for {host}, from which an image was to be fetched.") from None
-        resolved = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        resolved = [host] if _parsed(host) else await _looked_up(host, port)
         allowed = [text for text in resolved if self._is_allowed(text)]
         if not allowed:
             raise ValueError(
@@ -73,6 +69,14 @@ class AllowedHosts:
 
     def _is_named(self, address: Address) -> bool:
         return any(address in network for network in self._networks)
+
+
+async def _looked_up(host: str, port: int) -> list[str]:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise ValueError(f"no address was found for {host}, from which an image was to be fetched.") from None
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def _parsed(text: str) -> Address | None:
