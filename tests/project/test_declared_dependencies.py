@@ -22,7 +22,7 @@ EXTRAS = {
     "evaluation": ["images", "plots", "data"],
     "figures": ["images", "plots"],
     "lmms_eval": ["images", "lmms-eval"],
-    "serving": ["serving"],
+    "serving": ["images", "serving"],
 }
 
 pytestmark = pytest.mark.once

@@ -5,48 +5,36 @@ import itertools
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import pytest
-import torch
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
 from hub_commands import contents
 from hub_server import HubServer
-from served import Answer, Served, bytes_part, image_part, png_of, serving, text_part
+from served import ON_CPU, Reference, Served, bytes_part, image_part, png_of, serving, text_part
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
 
 CLIENTS = 8
 PRUNING = {"retention_ratio": 2 / 9}
-ON_CPU = ("--device", "cpu", "--dtype", "float32")
-
-
-class Reference(NamedTuple):
-    """The checkpoint's model and processor in this process."""
-
-    model: Any
-    processor: Any
-
-    def inputs(self, text: str, image: Any = None, **budget: Any) -> Any:
-        content = ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": text}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=image, text=prompt, return_tensors="pt", **budget)
-
-    def answer(self, text: str, image: Any = None, **budget: Any) -> Answer:
-        inputs = self.inputs(text, image, **budget)
-        length = inputs.input_ids.shape[1]
-        output = self.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        return Answer(self.processor.decode(output[0, length:], skip_special_tokens=True), length)
+OUR_OPTIONS = {
+    "allowed_media_domains",
+    "allowed_local_media_path",
+    "media_timeout",
+    "max_media_mib",
+    "max_media_pixels",
+    "max_waiting_requests",
+    "shutdown_timeout",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +49,7 @@ def config_only(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(complete):
-    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(complete, dtype=torch.float32).eval()
-    return Reference(model, HIVTPLlavaNextProcessor.from_pretrained(complete))
+    return Reference.of(complete)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +182,7 @@ def test_the_server_does_not_know_our_classes_by_itself(complete):
 def test_help_lists_every_option_of_the_server(hivtp):
     status, shown, _ = hivtp("serve", "--help")
     assert status == 0
-    for name in set(inspect.signature(Serve).parameters) - {"force_model", "non_blocking"}:
+    for name in (set(inspect.signature(Serve).parameters) | OUR_OPTIONS) - {"force_model", "non_blocking"}:
         assert f"--{name.replace('_', '-')}"[:20] in shown, name
 
 
@@ -222,6 +209,12 @@ def test_missing_packages_are_named(hivtp, monkeypatch):
         (["{folder}/a@b"], 1, "has an @ in its path"),
         (["{folder}", "--no-such-option"], 2, "--no-such-option"),
         (["--port", "many"], 2, "Invalid value"),
+        (["--allowed-media-domains", "https://images.example.com/"], 1, "is no host"),
+        (["--allowed-local-media-path", "{folder}/missing"], 1, "is no folder"),
+        (["--media-timeout", "0"], 1, "above 0"),
+        (["--max-media-mib", "nan"], 1, "above 0"),
+        (["--max-media-pixels", "0"], 1, "1 to"),
+        (["--max-waiting-requests", "-1"], 1, "--max-waiting-requests"),
     ],
 )
 def test_errors_of_the_command(hivtp, tmp_path, arguments, status, named):

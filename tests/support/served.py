@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
+import torch
 from PIL import Image
 
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+
+ON_CPU = ("--device", "cpu", "--dtype", "float32")
 _STARTING = 180  # seconds, after which something is wrong
 
 
@@ -23,11 +27,35 @@ class Answer(NamedTuple):
     prompt_tokens: int
 
 
+class Reference(NamedTuple):
+    """The checkpoint's model and processor in this process."""
+
+    model: Any
+    processor: Any
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "Reference":
+        model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        return cls(model, HIVTPLlavaNextProcessor.from_pretrained(checkpoint))
+
+    def inputs(self, text: str, image: Any = None, **budget: Any) -> Any:
+        content = ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": text}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.processor(images=image, text=prompt, return_tensors="pt", **budget)
+
+    def answer(self, text: str, image: Any = None, **budget: Any) -> Answer:
+        inputs = self.inputs(text, image, **budget)
+        length = inputs.input_ids.shape[1]
+        output = self.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        return Answer(self.processor.decode(output[0, length:], skip_special_tokens=True), length)
+
+
 class Served(NamedTuple):
-    """A running server: where it listens, and the file that it logs to."""
+    """A running server: where it listens, the file that it logs to, and its process."""
 
     url: str
     log: Path
+    process: "subprocess.Popen[bytes]"
 
     def ask(self, model: object, content: Any, stream: bool = False, **options: Any) -> Answer:
         """What a client of its own is answered; `content` is that of a user's message. Nothing is tried twice."""
@@ -82,8 +110,7 @@ def serving(folder: Path, *arguments: object, environment: dict[str, str] | None
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        yield Served(_address(process, log), log)
-        assert process.poll() is None, log.read_text()
+        yield Served(_address(process, log), log, process)
     finally:
         process.terminate()
         try:

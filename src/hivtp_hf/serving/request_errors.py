@@ -5,9 +5,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import image_utils
 
-# What our checks, decoding or fetching an image, finding a checkpoint and applying a chat template raise on bad input. Pillow
-# calls some broken PNG files a SyntaxError, and the library by which transformers fetches images differs between its releases.
-_BAD_INPUT = (ValueError, OSError, SyntaxError, TemplateError, image_utils.httpx.HTTPError, image_utils.httpx.InvalidURL)
+# What our checks, finding a checkpoint and applying a chat template raise on bad input. The library by which transformers
+# fetches differs between its releases.
+_BAD_INPUT = (ValueError, OSError, TemplateError, image_utils.httpx.HTTPError, image_utils.httpx.InvalidURL)
 _LONGEST = 500
 
 
@@ -19,18 +19,30 @@ def answer_errors_of_requests(app: Any) -> None:
     Args:
         app: the server's FastAPI application, not running yet.
     """
-    from fastapi.responses import JSONResponse  # of the extra "serving"
 
     async def refused(request: Any, error: Exception) -> Any:
-        content = {"message": _shortened(str(error)), "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse({"error": content}, status_code=400)
+        return error_response(400, str(error))
 
     for kind in _BAD_INPUT:
         app.add_exception_handler(kind, refused)
 
 
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Any:
+    """An answer that says what is wrong.
+
+    Args:
+        status: 400 or above.
+        message: one sentence or several; of a long one, beginning and end are sent.
+        headers: of the answer, beyond the usual ones.
+    """
+    from fastapi.responses import JSONResponse  # of the extra "serving"
+
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    content = {"message": _shortened(message), "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": content}, status_code=status, headers=headers)
+
+
 def _shortened(message: str) -> str:
-    # transformers quotes an image that it cannot decode in full.
     if len(message) <= _LONGEST:
         return message
     half = _LONGEST // 2

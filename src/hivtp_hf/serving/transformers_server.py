@@ -1,49 +1,105 @@
 """transformers' own server, with our classes known to it."""
 
 import inspect
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from transformers.cli.serve import Serve
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 from ..families import FAMILIES
-from .context_limit import limit_prompts
+from .admission import Admission
+from .answering import watch_generation
+from .media import Media, MediaLimits
+from .preparation import Preparation
 from .request_errors import answer_errors_of_requests
 from .servable_checkpoint import check_servable
+
+_LIMITS = MediaLimits()
 
 
 class Server(Serve):
     """transformers' server: its keyword arguments, its end points. It runs until it is stopped.
 
-    Beyond that it knows our classes, refuses a stock checkpoint, and answers requests that cannot be served with 400.
+    Beyond that it knows our classes, refuses a stock checkpoint, answers requests that cannot be served with 400, and goes on
+    serving others whatever a request asks for.
 
     Raises:
-        ValueError: for a checkpoint that would run unpruned, and where the packages of the extra "serving" are missing.
+        ValueError: for a checkpoint that would run unpruned, a limit that is none, and where the packages of the extra
+            "serving" are missing.
         OSError, huggingface_hub.errors.HfHubHTTPError: where a checkpoint cannot be downloaded.
     """
 
-    # The command line reads its options off this: they are all the server's.
-    __signature__ = inspect.signature(Serve)
-
-    def __init__(self, *, force_model: str | None = None, non_blocking: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        force_model: str | None = None,
+        non_blocking: bool = False,
+        allowed_media_domains: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Host that images may be fetched from (once for each): a name, an address, a network, or * for all that "
+                "are public. Private addresses must be named themselves.",
+                show_default="none",
+            ),
+        ] = None,
+        allowed_local_media_path: Annotated[
+            str | None,
+            typer.Option(help="Folder whose files requests may name, as file: addresses.", show_default="none"),
+        ] = None,
+        media_timeout: Annotated[float, typer.Option(help="Seconds to fetch the images of a request.")] = _LIMITS.seconds,
+        max_media_mib: Annotated[float, typer.Option(help="MiB that the images of a request may have.")] = _LIMITS.megabytes,
+        max_media_pixels: Annotated[int, typer.Option(help="Pixels that the images of a request may have.")] = _LIMITS.pixels,
+        max_waiting_requests: Annotated[
+            int, typer.Option(help="Requests that may wait for the one that is answered. Others get the status 503.")
+        ] = 32,
+        shutdown_timeout: Annotated[int, typer.Option(help="Seconds for answers to end in, once the server is to stop.")] = 30,
+        **options: Any,
+    ) -> None:
         if not is_serve_available():
             raise ValueError("the packages of the server are missing. Install them: pip install 'hivtp-hf[serving]'.")
+        if max_waiting_requests < 0 or shutdown_timeout < 0:
+            raise ValueError(
+                f"{max_waiting_requests} waiting requests (--max-waiting-requests) and {shutdown_timeout} seconds to stop in "
+                "(--shutdown-timeout) were given; both must be 0 or more."
+            )
+        limits = MediaLimits(media_timeout, max_media_mib, max_media_pixels)
+        self._media = Media(limits, allowed_media_domains or (), allowed_local_media_path)
         if force_model is not None:
             check_servable(force_model)
         make_classes_known()
         self._in_background = non_blocking
+        self._most_waiting, self._shutdown_timeout = max_waiting_requests, shutdown_timeout
         # Else the server runs before this constructor can reach what it is made of; so it calls `start_server`.
         super().__init__(force_model=force_model, non_blocking=True, **options)
 
     def start_server(self) -> None:
         """What the constructor calls last: the app is complete and not running yet."""
-        answer_errors_of_requests(self.server.config.app)
-        limit_prompts(self._generation_state)
+        config = self.server.config
+        config.timeout_graceful_shutdown = self._shutdown_timeout
+        answer_errors_of_requests(config.app)
+        watch_generation(self._generation_state)
+        preparation = Preparation(self._media)
+        for handler in (self._chat_handler, self._response_handler, self._completion_handler):
+            preparation.take_over(handler)
+        preparation.take_over_decisions(getattr(self, "_systemone_handler", None))  # not in 5.19
+        config.app.add_middleware(Admission, waiting=self._most_waiting, image_bytes=self._media.limits.bytes)
         if self._in_background:
             super().start_server()
         else:
             self.server.run()
+
+
+def _with_all_options(ours: inspect.Signature, theirs: inspect.Signature) -> inspect.Signature:
+    added = [
+        value for name, value in ours.parameters.items() if name not in theirs.parameters and name not in ("self", "options")
+    ]
+    return theirs.replace(parameters=[*theirs.parameters.values(), *added])
+
+
+# The command line reads its options off this: all of the server's, then ours.
+Server.__signature__ = _with_all_options(inspect.signature(Server.__init__), inspect.signature(Serve))
 
 
 def make_classes_known() -> None:
