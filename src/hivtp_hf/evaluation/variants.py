@@ -160,6 +160,13 @@ def settings_of_methods(
     }
     for method, changed in _by_method(changes, settings).items():
         settings[method] = settings[method].replace(**changed)
+    for name, pruning in settings.items():
+        if pruning.places_or_weighs:
+            raise ValueError(
+                f"the method {name!r} has `token_weights` {pruning.token_weights!r} and `positions` {pruning.positions!r}; "
+                "`hivtp evaluate` composes the language model's input itself, with packed positions and equal weights. Set "
+                "both back (`token_weights='none'`, `positions='packed'`), or evaluate with lmms-eval, which asks the model."
+            )
     return settings
 
 
