@@ -259,14 +259,6 @@ def test_a_pruned_checkpoint_keeps_its_own_settings(stock, data, tmp_path):
     assert by_method["hiprune"].newline_tokens == 0 < by_method["uniform"].newline_tokens == by_method["none"].newline_tokens
 
 
-@pytest.mark.parametrize("setting", [{"token_weights": "cluster_size"}, {"positions": "original"}], ids=str)
-def test_weights_and_positions_are_refused(stock, data, tmp_path, setting):
-    pruned = convert_checkpoint(str(stock), tmp_path / "pruned", {"method": "uniform", **setting}, config_only=True)
-    with pytest.raises(ValueError, match=r"'uniform' has `token_weights` .* evaluate with lmms-eval"):
-        evaluated(pruned, data, tmp_path / "runs", methods="uniform")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
     shallow = build_stock_checkpoint(tmp_path / "shallow", vision_layers=4, **GEOMETRY)
     with pytest.raises(ValueError, match=r"layers 6 to 8.*`--set hivtp\.NAME=VALUE`"):
