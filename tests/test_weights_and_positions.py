@@ -1,6 +1,7 @@
 """`token_weights` and `positions`: exact to a plain reference, and refused where they cannot be."""
 
 import copy
+import importlib
 import threading
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_
 from families import FAMILIES
 from hivtp_hf.pruning import token_weights
 from hivtp_hf.pruning.compat import cache_of, prefills_images_in_chunks
+from hivtp_hf.remote_code import bundle
 from nightly import mostly_nightly
 from places_reference import Placed, plain_cluster_sizes
 from tiny_models import CACHE_NAMES, COMMON, IMAGE_TOKEN, LOW_RATIO, NEW_TOKENS, image_inputs, photo, settings, twins
@@ -459,3 +461,21 @@ def test_serving_engines_are_refused(pair, setting):
     processor.pruning_config = {**LOW_RATIO, **setting}
     with pytest.raises(ValueError, match=r"serving engines decide by themselves where tokens stand .*`hivtp serve`"):
         processor._get_num_multimodal_tokens([(60, 60)])
+
+
+def test_remote_code_answers_alike(pair, tmp_path, monkeypatch):
+    """The one file of a checkpoint, beside the package in this process."""
+    name = f"hivtp_{pair.family.name}_of_a_test"
+    (tmp_path / f"{name}.py").write_text(bundle(pair.family.name))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+    model = getattr(module, pair.family.model.__name__)(getattr(module, pair.family.config.__name__)(**stored(pair)))
+    model.load_state_dict(pair.pruned.state_dict())
+    inputs = processed(pair)
+    assert torch.equal(generated(model.eval(), inputs), generated(pair.pruned, inputs))
+
+
+def stored(pair):
+    values = pair.pruned.config.to_dict()
+    assert values["pruning_config"]["positions"] == "original"
+    return {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
