@@ -120,6 +120,31 @@ def test_answers_are_those_of_the_plain_way(stock, tmp_path):
     assert len(answers) > len(ROWS)  # or equal answers would prove nothing
 
 
+TOLD = {"token_weights": "cluster_size", "weight_strength": 0.5, "positions": "original"}
+
+
+def test_answers_are_told_of_weights_and_places(stock, tmp_path):
+    data = data_folder(tmp_path / "data")
+    changes = [f"hivtp.{name}={value}" for name, value in TOLD.items()]
+    changes += ["uniform.token_weights=inclusion", "gprune.token_weights=none"]
+    options = {"methods": "hivtp,gprune,uniform", "ratios": "1/4", "batch_size": 3}
+    run = evaluated(stock, data, tmp_path / "runs", changes=changes, **options)
+    pair = twins({"method": "none"}, family=open_source(str(stock)).config["model_type"])
+    images = dict(zip(SIZES, PHOTOS, strict=True))
+    own = {"none": {}, "hivtp": TOLD, "gprune": {}, "uniform": {"token_weights": "inclusion"}}
+    different = 0
+    for line in table_of(run.folder / "predictions.csv"):
+        image, question, _, _ = ROWS[int(line["row"]) - 1]
+        pruning = {"method": line["method"], **({} if line["method"] == "none" else {"retention_ratio": 0.25})}
+        answers = [
+            plain_answer(pair.pruned, pair.processor, images[image], question, settings)[0]
+            for settings in ({**pruning, **own[line["method"]]}, pruning)
+        ]
+        assert line["prediction"] == answers[0]
+        different += answers[0] != answers[1]
+    assert different > len(ROWS)  # or equal answers would prove nothing
+
+
 def test_prompts_are_the_processors():
     pair = twins({"method": "uniform", "retention_ratio": 0.25})
     words = pair.pruned.get_input_embeddings()

@@ -39,6 +39,10 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+# What the language model is told of kept tokens beside their features: nothing.
+AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed"}
+
+
 def counted_parts(monkeypatch, stop_at=None):
     """The parts that are worked through, as a list that fills; before one of them the process is killed."""
     seen, original = [], answering.PartWork.results
@@ -60,7 +64,8 @@ def test_a_run_says_what_it_was_and_what_came_out(stock, data, tmp_path):
     versions = f"torch{torch.__version__.partition('+')[0]}_transformers{environment['transformers']}"
     assert re.fullmatch(rf"my-stock_data-\d{{4}}-\d\d-\d\d_cpu-.*_{re.escape(versions)}", run.folder.name)
     config = json.loads((run.folder / "config.json").read_text())
-    assert config["settings"] == {name: {"exact_count": True, "keep_newlines": True} for name in ("random", "uniform")}
+    shared = {"exact_count": True, "keep_newlines": True, **AS_PUBLISHED}
+    assert config["settings"] == dict.fromkeys(("random", "uniform"), shared)
     assert config["seeds"] == {"random": [0, 1, 2]}
     assert config["answers"]["max_new_tokens"] == 4
     assert str(stock.parent) not in (run.folder / "config.json").read_text()
@@ -245,7 +250,7 @@ def test_a_pruned_checkpoint_keeps_its_own_settings(stock, data, tmp_path):
     options = {"methods": "hiprune,uniform", "ratios": "1/4", "questions": 2}
     run = evaluated(pruned, data, tmp_path / "runs", **options, changes=["hiprune.alpha=0.5"])
     settings = json.loads((run.folder / "config.json").read_text())["settings"]
-    ours = {**own, "alpha": 0.5, "deep_layer": None, "published_borders": False, "exact_count": True}
+    ours = {**own, "alpha": 0.5, "deep_layer": None, "published_borders": False, "exact_count": True, **AS_PUBLISHED}
     assert settings["hiprune"] == {name: value for name, value in ours.items() if name not in ("method", "token_budget")}
     by_method = {row.method: row for row in run.metrics if row.question_type == "all"}
     # Answers of the unpruned model are those of the stock checkpoint, newlines included.

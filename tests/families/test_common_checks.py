@@ -16,6 +16,10 @@ TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "<image> How many?"]
 SIZES = [(60, 100), (112, 112)]
 
 
+# What our forward takes beside stock's arguments.
+OUR_ARGUMENTS = ("retention_ratio", "visual_position_shifts", "visual_log_weights")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     return twins(LOW_RATIO, family=request.param)
@@ -139,7 +143,7 @@ def test_what_transformers_reads_off_a_class_is_stocks(classes):
     # Stock's parameters in their order, and the ratio of a call in addition, before any further keywords.
     parameters = [*inspect.signature(stocks.forward).parameters]
     assert parameters[-1] == "kwargs"
-    assert [*inspect.signature(ours.forward).parameters] == [*parameters[:-1], "retention_ratio", "kwargs"]
+    assert [*inspect.signature(ours.forward).parameters] == [*parameters[:-1], *OUR_ARGUMENTS, "kwargs"]
     assert issubclass(ours, GenerationMixin) == issubclass(stocks, GenerationMixin)
     assert ours.can_generate() == stocks.can_generate()
 

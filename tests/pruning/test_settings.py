@@ -12,7 +12,10 @@ from tested_methods import TESTED
 
 pytestmark = pytest.mark.once
 
-SHARED = {"token_budget": None, "exact_count": True, "keep_newlines": True}
+SHARED = {
+    **{"token_budget": None, "exact_count": True, "keep_newlines": True},
+    **{"token_weights": "none", "weight_strength": 1.0, "positions": "packed"},
+}
 EVERY_SETTING = [
     pytest.param(method.name, setting, id=f"{method.name}-{setting.name}")
     for method in METHODS.values()
@@ -48,6 +51,20 @@ def test_a_method_reads_its_own_settings_only(method):
         assert not hasattr(pruning, name)
         with pytest.raises(ValueError, match=f"`{name}`.*not a setting of the method {method!r}"):
             VisualTokenPruningConfig(method=method, **{name: 1})
+
+
+def test_which_settings_tell_the_language_model_more():
+    for settings, weighs, any_of_both in (
+        ({}, False, False),
+        ({"weight_strength": 0.5}, False, False),
+        ({"token_weights": "cluster_size", "weight_strength": 0}, False, False),
+        ({"token_weights": "cluster_size"}, True, True),
+        ({"positions": "original"}, False, True),
+        ({"method": "uniform", "token_weights": "inclusion"}, True, True),
+        ({"method": "none", "token_weights": "inclusion"}, True, True),
+    ):
+        pruning = VisualTokenPruningConfig(**settings)
+        assert (pruning.weighs_tokens, pruning.places_or_weighs) == (weighs, any_of_both)
 
 
 SCORED_LAYERS = [
@@ -194,6 +211,19 @@ BAD_SETTINGS = {
     "ratio of more digits than Python prints": ({"retention_ratio": 10**5000}, "cannot be printed.*above 0 and at most 1"),
     "huge window": ({"local_window": 10**101}, f"`local_window` is .*whole number from 1 to {10**100}"),
     "window of more digits than Python prints": ({"local_window": -(10**5000)}, WINDOW),
+    "weights that nobody has": ({"token_weights": "area"}, "`token_weights` is 'area' .*'none', 'cluster_size', 'inclusion'"),
+    "no weights at all": ({"token_weights": None}, "`token_weights` is None .*must be one of"),
+    "weights that are too strong": ({"weight_strength": 1.5}, "`weight_strength` is 1.5 .*from 0 to 1"),
+    "places that nobody has": ({"positions": "Original"}, "`positions` is 'Original' .*'packed', 'original'"),
+    "weights of unknown chances": ({"token_weights": "inclusion"}, "'hivtp' does not know the chance .*'random', 'uniform'"),
+    "weights of a published count": (
+        {"exact_count": False, "token_weights": "cluster_size"},
+        "`exact_count` is False and `token_weights` 'cluster_size'",
+    ),
+    "places of a published count": (
+        {"exact_count": False, "positions": "original"},
+        "`exact_count` is False and `positions` 'original'",
+    ),
     "flag as a number": ({"exact_count": 1}, "`exact_count` is 1 .*True or False"),
     "a very long string": ({"method": "x" * 10**6}, r"`method` is 'x{399} \.\.\. x{49}' \(str\)"),
 }

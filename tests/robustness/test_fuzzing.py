@@ -19,6 +19,7 @@ from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.pruning.checked_values import LARGEST_SIDE, MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence
 from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.settings import SHARED_SETTINGS
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -68,6 +69,7 @@ def one_thread():
 
 
 SHARED = ["method", "retention_ratio", "token_budget", "exact_count", "keep_newlines"]
+SHARED += ["token_weights", "weight_strength", "positions"]
 FIELDS = SHARED + [setting.name for method in METHODS.values() for setting in method.settings]
 RATIOS = st.floats(0, 1, exclude_min=True) | st.fractions(Fraction(1, 1000), 1) | st.just(np.int8(1))
 BUDGETS = st.integers(1, 10**100) | st.integers(1, 900) | st.just(np.uint8(40))
@@ -78,6 +80,8 @@ def values_of(setting):
     low, high = setting.minimum, setting.maximum
     if setting.kind is bool:
         values = st.booleans()
+    elif setting.kind is str:
+        values = st.sampled_from(setting.choices)
     elif setting.kind is int:
         values = st.integers(low, high or 10**100) | st.integers(low, low + 30) | st.just(np.uint8(low + 3))
     else:
@@ -93,7 +97,14 @@ def good_settings(draw, methods=tuple(METHODS)):
     optional = {setting.name: values_of(setting) for setting in method.settings}
     optional["exact_count"] = st.booleans() if method.content_dependent_count else st.just(True)
     optional["keep_newlines"] = st.booleans()
+    optional["weight_strength"] = values_of(SHARED_SETTINGS["weight_strength"])
     settings = draw(st.fixed_dictionaries({}, optional=optional))
+    if settings.get("exact_count", True) and draw(st.booleans()):
+        weights = ["none", "cluster_size"] + ["inclusion"] * method.knows_inclusion
+        settings |= {
+            "token_weights": draw(st.sampled_from(weights)),
+            "positions": draw(st.sampled_from(["packed", "original"])),
+        }
     if method.name != "hivtp" or draw(st.booleans()):
         settings["method"] = method.name
     no_budgets = [{}, {"retention_ratio": None}, {"token_budget": None}]
@@ -121,6 +132,8 @@ SAYINGS = [
     "give one of them",
     "keeps every token",
     "stay whatever",
+    "must be 'none'",
+    "must be 'packed'",
 ]
 
 
@@ -141,6 +154,10 @@ def check_pruning(pruning, given_settings):
     assert budget is None or (type(budget) is int and budget >= 1 and ratio is None)
     assert type(stored["exact_count"]) is type(stored["keep_newlines"]) is bool
     assert stored["exact_count"] or method.name == "hivtp"
+    assert stored["exact_count"] or (stored["token_weights"], stored["positions"]) == ("none", "packed")
+    assert stored["token_weights"] != "inclusion" or method.knows_inclusion
+    assert type(stored["weight_strength"]) is float
+    assert 0 <= stored["weight_strength"] <= 1
     for setting in method.settings:
         value = stored[setting.name]
         if value is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
+from ..pruning.places_and_weights import PLACES_ARGUMENTS, PlacesAndWeights, nothing_placed
 from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
@@ -90,7 +91,11 @@ class PartWork:
         def answer(chosen: Sequence[int], new_tokens: int = self._max_new_tokens) -> tuple[list[str], float]:
             words = self._model.get_input_embeddings()
             prompts = [embedded(self._prompts[row], tokens_of_row[row].features, words) for row in chosen]
-            return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens)
+            if variant.settings is None or not variant.settings.places_or_weighs:
+                return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens)
+            places = [_places_in_prompt(self._prompts[row], tokens_of_row[row]) for row in chosen]
+            with _pruning_by(self._model, variant.settings):
+                return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens, places)
 
         # Prompts of about one length together, for the least padding.
         rows = sorted(tokens_of_row, key=lambda row: self._prompts[row].length(len(tokens_of_row[row].features)))
@@ -179,8 +184,34 @@ class _Prefill:
         self.last_states = torch.tensor(torch.nan)
 
 
+def _places_in_prompt(prompt: Prompt, tokens: KeptTokens) -> PlacesAndWeights:
+    """Where the tokens of a prompt stand and what they weigh, from those of its image."""
+    length = prompt.length(len(tokens.features))
+    nothing = nothing_placed(tokens.features.device)
+    if tokens.places is None or not len(tokens.features):
+        return nothing.of_columns(length)
+    return nothing.followed_by(len(prompt.before), tokens.places).of_columns(length)
+
+
+@contextlib.contextmanager
+def _pruning_by(model: Any, settings: VisualTokenPruningConfig) -> Iterator[None]:
+    """Within it a model goes by a variant's settings: its language model takes places and weights under such settings alone."""
+    before = model.config.pruning_config
+    model.config.pruning_config = settings
+    try:
+        yield
+    finally:
+        model.config.pruning_config = before
+
+
 @torch.no_grad()
-def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int) -> tuple[list[str], float]:
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    places: Sequence[PlacesAndWeights] | None = None,
+) -> tuple[list[str], float]:
     """What a model answers to some prompts by greedy decoding, until the end of sequence or a number of tokens.
 
     Args:
@@ -188,6 +219,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[Tensor], max_ne
         tokenizer: of its processor.
         prompts: the embeddings of each, (length, hidden); padded on the left to one length.
         max_new_tokens: per answer.
+        places: of each prompt, as one row, where its tokens stand and what they weigh; None for packed and equal ones.
 
     Returns:
         The answers without special tokens, and the seconds that the language model's layers took for the whole prefill.
@@ -201,6 +233,11 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[Tensor], max_ne
     for index, prompt in enumerate(prompts):
         embeddings[index, longest - len(prompt) :] = prompt
         mask[index, longest - len(prompt) :] = 1
+    told = {}
+    if places is not None:
+        nothing = nothing_placed(embeddings.device)
+        rows = [nothing.followed_by(longest - len(prompt), own) for prompt, own in zip(prompts, places, strict=True)]
+        told = {name: torch.cat(parts) for name, parts in zip(PLACES_ARGUMENTS, zip(*rows, strict=True), strict=True)}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with _watched(model.model.language_model) as prefill:
         # Given embeddings alone, it returns new tokens alone. What a checkpoint sets for sampling plays no part.
@@ -214,6 +251,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[Tensor], max_ne
             top_p=None,
             top_k=None,
             pad_token_id=padding,
+            **told,
         )
     check_finite("states of the language model's prefill", [prefill.last_states])
     return tokenizer.batch_decode(tokens, skip_special_tokens=True), prefill.seconds

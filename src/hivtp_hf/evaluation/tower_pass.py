@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import wanting_features_only, without_unread_layers
+from ..pruning.features import prune_features, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
+from ..pruning.places_and_weights import PlacesAndWeights, places_of_images
 from ..pruning.settings import VisualTokenPruningConfig
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
@@ -47,11 +49,13 @@ class KeptTokens(NamedTuple):
         features: (tokens, hidden), in order.
         patches: how many of them show a part of the image.
         newlines: how many are newlines. What is neither is a class token.
+        places: where they stand and what they weigh, as one row; None where the settings say nothing of that.
     """
 
     features: Tensor
     patches: int
     newlines: int
+    places: PlacesAndWeights | None = None
 
 
 @torch.no_grad()
@@ -66,10 +70,18 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
     kept_of_images = []
-    for features, kept, layout in zip(*seen.kept(layouts[0].pruning, layouts), layouts, strict=True):
+    evidence = seen.evidence(layouts[0].pruning, layouts)
+    all_features, all_kept = prune_features(evidence)
+    log_weights: Sequence[Tensor | None] = weigh_features(evidence, all_kept) or [None] * len(layouts)
+    for features, kept, weights, layout in zip(all_features, all_kept, log_weights, layouts, strict=True):
         patches = check_kept_indices(kept, layout)
         # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
-        kept_of_images.append(KeptTokens(features[len(features) - len(kept) :], patches, layout.num_newlines))
+        own_features, places = features[len(features) - len(kept) :], None
+        if layout.pruning.places_or_weighs:
+            is_placeholder = torch.ones(1, len(kept), dtype=torch.bool, device=kept.device)
+            num_stock = None if layout.pruning.positions == "packed" else [layout.num_stock]
+            places = places_of_images(is_placeholder, [kept], num_stock, None if weights is None else [weights])
+        kept_of_images.append(KeptTokens(own_features, patches, layout.num_newlines, places))
     return kept_of_images
 
 

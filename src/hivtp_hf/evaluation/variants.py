@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..pruning.registry import METHODS
-from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
 
 UNPRUNED, RANDOM = "none", "random"
 # Two that need no selector: the base tile alone, and the image shrunk to the same number of tokens.
@@ -179,11 +179,13 @@ def _by_method(changes: Sequence[str], known: Mapping[str, Any]) -> dict[str, di
         varied = dict(_NOT_TO_BE_SET, seed=f"leave it out: seeds {SEEDS} are pooled") if method == RANDOM else _NOT_TO_BE_SET
         if name in varied:
             raise ValueError(f"`--set` is {text!r}, but the run itself varies {name!r}; {varied[name]}.")
-        by_method.setdefault(method, {})[name] = _value(text, value.strip())
+        by_method.setdefault(method, {})[name] = _value(text, name, value.strip())
     return by_method
 
 
-def _value(text: str, value: str) -> Any:
+def _value(text: str, name: str, value: str) -> Any:
+    if name in SHARED_SETTINGS and SHARED_SETTINGS[name].kind is str:
+        return value
     if value.lower() in _WORDS:
         return _WORDS[value.lower()]
     for kind in (int, float):

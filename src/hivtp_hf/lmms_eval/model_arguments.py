@@ -35,7 +35,7 @@ def with_arguments(own: VisualTokenPruningConfig, given: Mapping[str, Any], othe
 
 
 def _value(name: str, value: Any) -> Any:
-    if not isinstance(value, str) or name == "method":
+    if not isinstance(value, str) or name == "method" or (name in SHARED_SETTINGS and SHARED_SETTINGS[name].kind is str):
         return value
     if value.strip().lower() == "none":
         return None

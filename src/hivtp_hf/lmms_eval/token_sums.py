@@ -67,7 +67,7 @@ def summed(all_sums: Iterable[TokenSums]) -> TokenSums:
 
 
 def settings_as_numbers(pruning: VisualTokenPruningConfig) -> dict[str, Any]:
-    """The settings as lmms-eval can store them, which are numbers: the method by a name of its own, and no None."""
+    """The settings as lmms-eval can store them, which are numbers: words such as the method by names of their own, no None."""
     settings = pruning.to_dict()
-    numbers = {f"method_{settings.pop('method')}": 1}
-    return {**numbers, **{name: value for name, value in settings.items() if value is not None}}
+    words = {f"{name}_{value}": 1 for name, value in settings.items() if isinstance(value, str)}
+    return {**words, **{name: value for name, value in settings.items() if not isinstance(value, str | None)}}

@@ -31,6 +31,7 @@ class PruningMethod(ABC):
         keeps_everything: whether it prunes nothing, so that a ratio below 1 would be a slip.
         content_dependent_count: whether its published selection keeps a number that depends on the image's content, so that
             `exact_count=False` means something.
+        knows_inclusion: whether it says how likely a cell is to be kept, so that `token_weights="inclusion"` means something.
     """
 
     name: ClassVar[str]
@@ -41,6 +42,7 @@ class PruningMethod(ABC):
     default_retention_ratio: ClassVar[float | None] = 0.5
     keeps_everything: ClassVar[bool] = False
     content_dependent_count: ClassVar[bool] = False
+    knows_inclusion: ClassVar[bool] = False
 
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
         """The kinds of evidence that it needs: sets that would each do, best first. By default it looks at nothing."""
@@ -70,6 +72,10 @@ class PruningMethod(ABC):
 
     def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor | None:
         """The scores by which it ranks, float (tiles, grid, grid) and NaN for cells that have none; None where it does not."""
+        return None
+
+    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor | None:
+        """The chance of every cell to be kept, float32 (tiles, grid, grid); None, the default, where that is not known."""
         return None
 
 

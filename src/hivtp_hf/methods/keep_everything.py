@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..pruning.evidence import VisualEvidence
@@ -17,9 +18,13 @@ class KeepEverything(PruningMethod):
     rule = "everything, as the stock model"
     default_retention_ratio = None
     keeps_everything = True
+    knows_inclusion = True
 
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         return layout.valid_per_tile
 
     def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return evidence.valid
+
+    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return torch.ones(evidence.valid.shape, dtype=torch.float32, device=evidence.valid.device)

@@ -13,7 +13,7 @@ from ..pruning.checked_values import shown
 from ..pruning.evidence import VisualEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import PruningMethod, check_tiles, settings_of
-from .ranking import descending_rank, keep_best, totals_of_tiles
+from .ranking import descending_rank, keep_best, share_as_inclusion, totals_of_tiles
 
 # More than a layout can have; it bounds what one wrong index could cost.
 _MOST_TILES = 2**17
@@ -26,9 +26,13 @@ class Random(PruningMethod):
     rule = "a baseline: cells drawn at random, the same for every image of a shape"
     settings = (Setting("seed", int, 0, 0, 2**32 - 1, meaning="which draw"),)
     colour = "#CC79A7"
+    knows_inclusion = True
 
     def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return select_random(evidence.tile_indices, evidence.valid, pruning)
+
+    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return share_as_inclusion(evidence, pruning)
 
 
 def select_random(tile_indices: Sequence[int], valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pruning.evidence import VisualEvidence
 from ..pruning.layout import TokenLayout
 
 
@@ -31,6 +32,11 @@ def totals_of_tiles(cells: Tensor, pruning: Any) -> Tensor:
 def share_of_tiles(layout: TokenLayout, pruning: Any) -> Sequence[int]:
     """Cells kept of every tile of an image, base tile first."""
     return [rounded_share(cells, pruning.retention_ratio) for cells in layout.valid_per_tile]
+
+
+def share_as_inclusion(evidence: VisualEvidence, pruning: Any) -> Tensor:
+    """The chance of every cell to be kept where all are alike: the retention ratio, float32 (tiles, grid, grid)."""
+    return torch.full(evidence.valid.shape, pruning.retention_ratio, dtype=torch.float32, device=evidence.valid.device)
 
 
 def descending_rank(scores: Tensor) -> Tensor:

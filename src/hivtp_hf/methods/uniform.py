@@ -11,7 +11,7 @@ from torch import Tensor
 from ..pruning.evidence import VisualEvidence
 from ..pruning.settings import VisualTokenPruningConfig
 from .base import PruningMethod, check_tiles, settings_of
-from .ranking import totals_of_tiles
+from .ranking import share_as_inclusion, totals_of_tiles
 
 
 class Uniform(PruningMethod):
@@ -20,9 +20,13 @@ class Uniform(PruningMethod):
     name = "uniform"
     rule = "a baseline: cells at even distances in raster order"
     colour = "#F0E442"
+    knows_inclusion = True
 
     def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return select_uniform(evidence.valid, pruning)
+
+    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return share_as_inclusion(evidence, pruning)
 
 
 def select_uniform(valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:

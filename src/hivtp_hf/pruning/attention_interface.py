@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_scores import received_attention
+from .config_views import ConfigView, ModuleView
 from .encoder_layers import find_layers
 
 _IMPLEMENTATION_NAME = f"hivtp_received_attention_{uuid.uuid4().hex}"
@@ -117,7 +118,8 @@ def attach(encoder: nn.Module, num_layers: int) -> ReceivedAttentionTap:
     views = []
     for index, layer in enumerate(layers):
         attention = _attention_module(layer)
-        view = _ConfigView(attention.config, index, getattr(_module_file(attention), "eager_attention_forward", None))
+        eager = eager_attention_of(attention)
+        view = _TowerConfigView(attention.config, layer=index, eager=eager, forwards_keywords=None)
         attention.config = view
         views.append(view)
     forwards_keywords = _probe_keywords(layers[0], views[0])
@@ -136,55 +138,26 @@ def _attention_module(layer: nn.Module) -> Any:
     return found[0]
 
 
-def _module_file(module: nn.Module) -> Any:
-    return sys.modules.get(type(module).__module__)
+def eager_attention_of(module: nn.Module) -> Any:
+    """What an attention module of transformers runs under "eager": a function of its file, or None."""
+    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
 
 
-class _ConfigView:
-    """An attention module's configuration, except that it names our function as the attention implementation."""
+class _TowerConfigView(ConfigView):
+    """The configuration of an attention module of the encoder, naming `_attention_with_scores`.
+
+    Besides: `_hivtp_layer`, its index; `_hivtp_eager`, what runs where the configuration names "eager"; and
+    `_hivtp_forwards_keywords`, None until the probe has answered.
+    """
 
     _attn_implementation = _IMPLEMENTATION_NAME
-
-    def __init__(self, config: Any, layer: int, eager: Callable[..., Any] | None, forwards_keywords: bool | None = None):
-        # Written past __setattr__, which passes on to the real configuration.
-        for name, value in (
-            ("_hivtp_config", config),
-            ("_hivtp_layer", layer),
-            ("_hivtp_eager", eager),
-            ("_hivtp_forwards_keywords", forwards_keywords),
-        ):
-            object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        # Copying and pickling ask a half-made object for dunder names and for ours; they must not end up in a recursion.
-        if name.startswith(("__", "_hivtp_")):
-            raise AttributeError(name)
-        return getattr(self._hivtp_config, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._hivtp_config, name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Serves copy.deepcopy too, which then copies the real configuration once for all that share it.
-        return _ConfigView, (self._hivtp_config, self._hivtp_layer, self._hivtp_eager, self._hivtp_forwards_keywords)
-
-
-class _ModuleView:
-    """An attention module as the implementation behind us must see it: with its real configuration."""
-
-    def __init__(self, module: nn.Module, config: Any):
-        self._hivtp_module = module
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._hivtp_module, name)
 
 
 class _ProbeReply(Exception):
     """Ends a probe: says whether the keyword argument came through."""
 
 
-def _probe_keywords(layer: nn.Module, view: _ConfigView) -> bool:
+def _probe_keywords(layer: nn.Module, view: _TowerConfigView) -> bool:
     """Whether a keyword argument given to a layer reaches the attention interface.
 
     Asked once with one token, on whatever device the fresh weights are. Where the layer cannot run yet (weights that
@@ -226,7 +199,7 @@ def _attention_with_scores(
         collector.reduce(view._hivtp_layer, query, key, scaling, view.num_attention_heads)
     config = view._hivtp_config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
-    return implementation(_ModuleView(module, config), query, key, value, attention_mask, *args, **kwargs)
+    return implementation(ModuleView(module, config), query, key, value, attention_mask, *args, **kwargs)
 
 
 AttentionInterface.register(_IMPLEMENTATION_NAME, _attention_with_scores)

@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 # More than any setting means, and a number that every float and every printed message can hold.
@@ -76,6 +77,13 @@ def checked_flag(field: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"`{field}` is {shown(value)}; it must be True or False.")
     return value
+
+
+def checked_choice(field: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`; a ValueError that names the field and all of them otherwise."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{field}` is {shown(value)}; it must be one of {', '.join(map(repr, choices))}.")
+    return str(value)
 
 
 def positive_integer(field: str, value: Any, unit: str = "pixels") -> int:

@@ -20,12 +20,14 @@ import transformers
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .places_and_weights import PLACES_ARGUMENTS
+
 OLDEST_TRANSFORMERS = (5, 19)
 
 # What transformers calls itself, by these names, and our classes override. A release that renames one would no longer call
 # ours, without a word, so a test holds each to the installed release.
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
-    "GenerationMixin": ("_prepare_multimodal_encoder_kwargs_for_generation",),
+    "GenerationMixin": ("_get_candidate_generator", "_prepare_multimodal_encoder_kwargs_for_generation"),
     "PreTrainedModel": ("_from_config", "initialize_weights"),
     "PreTrainedConfig": ("_upload_modified_files",),
     "ProcessorMixin": ("_get_arguments_from_pretrained", "_load_tokenizer_from_pretrained", "_upload_modified_files"),
@@ -116,7 +118,7 @@ def _unknown_cache(holder: str, names: Any) -> str:
 
 
 def with_stock_signature(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a `forward` that stands for a stock one: its signature and documentation, and `retention_ratio` in addition.
+    """Decorates a `forward` that stands for a stock one: its signature and documentation, and our arguments in addition.
 
     The signature tells others what they may pass: generate() and Trainer drop or refuse what it does not name. A cache may be
     given under any name that a supported release has for it, and arrives under the installed release's.
@@ -129,9 +131,10 @@ def with_stock_signature(stock: Callable[..., Any]) -> Callable[[Callable[..., A
             return function(self, *args, **with_cache_named(cache, kwargs))
 
         parameters = list(inspect.signature(stock).parameters.values())
-        ratio = inspect.Parameter("retention_ratio", inspect.Parameter.KEYWORD_ONLY, default=None)
+        names = ("retention_ratio", *PLACES_ARGUMENTS)
+        ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         behind = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-        forward.__signature__ = inspect.Signature([*parameters[: len(parameters) - len(behind)], ratio, *behind])  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.Signature([*parameters[: len(parameters) - len(behind)], *ours, *behind])  # type: ignore[attr-defined]
         return forward
 
     return decorate

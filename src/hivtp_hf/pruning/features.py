@@ -10,6 +10,7 @@ from .evidence import Evidence, VisualEvidence, evidence_to_read
 from .layout import TokenLayout
 from .registry import METHODS, pruning_method
 from .settings import VisualTokenPruningConfig
+from .token_weights import log_weights
 
 
 def check_pruning_fits_encoder(
@@ -106,6 +107,21 @@ def prune_features(evidence: VisualEvidence) -> tuple[list[Tensor], list[Tensor]
         kept_features.append(torch.cat((surplus, kept_feature)) if len(surplus) else kept_feature)
         kept_indices.append(kept)
     return kept_features, kept_indices
+
+
+def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> list[Tensor] | None:
+    """What is added to the logits of the kept tokens' keys, float32 (num_retained,) for each image; None where all are alike.
+
+    Args:
+        evidence: of all images of a call.
+        kept_indices: of every image the packed positions that are kept, as `prune_features` returns them.
+    """
+    if not evidence.layouts[0].pruning.weighs_tokens:
+        return None
+    of_image: dict[int, Tensor] = {}
+    for members in _images_by_pruning(evidence.layouts).values():
+        of_image.update(zip(members, log_weights(evidence, kept_indices, members), strict=True))
+    return [of_image[image] for image in range(len(evidence.layouts))]
 
 
 def _images_by_pruning(layouts: Sequence[TokenLayout]) -> dict[VisualTokenPruningConfig, list[int]]:

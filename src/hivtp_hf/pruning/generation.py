@@ -1,13 +1,14 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .compat import (
@@ -22,6 +23,7 @@ from .compat import (
 from .encoder_layers import wanting_features_only
 from .look import Look
 from .model import PrunedImageFeaturesOutput, PrunedModelMixin, encoded_images, has_pixels
+from .places_and_weights import PLACES_ARGUMENTS, checked_places_in_cache, refuse_places_among, remember_places
 from .pretrained import PrunedPreTrainedMixin
 from .settings import checked_ratio
 from .surplus_placeholders import (
@@ -33,6 +35,7 @@ from .surplus_placeholders import (
     surplus_of_features,
     with_cached_surplus,
 )
+from .weighted_attention import check_language_model_can_weigh
 
 
 class PrunedGenerationMixin(PrunedPreTrainedMixin):
@@ -83,6 +86,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         cache = cache_among(inputs)
         if cache is None or cached_length(cache) == 0:  # else the ids name images of former calls as well
             self.model._check_placeholders(prompt)
+        if self.config.pruning_config.places_or_weighs and is_placeholder is not None:
+            return self._generate_placed(generate, arguments, inputs, prompt)
+        refuse_places_among(inputs)
         if self.config.pruning_config.exact_count or is_placeholder is None:
             return generate(*args, **kwargs)
         surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
@@ -91,6 +97,67 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         returned = cache_of(output) if isinstance(output, ModelOutput) else None
         remember_surplus(cache if returned is None else returned, surplus)
         return output
+
+    def _generate_placed(
+        self, generate: Callable[..., Any], arguments: dict[str, Any], inputs: dict[str, Any], prompt: Mapping[str, Any]
+    ) -> Any:
+        """`generate` where the language model is told of kept tokens where they stand, or what they weigh.
+
+        Args:
+            generate: stock's.
+            arguments: of the call, without the model's inputs.
+            inputs: the model's inputs.
+            prompt: both together, the prompt as `input_ids` or `inputs_embeds`.
+        """
+        check_language_model_can_weigh(self.config.get_text_config(), self.config.pruning_config)
+        if all(inputs.get(name) is not None for name in PLACES_ARGUMENTS):  # those of the model that this one assists
+            return generate(**arguments, **inputs)
+        cache = cache_among(inputs)
+        cached = 0 if cache is None else cached_length(cache)
+        before = checked_places_in_cache(cache, cached)
+        # An assistant is given its prompt's images again when its cache already holds them.
+        new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
+        is_new = cached == 0 or bool(self.model._is_placeholder(new).any())
+        encoded = self.model._encode_ahead(inputs) if is_new else None
+        places = self.model.places_of_prompt(new, encoded, before, cached)
+        if encoded is not None:
+            # Without what belongs to images alone: generate() repeats and cuts features, and the tensors say the rest.
+            features_alone = {"kept_indices": None, "num_stock": None, "log_weights": None}
+            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, **features_alone})}
+        rows = next(columns.shape[0] for columns in new.values() if columns is not None)
+        inputs.update(zip(PLACES_ARGUMENTS, places.of_rows(rows), strict=True))
+        # Before anything runs: what a call that is broken off has left in the cache is then known all the same.
+        remember_places(cache, places)
+        output = generate(**arguments, **inputs)
+        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
+        remember_places(cache_of(output) if isinstance(output, ModelOutput) else None, places)
+        return output
+
+    def _new_columns(self, prompt: Mapping[str, Any], name: str, cached: int) -> Tensor | None:
+        """The part of a prompt that the cache does not hold; as in stock, a longer mask tells a part from the whole."""
+        given, mask = prompt.get(name), prompt.get("attention_mask")
+        if given is None or (name == "inputs_embeds" and prompt.get("input_ids") is not None):
+            return None
+        is_whole = name == "inputs_embeds" or mask is None or mask.shape[1] == given.shape[1]
+        return given[:, cached:] if is_whole else given
+
+    # transformers makes masks of four dimensions for compiled steps. Of a prefill the model makes what it needs itself.
+    def create_masks_for_generate(self, config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        """As stock, for caches of a fixed size; with `token_weights` the mask of several queries stays as it is."""
+        weighs = self.config.pruning_config.weighs_tokens
+        implementation = config.get_text_config()._attn_implementation
+        if weighs and (inputs_embeds.shape[1] > 1 or implementation == "flex_attention"):
+            return attention_mask
+        return create_masks_for_generate(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    # An assistant of another kind drafts from packed positions and equal weights, and knows no such arguments.
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        assistant = kwargs.get("assistant_model")
+        pruning = getattr(getattr(assistant, "config", None), "pruning_config", None)
+        if assistant is not None and not getattr(pruning, "places_or_weighs", False):
+            given = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in PLACES_ARGUMENTS}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _check_prefill_in_chunks(self, prompt: Mapping[str, Any]) -> None:
         """A ValueError where the installed transformers release would drop the images of a prompt without a word."""

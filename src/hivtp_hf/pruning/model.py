@@ -23,19 +23,32 @@ from .features import (
     gather_evidence,
     keep_all_features,
     prune_features,
+    weigh_features,
 )
 from .layout import TokenLayout
 from .look import BothAttentions, Look
+from .places_and_weights import (
+    PLACES_ARGUMENTS,
+    PlacesAndWeights,
+    check_rows_are_not_packed,
+    checked_places_in_cache,
+    nothing_placed,
+    places_of_images,
+    refuse_places_among,
+    remember_places,
+)
 from .pretrained import PrunedPreTrainedMixin
 from .retention_bits import ratios_of_images
 from .settings import VisualTokenPruningConfig
 from .surplus_placeholders import (
+    cached_length,
     check_sliding_window,
     positions_of,
     remember_surplus,
     surplus_of_features,
     with_cached_surplus,
 )
+from .weighted_attention import check_language_model_can_weigh, let_keys_weigh, mask_with_weights
 
 
 @dataclass
@@ -49,9 +62,16 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
             One ascending int64 tensor per image, newlines included: `pooler_output[i]` equals the stock model's
             `pooler_output[i][kept_indices[i]]`. With `exact_count=False` fewer may be kept; `pooler_output[i]` then begins
             with as many rows of zeros.
+        num_stock (`list[int]`):
+            How many tokens the unpruned model uses for each image; None unless `positions` are the original ones.
+        log_weights (`list[torch.FloatTensor]`):
+            One float32 (num_retained,) tensor per image, what the language model adds to the logits of the tokens' keys; None
+            unless `token_weights` are on.
     """
 
-    kept_indices: list[torch.LongTensor] | None = None
+    kept_indices: list[Tensor] | None = None
+    num_stock: list[int] | None = None
+    log_weights: list[Tensor] | None = None
 
 
 def encoded_images(arguments: Mapping[str, Any]) -> Any:
@@ -179,11 +199,18 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         if all(layout.keeps_everything for layout in layouts):
             output = call()
             features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
+            log_weights = None
+            if pruning.weighs_tokens:
+                log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
         else:
             output, collector = self._scored_pass(call, layers, Evidence.CLASS_ATTENTION in kinds)
-            features, kept_indices = self._prune(output.pooler_output, layouts, collector, layer)
+            features, kept_indices, log_weights = self._prune(output.pooler_output, layouts, collector, layer)
         stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
-        return PrunedImageFeaturesOutput(**{**stock_fields, "pooler_output": features, "kept_indices": kept_indices})
+        stock_fields["pooler_output"] = features
+        num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
+        return PrunedImageFeaturesOutput(
+            **stock_fields, kept_indices=kept_indices, num_stock=num_stock, log_weights=log_weights
+        )
 
     def _scored_pass(
         self, stock: Callable[..., Any], layers: Sequence[int], from_class_token: bool
@@ -221,13 +248,19 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
     @torch.compiler.disable
     def _prune(
         self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
         scores = {scored: self.family.cell_scores(found, layouts) for scored, found in collector.by_layer().items()}
-        return prune_features(gather_evidence(features, layouts, scores, layer))
+        evidence = gather_evidence(features, layouts, scores, layer)
+        kept_features, kept_indices = prune_features(evidence)
+        return kept_features, kept_indices, weigh_features(evidence, kept_indices)
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, after a check that the prompt has one placeholder per kept token."""
+        if self.config.pruning_config.places_or_weighs:
+            return self._forward_placed(args, kwargs)
+        refuse_places_among(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in PLACES_ARGUMENTS}
         exact = self.config.pruning_config.exact_count
         if exact and torch.compiler.is_compiling() and kwargs.get("retention_ratio") is None:
             kwargs.pop("retention_ratio", None)
@@ -246,6 +279,119 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         if surplus is not None:
             remember_surplus(cache_of(output), surplus)
         return output
+
+    def _forward_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward` where the language model is told of kept tokens where they stand, or what they weigh."""
+        # Asked here, as it is no within what a compiler leaves out.
+        arguments, places = self._with_places_and_weights(args, kwargs, torch.compiler.is_compiling())
+        with wanting_features_only():
+            output = super().forward(**arguments, return_dict=True)
+        if places is not None:
+            _remember_places_of_call(output, places)
+        return output
+
+    # Python over images and caches, which a compiler would trace anew for each call; it compiles what comes behind.
+    @torch.compiler.disable
+    def _with_places_and_weights(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool
+    ) -> tuple[dict[str, Any], PlacesAndWeights | None]:
+        """The arguments of a forward for stock's, with places in its positions and weights in its mask.
+
+        Returns:
+            The arguments, and what its cache is to remember, or None where generate() sees to that.
+        """
+        refuse_budget_among(kwargs)
+        pruning = self.config.pruning_config
+        arguments = named_arguments(type(self).forward, self, args, kwargs)
+        given = [arguments.pop(name, None) for name in PLACES_ARGUMENTS]
+        self._check_placeholders(arguments)
+        check_language_model_can_weigh(self.config.get_text_config(), pruning)
+        encoded = self._encode_ahead(arguments)
+        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
+        prompt = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
+        if prompt is None:
+            return arguments, None  # stock says what is missing
+        cache = cache_among(arguments)
+        cached = 0 if cache is None else cached_length(cache)
+        check_rows_are_not_packed(arguments, cache)
+        to_remember = None
+        if given[0] is not None and given[1] is not None:
+            places = PlacesAndWeights(*given)
+        else:
+            places = to_remember = self.places_of_prompt(arguments, encoded, checked_places_in_cache(cache, cached), cached)
+        if places.is_empty:
+            return arguments, to_remember
+        rows, new = prompt.shape[:2]
+        places = places.of_rows(rows)
+        if pruning.positions != "packed":
+            packed = arguments.get("position_ids")
+            if packed is None:
+                packed = torch.arange(cached, cached + new, device=prompt.device)[None]
+            arguments["position_ids"] = packed + places.shifts_from(cached, new).to(packed.device)
+            # With neither a mask nor a cache, stock would take gaps in positions for the ends of sequences packed into a row.
+            if arguments.get("attention_mask") is None:
+                arguments["attention_mask"] = torch.ones(rows, cached + new, dtype=torch.int64, device=prompt.device)
+        if pruning.weighs_tokens:
+            text_config = self.config.get_text_config()
+            let_keys_weigh(self.language_model, text_config.num_hidden_layers)
+            arguments["attention_mask"] = mask_with_weights(
+                arguments.get("attention_mask"),
+                places.log_weights,
+                cache,
+                cached,
+                new,
+                self.get_input_embeddings().weight.dtype,
+                text_config,
+                is_compiled,
+            )
+        return arguments, to_remember
+
+    def places_of_prompt(
+        self, arguments: Mapping[str, Any], encoded: Any, before: PlacesAndWeights | None, cached: int
+    ) -> PlacesAndWeights:
+        """Where the tokens of a call stand and what they weigh, from its images, behind those of its cache.
+
+        Args:
+            arguments: of the call, by name; its ids or embeddings are those of new columns.
+            encoded: what `get_image_features` returned for its images, or None where it has none.
+            before: of the columns that its cache holds, or None where that is empty.
+            cached: how many these are.
+
+        Raises:
+            ValueError: for images that came encoded without saying what was kept, and for embeddings without their images.
+        """
+        is_placeholder: Any = self._is_placeholder(arguments)
+        pruning = self.config.pruning_config
+        if encoded is None:
+            if arguments.get("input_ids") is None and before is None:
+                raise ValueError(
+                    f"the prompt came as embeddings without its images; with `token_weights` {pruning.token_weights!r} and "
+                    f"`positions` {pruning.positions!r} the model must know which tokens are visual. Give `input_ids` and the "
+                    f"images, or {' and '.join(f'`{name}`' for name in PLACES_ARGUMENTS)} as `places_of_prompt` makes them."
+                )
+            return nothing_placed(is_placeholder.device) if before is None else before
+        kept: Any
+        kept, stock, weights = (getattr(encoded, name, None) for name in ("kept_indices", "num_stock", "log_weights"))
+        lacking = [
+            name
+            for name, value, wanted in (
+                ("kept_indices", kept, True),
+                ("num_stock", stock, pruning.positions != "packed"),
+                ("log_weights", weights, pruning.weighs_tokens),
+            )
+            if wanted and (value is None or len(value) != len(encoded.pooler_output))
+        ]
+        if lacking:
+            raise ValueError(
+                f"the images came encoded without {' and '.join(f'`{name}`' for name in lacking)}; with `token_weights` "
+                f"{pruning.token_weights!r} and `positions` {pruning.positions!r} give them as this model's "
+                "`get_image_features` returns them, or as pixels."
+            )
+        new = places_of_images(is_placeholder, kept, stock, weights if pruning.weighs_tokens else None)
+        if before is not None:
+            return before.followed_by(cached, new)
+        told = bool(new.shifts.any()) or bool(new.log_weights.any())
+        return new if told else nothing_placed(is_placeholder.device)  # what is kept whole runs as stock runs it
 
     def _is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence), None for neither."""
@@ -309,3 +455,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
                 arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
             arguments["attention_mask"] = masked
         return surplus
+
+
+@torch.compiler.disable
+def _remember_places_of_call(output: Any, places: PlacesAndWeights) -> None:
+    remember_places(cache_of(output), places)

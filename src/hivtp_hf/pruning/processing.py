@@ -79,6 +79,13 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
                 "`exact_count` is False; serving engines need it True, because they place features by the number of tokens "
                 "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
             )
+        if self.pruning_config.places_or_weighs:
+            raise ValueError(
+                f"`token_weights` is {self.pruning_config.token_weights!r} and `positions` {self.pruning_config.positions!r}; "
+                "serving engines decide by themselves where tokens stand and how they attend to each other. Set "
+                "`token_weights='none'` and `positions='packed'` in the pruning_config of model and processor, or serve with "
+                "`hivtp serve`."
+            )
         budget = CallBudget(self.pruning_config, retention_ratio, token_budget)
         if image_sizes is not None:
             budget.check_number(len(image_sizes))

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checked_values import checked_flag, checked_number, shown
+from .checked_values import checked_choice, checked_flag, checked_number, shown
 from .registry import METHODS, pruning_method
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name, type (`int`, `float` or `bool`), default, range and meaning.
+    """One setting: its name, type (`int`, `float`, `bool` or `str`), default, range and meaning.
 
     Attributes:
+        choices: what a `str` may be; a setting of another type has none.
         meaning: for a reader, in a line or two; docstrings, command line, model cards and docs show it.
         minimum, maximum: the range, both ends included; None for no upper end.
         above_minimum: whether `minimum` itself is outside the range.
@@ -29,6 +30,7 @@ class Setting:
     above_minimum: bool = False
     is_layer: bool = False
     meaning: str = ""
+    choices: tuple[str, ...] = ()
 
     def checked(self, value: Any) -> Any:
         """`value` as a plain `kind` inside the range, or None where that is the default; ValueError otherwise."""
@@ -36,6 +38,8 @@ class Setting:
             return None
         if self.kind is bool:
             return checked_flag(self.name, value)
+        if self.kind is str:
+            return checked_choice(self.name, value, self.choices)
         return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
 
     @property
@@ -43,6 +47,8 @@ class Setting:
         """What is allowed, in words; empty where the type says it all."""
         if self.kind is bool:
             return ""
+        if self.kind is str:
+            return f"one of {', '.join(self.choices)}"
         upper = "" if self.maximum is None else f" to {self.maximum}"
         return f"{'above' if self.above_minimum else 'from'} {self.minimum}{upper}"
 
@@ -81,8 +87,35 @@ _KEEP_NEWLINES = Setting(
     True,
     meaning="whether the newline token after each row of the crops is kept; False drops them all, at every ratio",
 )
+_TOKEN_WEIGHTS = Setting(
+    "token_weights",
+    str,
+    "none",
+    choices=("none", "cluster_size", "inclusion"),
+    meaning=(
+        "how much a kept token weighs in the language model's attention: as published, like any other; as many cells as it "
+        "stands for, which are itself and the dropped ones that resemble it most; or 1 / its chance to be kept, for methods "
+        "that know it"
+    ),
+)
+_WEIGHT_STRENGTH = Setting(
+    "weight_strength", float, 1.0, maximum=1, meaning="the power to which a weight is taken; 0 leaves all tokens alike"
+)
+_POSITIONS = Setting(
+    "positions",
+    str,
+    "packed",
+    choices=("packed", "original"),
+    meaning="where kept tokens stand: one behind the other, as published, or where they stand in the unpruned sequence",
+)
 # By name. These mean nothing else in a configuration; a method's own may (`temperature`, for one).
-SHARED_SETTINGS = {setting.name: setting for setting in (_RETENTION_RATIO, _TOKEN_BUDGET, _EXACT_COUNT, _KEEP_NEWLINES)}
+SHARED_SETTINGS = {
+    setting.name: setting
+    for setting in (
+        *(_RETENTION_RATIO, _TOKEN_BUDGET, _EXACT_COUNT, _KEEP_NEWLINES),
+        *(_TOKEN_WEIGHTS, _WEIGHT_STRENGTH, _POSITIONS),
+    )
+}
 
 
 def check_one_budget(retention_ratio: Any, token_budget: Any) -> None:
@@ -92,6 +125,24 @@ def check_one_budget(retention_ratio: Any, token_budget: Any) -> None:
             f"`retention_ratio` is {shown(retention_ratio)} and `token_budget` {shown(token_budget)}; give one of them. The "
             "first is a share of the patch tokens, the second a number of language-model tokens per image."
         )
+
+
+def _check_weights_and_positions(method: Any, settings: Mapping[str, Any]) -> None:
+    """A ValueError where a method cannot say how much a kept token weighs, or where it stands."""
+    if settings["token_weights"] == "inclusion" and not method.knows_inclusion:
+        knowing = ", ".join(repr(entry.name) for entry in METHODS.values() if entry.knows_inclusion)
+        raise ValueError(
+            f"`token_weights` is 'inclusion'; the method {method.name!r} does not know the chance of a token to be kept, so it "
+            f"must be 'none' or 'cluster_size'. Methods that know it: {knowing}."
+        )
+    if settings["exact_count"]:
+        return
+    for name in ("token_weights", "positions"):
+        if settings[name] != SHARED_SETTINGS[name].default:
+            raise ValueError(
+                f"`exact_count` is False and `{name}` {settings[name]!r}; placeholders without a token have neither weight nor "
+                f"place, so `{name}` must be {SHARED_SETTINGS[name].default!r}, or `exact_count` True."
+            )
 
 
 def checked_ratio(value: Any) -> float:
@@ -144,7 +195,7 @@ class VisualTokenPruningConfig:
     Args:
         method (`str`, defaults to `"hivtp"`):
             How tokens are chosen; all methods are listed below.
-        retention_ratio, token_budget, exact_count, keep_newlines:
+        retention_ratio, token_budget, exact_count, keep_newlines, token_weights, weight_strength, positions:
             What all methods share, listed below. At most one of a ratio and a budget is given. For hivtp a ratio rules over
             `global_ratio` and `local_window`, which stand where neither is given; other methods then read a ratio of 0.5.
             Of the numbers that a ratio can reach, a budget keeps the largest one not above it. The method "none" takes
@@ -170,6 +221,9 @@ class VisualTokenPruningConfig:
     token_budget: int | None
     exact_count: bool
     keep_newlines: bool
+    token_weights: str
+    weight_strength: float
+    positions: str
 
     def __init__(
         self,
@@ -179,6 +233,9 @@ class VisualTokenPruningConfig:
         token_budget: int | None = None,
         exact_count: bool = True,
         keep_newlines: bool = True,
+        token_weights: str = "none",
+        weight_strength: float = 1.0,
+        positions: str = "packed",
         **of_method: Any,
     ):
         entry = pruning_method(method)
@@ -206,7 +263,11 @@ class VisualTokenPruningConfig:
             "token_budget": token_budget,
             "exact_count": exact_count,
             "keep_newlines": checked_flag("keep_newlines", keep_newlines),
+            "token_weights": _TOKEN_WEIGHTS.checked(token_weights),
+            "weight_strength": _WEIGHT_STRENGTH.checked(weight_strength),
+            "positions": _POSITIONS.checked(positions),
         }
+        _check_weights_and_positions(entry, settings)
         for setting in entry.settings:
             settings[setting.name] = setting.checked(of_method.pop(setting.name, setting.default))
         if of_method:
@@ -217,6 +278,16 @@ class VisualTokenPruningConfig:
             raise ValueError(f"{unknown}: not a setting of the method {entry.name!r}, which has {known}. {advice}")
         # Written past our own __setattr__, which refuses: settings that were checked once stay as they are.
         self.__dict__.update(settings)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether kept tokens weigh other than 1 in the language model's attention."""
+        return self.token_weights != "none" and self.weight_strength > 0
+
+    @property
+    def places_or_weighs(self) -> bool:
+        """Whether the language model is told more of a kept token than its feature: its place, or its weight."""
+        return self.weighs_tokens or self.positions != "packed"
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "VisualTokenPruningConfig":
