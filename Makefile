@@ -10,6 +10,7 @@
 #   make locks       every environment's exact versions anew, in locks/   (make lock-development for one)
 #   make lint        formatting, lint, types
 #   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
+#   make soak-serve  hivtp serve under clients of all kinds for 30 minutes   (make soak-serve SOAK_ARGS="--minutes 5")
 #   make bench-serving  requests a second of vLLM, stock beside pruned
 
 PYTHON ?= python3
@@ -23,9 +24,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?= --preset cpu
 LMMS_EVAL ?= 0.7.3
 SERVING_ARGS ?=
+SOAK_ARGS ?= --minutes 30 --clients 8
 VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm test-releases test-newest locks lint format build bench bench-serving clean
+.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm test-releases test-newest locks lint format build bench bench-serving soak-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -77,6 +79,9 @@ bench: .venv/installed
 
 bench-serving: .venv-vllm/installed
 	PYTHONPATH=src .venv-vllm/bin/python -m benchmarks.serving $(SERVING_ARGS)
+
+soak-serve: .venv/installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/src:$(CURDIR)/examples:$(CURDIR)/tests .venv/bin/python -m tests.soak $(SOAK_ARGS)
 
 build: .venv/installed
 	.venv/bin/python -m build

@@ -1,6 +1,6 @@
 """A server under many clients at once for a while, good ones and bad ones at random.
 
-    python -m tests.soak --minutes 30
+    make soak-serve SOAK_ARGS="--minutes 30"
 
 Every good request must be answered as by `generate`; memory and the number of threads must not grow.
 """

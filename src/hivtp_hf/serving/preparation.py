@@ -55,7 +55,12 @@ class Preparation:
                 handler._resolve_model(dict(body))  # here, as what goes wrong in loading is no mistake in the request's form
                 for part, image in zip(parts, self._media.decode(files), strict=True):
                     part["image_url"] = image
-                return _without_mistakes(lambda: asyncio.run(handle(body, request_id)))
+                try:
+                    return _without_mistakes(lambda: asyncio.run(handle(body, request_id)))
+                finally:  # the request itself stays in memory until it is answered; its images need not
+                    files.clear()
+                    for part in parts:
+                        part["image_url"] = ""
 
             answer = (await self._in_thread(prepare))()
             return await answer if inspect.isawaitable(answer) else answer
