@@ -81,7 +81,7 @@ bench-serving: .venv-vllm/installed
 	PYTHONPATH=src .venv-vllm/bin/python -m benchmarks.serving $(SERVING_ARGS)
 
 soak-serve: .venv/installed
-	PYTHONPATH=$(CURDIR):$(CURDIR)/src:$(CURDIR)/examples:$(CURDIR)/tests .venv/bin/python -m tests.soak $(SOAK_ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/src:$(CURDIR)/examples:$(CURDIR)/tests/support .venv/bin/python -m soak $(SOAK_ARGS)
 
 build: .venv/installed
 	.venv/bin/python -m build

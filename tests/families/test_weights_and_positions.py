@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from places_reference import Placed, plain_cluster_sizes
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 from families import FAMILIES
@@ -16,6 +15,7 @@ from hivtp_hf.pruning import token_weights
 from hivtp_hf.pruning.compat import cache_of, prefills_images_in_chunks
 from hivtp_hf.remote_code import bundle
 from nightly import mostly_nightly
+from places_reference import Placed, plain_cluster_sizes
 from tiny_models import CACHE_NAMES, COMMON, IMAGE_TOKEN, LOW_RATIO, NEW_TOKENS, image_inputs, photo, settings, twins
 
 BOTH = {**LOW_RATIO, "token_weights": "cluster_size", "positions": "original"}
