@@ -347,7 +347,7 @@ def test_continuous_batching_refuses_images_by_every_way_in(pair, inputs_of):
             with pytest.raises(ValueError, match=message):
                 add(image)
     expected = greedy(pair.pruned, {"input_ids": torch.tensor([text])}, tokens=NEW_TOKENS)
-    for pruning in (LOW_RATIO, {"exact_count": False}):
+    for pruning in (LOW_RATIO, {"exact_count": False}, {"token_weights": "cluster_size", "positions": "original"}):
         model.config.pruning_config = pruning
         (answer,) = model.generate_batch([text], max_new_tokens=NEW_TOKENS, **settings).values()
         assert answer.generated_tokens == expected[0].tolist()

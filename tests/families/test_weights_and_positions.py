@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 from families import FAMILIES
@@ -162,7 +163,12 @@ def test_no_mask_of_queries_by_keys(monkeypatch, pair):
         assert {rows for _, rows, _ in shapes} == {1}
 
 
-def test_dropout_has_a_dense_mask_and_no_gradient_is_lost(next_pair):
+def test_a_kernel_that_takes_one_mask_alone_gets_a_dense_one(pair):
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_forward_is_the_references(pair, processed(pair))
+
+
+def test_dropout_runs_and_no_gradient_is_lost(next_pair):
     inputs = processed(next_pair)
     labels = labels_of(inputs)
     reference = Placed(next_pair, inputs)
@@ -384,6 +390,13 @@ def test_threads_and_copies_keep_apart(pair):
     copied.set_attn_implementation({"text_config": "eager"})
     of_layers = [model.model.language_model.layers[0].self_attn.config for model in (copied, pair.pruned)]
     assert [config._hivtp_config._attn_implementation for config in of_layers] == ["eager", "sdpa"]
+
+
+def test_a_model_that_has_run_is_saved_and_loaded(pair, tmp_path):
+    inputs = processed(pair)
+    expected = generated(pair.pruned, inputs)
+    pair.pruned.save_pretrained(tmp_path)
+    assert torch.equal(generated(pair.family.model.from_pretrained(tmp_path), inputs), expected)
 
 
 def test_autocast(next_pair):

@@ -223,3 +223,14 @@ def test_errors_of_the_command(hivtp, tmp_path, arguments, status, named):
     assert (ended, out) == (status, "")
     assert named in err
     assert "Traceback" not in err
+
+
+@pytest.mark.nightly
+def test_weights_and_original_positions(rows, tmp_path):
+    pruning = {"retention_ratio": 2 / 9, "token_weights": "cluster_size", "positions": "original"}
+    told = convert_checkpoint(str(CHECKPOINT), tmp_path / "told", pruning)
+    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(told, dtype=torch.float32).eval()
+    reference = Reference(model, HIVTPLlavaNextProcessor.from_pretrained(told))
+    expected = [reference.answer(row.question, row.open_image()) for row in rows]
+    with serving(tmp_path, told, *ON_CPU) as server:
+        assert [server.ask(told, content_of(row)) for row in rows] == expected

@@ -313,7 +313,6 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             return arguments, None  # stock says what is missing
         cache = cache_among(arguments)
         cached = 0 if cache is None else cached_length(cache)
-        check_rows_are_not_packed(arguments, cache)
         to_remember = None
         if given[0] is not None and given[1] is not None:
             places = PlacesAndWeights(*given)
@@ -321,6 +320,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             places = to_remember = self.places_of_prompt(arguments, encoded, checked_places_in_cache(cache, cached), cached)
         if places.is_empty:
             return arguments, to_remember
+        check_rows_are_not_packed(arguments, cache)
         rows, new = prompt.shape[:2]
         places = places.of_rows(rows)
         if pruning.positions != "packed":
