@@ -9,12 +9,14 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
