@@ -15,7 +15,7 @@ from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.plot import draw_accuracy
 from hivtp_hf.evaluation.run_folder import FinishedParts
-from hivtp_hf.pruning.registry import uniform as selectors_uniform
+from hivtp_hf.methods import uniform as selectors_uniform
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once

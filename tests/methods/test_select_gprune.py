@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.methods import gprune as selectors_gprune
 from hivtp_hf.methods.gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
 from hivtp_hf.pruning.layout import TokenLayout
-from hivtp_hf.pruning.registry import gprune as selectors_gprune
 
 pytestmark = pytest.mark.once
 
