@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..families import FAMILIES
-from ..families.base import methods_of
-from ..pruning.evidence import Evidence
+from ..pruning.evidence import Evidence, methods_of
 from ..pruning.registry import METHODS
 from ..pruning.settings import SHARED_SETTINGS, Setting
 from .printing import say

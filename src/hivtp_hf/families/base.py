@@ -31,9 +31,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from ..methods import register_methods
-from ..pruning.evidence import Evidence, evidence_to_read
+from ..pruning.evidence import Evidence
 from ..pruning.layout import TokenLayout
-from ..pruning.registry import METHODS
 from ..pruning.settings import VisualTokenPruningConfig
 
 # Whoever loads a family, from the package or from its one file, has the methods.
@@ -159,8 +158,3 @@ class Family(ABC):
     @abstractmethod
     def tiny_image_processor(self, config: Any) -> dict[str, Any]:
         """The preprocessor_config.json of a small checkpoint with this configuration."""
-
-
-def methods_of(provided: frozenset[Evidence]) -> list[str]:
-    """The methods that run, under their default settings, where these kinds of evidence are provided."""
-    return [name for name in METHODS if evidence_to_read(VisualTokenPruningConfig(name), provided) is not None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import TokenLayout
-from .registry import pruning_method
+from .registry import METHODS, pruning_method
 from .settings import VisualTokenPruningConfig
 
 
@@ -36,6 +36,11 @@ def evidence_to_read(pruning: VisualTokenPruningConfig, provided: Collection[Evi
     """
     alternatives = pruning_method(pruning.method).reads(pruning)
     return next((kinds for kinds in alternatives if kinds <= set(provided)), None)
+
+
+def methods_of(provided: Collection[Evidence]) -> list[str]:
+    """The methods that run, under their default settings, where these kinds of evidence are provided."""
+    return [name for name in METHODS if evidence_to_read(VisualTokenPruningConfig(name), provided) is not None]
 
 
 class VisualEvidence(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evidence import Evidence, VisualEvidence, evidence_to_read
+from .evidence import Evidence, VisualEvidence, evidence_to_read, methods_of
 from .layout import TokenLayout
-from .registry import METHODS, pruning_method
+from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
 from .token_weights import log_weights
 
@@ -44,9 +44,7 @@ def check_pruning_fits_encoder(
     kinds = evidence_to_read(pruning, provided)
     if kinds is None:
         missing = sorted(method.reads(pruning)[0] - set(provided), key=lambda kind: kind.name)
-        others = ", ".join(
-            repr(name) for name in METHODS if evidence_to_read(VisualTokenPruningConfig(name), provided) is not None
-        )
+        others = ", ".join(map(repr, methods_of(provided)))
         raise ValueError(
             f"the method {pruning.method!r} reads {' and '.join(kind.words for kind in missing)}, but the vision tower has no "
             f"{' and no '.join(kind.source for kind in missing)}. Choose one of {others}."

@@ -160,13 +160,10 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
         with wanting_features_only():
             call = self.family.ending_early(call, self.config, arguments, both.layers)
-            output = self._received_attention_tap.call(call, both) if both.layers else call()
-        of_cells, of_class_token = (
-            {layer: self.family.cell_scores(found, layouts) for layer, found in kind.by_layer().items()}
-            for kind in (both.received, both.class_attention)
-        )
+            output = self._scored_pass(call, both)
+        received_scores, class_scores = (self._cell_scores(kind, layouts) for kind in (both.received, both.class_attention))
         feature_layer = self.family.feature_layer(self.config, arguments)
-        return Look(self, arguments, list(output.pooler_output), of_cells, of_class_token, feature_layer)
+        return Look(self, arguments, list(output.pooler_output), received_scores, class_scores, feature_layer)
 
     def _image_arguments(self) -> tuple[str, ...]:
         return (*self.family.image_inputs, *self.family.feature_arguments)
@@ -203,7 +200,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             if pruning.weighs_tokens:
                 log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
         else:
-            output, collector = self._scored_pass(call, layers, Evidence.CLASS_ATTENTION in kinds)
+            collector = ReceivedAttention(layers, Evidence.CLASS_ATTENTION in kinds)
+            output = self._scored_pass(call, collector)
             features, kept_indices, log_weights = self._prune(output.pooler_output, layouts, collector, layer)
         stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
         stock_fields["pooler_output"] = features
@@ -212,12 +210,13 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             **stock_fields, kept_indices=kept_indices, num_stock=num_stock, log_weights=log_weights
         )
 
-    def _scored_pass(
-        self, stock: Callable[..., Any], layers: Sequence[int], from_class_token: bool
-    ) -> tuple[Any, ReceivedAttention]:
-        """What `stock` returns, a call of stock's `get_image_features`, and the attention of some encoder layers."""
-        collector = ReceivedAttention(layers, from_class_token)
-        return (self._received_attention_tap.call(stock, collector) if collector.layers else stock()), collector
+    def _scored_pass(self, stock: Callable[..., Any], collector: ReceivedAttention | BothAttentions) -> Any:
+        """What `stock` returns, a call of stock's `get_image_features`; the collector's layers report to it meanwhile."""
+        return self._received_attention_tap.call(stock, collector) if collector.layers else stock()
+
+    def _cell_scores(self, collector: ReceivedAttention, layouts: Sequence[TokenLayout]) -> dict[int, Tensor]:
+        """Of every layer that reported the attention of cells, float32 (tiles of all images, grid, grid)."""
+        return {layer: self.family.cell_scores(found, layouts) for layer, found in collector.by_layer().items()}
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
@@ -249,8 +248,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
     def _prune(
         self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        scores = {scored: self.family.cell_scores(found, layouts) for scored, found in collector.by_layer().items()}
-        evidence = gather_evidence(features, layouts, scores, layer)
+        evidence = gather_evidence(features, layouts, self._cell_scores(collector, layouts), layer)
         kept_features, kept_indices = prune_features(evidence)
         return kept_features, kept_indices, weigh_features(evidence, kept_indices)
 

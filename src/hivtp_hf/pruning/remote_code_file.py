@@ -5,6 +5,7 @@ that file again.
 """
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,6 +72,4 @@ def remote_code_of(part: type) -> tuple[str, str]:
     package, found, _ = module.partition(".families.")
     if found:
         return name, importlib.import_module(f"{package}.remote_code").bundle(family.name)
-    source = sys.modules[module].__file__
-    assert source is not None
-    return name, Path(source).read_text(encoding="utf-8")
+    return name, Path(inspect.getfile(sys.modules[module])).read_text(encoding="utf-8")
