@@ -8,9 +8,9 @@ class TopRows(PruningMethod):
     name = "top_rows"
     rule = "the first cells in raster order"
 
-    def select(self, evidence, pruning):  # what a method may look at, for all tiles of a batch at once
+    def select(self, evidence, pruning):  # what a method may look at, for all views of one shape at once
         cells = evidence.valid.flatten(1)
-        totals = torch.tensor([count for layout in evidence.layouts for count in layout.group_totals], device=cells.device)
+        totals = torch.tensor(evidence.totals, device=cells.device)
         return (cells & (cells.cumsum(1) <= totals[:, None])).view_as(evidence.valid)
 
 

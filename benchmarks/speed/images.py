@@ -58,7 +58,7 @@ def random_images(
     """Images of (height, width) in pixels, already on the device."""
     side = config.vision_config.image_size
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, token_layout(config, size).num_tiles, 3, side, side, generator=generator)
+    pixels = torch.randn(1, token_layout(config, size).num_views, 3, side, side, generator=generator)
     return Images(*size, pixels.to(device, dtype).repeat(batch, 1, 1, 1, 1), torch.tensor([size] * batch, device=device))
 
 

@@ -68,23 +68,25 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
     vision, width = config.vision_config, config.text_config.hidden_size
     heads, cells = vision.num_attention_heads, (vision.image_size // vision.patch_size) ** 2
     family = bench.models.pruned.model.family
-    last = family.feature_layer(config, {})
+    encoder = family.encoder_facts(config, {})
     rows = []
     for variant in ours:
         layouts = [token_layout(config, size, variant.method, variant.ratio)] * batch
-        pruning, tiles, method = layouts[0].pruning, batch * layouts[0].num_tiles, pruning_method(variant.method)
-        layers, peak = pruning.scored_layers(last), 0
+        pruning, tiles, method = layouts[0].pruning, batch * layouts[0].num_views, pruning_method(variant.method)
+        layers, peak = pruning.scored_layers(encoder), 0
+        reads_class_attention = Evidence.CLASS_ATTENTION in method.reads(pruning)[0]
         if layers:
             shape = (tiles, heads, cells + 1, vision.hidden_size // heads)
             query, key = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-            read = query[:, :, :1] if Evidence.CLASS_ATTENTION in method.reads(pruning)[0] else query
+            read = query[:, :, :1] if reads_class_attention else query
             peak = peak_memory(device, functools.partial(received_attention, read, key, shape[-1] ** -0.5, heads))
             del query, key, read
         features = [torch.randn(layouts[0].num_stock, width, device=device, dtype=dtype) for _ in range(batch)]
         of_tokens = {layer: torch.rand(tiles, cells + 1, device=device) for layer in layers}
-        scores = {layer: family.cell_scores(found, layouts) for layer, found in of_tokens.items()}
-        evidence, select = gather_evidence(features, layouts, scores, last), method.select
-        chosen = peak_memory(device, functools.partial(select, evidence, pruning))
+        scores = {layer: family.cell_scores([found], layouts) for layer, found in of_tokens.items()}
+        of_kinds = ({}, scores) if reads_class_attention else (scores, {})
+        evidence = gather_evidence(features, layouts, *of_kinds, encoder)
+        chosen = peak_memory(device, functools.partial(evidence.ask, method, method.select, pruning))
         where = {"image": bench.images(size).name, "batch": batch}
         rows.append(measured(PART, ALONE_PEAK, "bytes", [max(peak, chosen)], variant, **where))
     return rows

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from hivtp_hf import Evidence, HIVTPLlavaNextConfig, VisualTokenPruningConfig
-from hivtp_hf.pruning.features import gather_evidence, prune_features
+from hivtp_hf.pruning.evidence import EncoderFacts
+from hivtp_hf.pruning.features import choose, cut, gather_evidence
 from hivtp_hf.pruning.registry import pruning_method
 
 from .images import Images, token_layout
@@ -30,8 +31,8 @@ def published_features(model: Any, images: Images, method: str, ratio: float) ->
         ValueError: for a method that reads no attention.
     """
     pruning = VisualTokenPruningConfig(method=method, retention_ratio=ratio)
-    last = _FAMILY.feature_layer(model.config, {})
-    layers = pruning.scored_layers(last)
+    encoder = _FAMILY.encoder_facts(model.config, {})
+    layers = pruning.scored_layers(encoder)
     if not layers:
         raise ValueError(f"the method {method!r} reads no attention, so it has no published way by attention maps.")
     output = model.model.get_image_features(
@@ -43,7 +44,7 @@ def published_features(model: Any, images: Images, method: str, ratio: float) ->
     from_class_token = Evidence.CLASS_ATTENTION in pruning_method(method).reads(pruning)[0]
     scores = scores_from_maps(output.attentions, layers, from_class_token)
     layouts = [token_layout(model.config, (images.height, images.width), method, ratio)] * images.batch
-    return select_from_scores(output.pooler_output, layouts, scores, last)
+    return select_from_scores(output.pooler_output, layouts, scores, encoder)
 
 
 def scores_from_maps(maps: Sequence[Tensor], layers: Sequence[int], from_class_token: bool) -> dict[int, Tensor]:
@@ -56,8 +57,11 @@ def scores_from_maps(maps: Sequence[Tensor], layers: Sequence[int], from_class_t
 
 
 def select_from_scores(
-    features: Sequence[Tensor], layouts: Sequence[Any], scores: Mapping[int, Tensor], last: int
+    features: Sequence[Tensor], layouts: Sequence[Any], scores: Mapping[int, Tensor], encoder: EncoderFacts
 ) -> tuple[list[Tensor], list[Tensor]]:
     """hivtp_hf's own selection of packed features by these scores."""
-    of_cells = {layer: _FAMILY.cell_scores(found, layouts) for layer, found in scores.items()}
-    return prune_features(gather_evidence(features, layouts, of_cells, last))
+    of_cells = {layer: _FAMILY.cell_scores([found], layouts) for layer, found in scores.items()}
+    kinds = pruning_method(layouts[0].pruning.method).reads(layouts[0].pruning)[0]
+    of_kinds = ({}, of_cells) if Evidence.CLASS_ATTENTION in kinds else (of_cells, {})
+    kept = choose(gather_evidence(features, layouts, *of_kinds, encoder))
+    return cut(features, kept, layouts), kept

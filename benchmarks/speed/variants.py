@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf import Evidence, VisualTokenPruningConfig
 from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.pruning.encoder_layers import wanting_features_only
+from hivtp_hf.pruning.registry import pruning_method
 
 from .images import Images, prompt_ids, token_layout
 from .models import Models
@@ -72,7 +73,8 @@ def published_of(variant: Variant) -> Variant:
 
 def has_published_way(method: str) -> bool:
     """Whether a method reads attention, so that maps are what its publication reads."""
-    return bool(VisualTokenPruningConfig(method=method).scored_layers(0))
+    reads = pruning_method(method).reads(VisualTokenPruningConfig(method=method))[0]
+    return bool(reads & {Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION})
 
 
 def model_of(models: Models, variant: Variant) -> Any:

@@ -42,12 +42,12 @@ def layer_table(
         targets = dense_targets(scene)
         look = model.look(inputs, layers=layers)
         (layout,) = look.layouts({"method": "none"})
-        valid = layout.valid.to(model.device)
+        valid = torch.stack(layout.by_view(layout.valid)).to(model.device)
         on_shape = torch.zeros_like(valid)
         on_shape[targets.tile, targets.row, targets.column] = targets.shape.to(on_shape.device) >= 0
         for scores_of_layers, found in zip((look.received, look.class_attention), hits, strict=True):
             for layer, scores in scores_of_layers.items():
-                most_attended = most_attended_cells(scores, valid, _MOST_ATTENDED)
+                most_attended = most_attended_cells(scores.view_as(valid), valid, _MOST_ATTENDED)
                 found[layer] += int((most_attended & on_shape).sum())
         number += int(on_shape.sum())
     return [LayerRow(layer, *share) for layer, share in enumerate((hits / number).T.tolist())]

@@ -21,12 +21,13 @@ from .families.llava_next import (
     HIVTPLlavaNextProcessor,
 )
 from .methods.base import PruningMethod
-from .pruning.evidence import Evidence, VisualEvidence
-from .pruning.layout import TokenLayout
+from .pruning.evidence import EncoderFacts, Evidence, ViewEvidence, VisualEvidence
+from .pruning.layout import StitchedViews, TokenLayout
 from .pruning.registry import METHODS, register_method
 from .pruning.settings import Setting, VisualTokenPruningConfig
 
 __all__ = [
+    "EncoderFacts",
     "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
@@ -38,7 +39,9 @@ __all__ = [
     "HIVTPLlavaProcessor",
     "PruningMethod",
     "Setting",
+    "StitchedViews",
     "TokenLayout",
+    "ViewEvidence",
     "VisualEvidence",
     "VisualTokenPruningConfig",
     "__version__",

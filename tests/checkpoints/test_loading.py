@@ -250,8 +250,8 @@ def test_selection_does_not_follow_the_default_device(processor):
     def selected():
         forget_layouts()
         layout = processor.token_layout(60, 100)
-        scores = torch.arange(64.0, device="cpu").view(1, 8, 8).repeat(layout.num_tiles, 1, 1)
-        kept = layout.kept_indices(select_hivtp(scores, layout.valid, layout.pruning))
+        scores = torch.arange(64.0, device="cpu").view(1, 8, 8).repeat(layout.num_views, 1, 1)
+        kept = layout.kept_indices(select_hivtp(scores, layout.valid.view_as(scores), layout.pruning))
         return layout.valid, kept, layout.cells(kept), layout.pixel_boxes(kept)
 
     expected = selected()

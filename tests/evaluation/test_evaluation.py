@@ -61,7 +61,7 @@ def test_one_pass_serves_all_methods_as_their_own_would(pair):
     hook = pair.pruned.model.vision_tower.register_forward_hook(lambda module, args, output: tiles.append(len(args[0])))
     seen = see(pair.pruned, inputs, prunings)
     hook.remove()
-    assert tiles == [sum(layout.num_tiles for layout in layouts_of(pair, prunings[0]))]
+    assert tiles == [sum(layout.num_views for layout in layouts_of(pair, prunings[0]))]
     for pruning in prunings:
         kept = pruned_tokens(seen, layouts_of(pair, pruning))
         pair.pruned.config.pruning_config = pruning
@@ -232,7 +232,7 @@ def test_an_image_is_encoded_once(tmp_path, monkeypatch):
     evaluated(checkpoint, data_folder(tmp_path / "data"), tmp_path / "runs", methods=methods, ratios="1/2,1/4", batch_size=2)
     layout = functools.partial(TokenLayout.from_image_size, pruning={"method": "none"}, **GEOMETRY)
     pinpoints = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-    total = sum(layout(height, width, pinpoints=pinpoints).num_tiles for height, width in SIZES.values())
+    total = sum(layout(height, width, pinpoints=pinpoints).num_views for height, width in SIZES.values())
     sides = [shape[-1] for shape in tiles]
     assert sorted(set(sides)) == [4 * 7, 5 * 7, 56]
     for side in set(sides):

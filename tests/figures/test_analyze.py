@@ -23,6 +23,7 @@ from hivtp_hf.figures.dispersion import (
     plot_dispersion,
 )
 from hivtp_hf.pruning import model as pruned_model
+from layouts import views
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, settings, twins
 
@@ -61,8 +62,8 @@ def test_dispersion_equals_plain_loops(grid, top_share):
 @pytest.mark.parametrize("tower", TOWERS)
 def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monkeypatch):
     pair = twins({"importance_start_layer": 0, "importance_num_layers": LAYERS}, **TOWERS[tower])
-    seen, original = [], pruned_model.prune_features
-    monkeypatch.setattr(pruned_model, "prune_features", lambda evidence: seen.append(evidence) or original(evidence))
+    seen, original = [], pruned_model.choose
+    monkeypatch.setattr(pruned_model, "choose", lambda evidence: seen.append(evidence) or original(evidence))
     images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
 
     def evidence_of_pruning():
@@ -70,8 +71,10 @@ def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monk
             with torch.no_grad():
                 inputs = pair.processor(images=image, text="<image>", return_tensors="pt")
                 pair.pruned.model.get_image_features(**image_inputs(inputs))
-        valid = torch.cat([evidence.valid for evidence in seen])
-        scores = {layer: torch.cat([evidence.scores[layer] for evidence in seen]) for layer in seen[0].scores}
+        valid = torch.cat([views(layout) for evidence in seen for layout in evidence.layouts])
+        scores = {
+            layer: torch.cat([evidence.received[layer] for evidence in seen]).view_as(valid) for layer in seen[0].received
+        }
         seen.clear()
         return valid, scores
 

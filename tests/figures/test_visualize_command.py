@@ -20,6 +20,7 @@ from hivtp_hf.figures import score_maps as figures
 from hivtp_hf.figures.image_choice import choice_of_image
 from hivtp_hf.figures.score_maps import DPI, PANEL_SIDE, plot_kept_cells
 from hivtp_hf.pruning.registry import METHODS
+from layouts import views
 from nightly import mostly_nightly
 from tested_methods import TESTED
 from tiny_checkpoint import build_stock_checkpoint
@@ -76,8 +77,8 @@ def test_a_figure_for_every_image(stocks, family, images, tmp_path, method, monk
     for path, (_, layout, _, scores) in zip(files, seen, strict=True):
         assert layout.pruning.retention_ratio == 0.25
         assert (scores is not None) == (method in SCORED)
-        rows = 2 if layout.num_tiles > 1 and method in SCORED else 1
-        columns = 2 if layout.num_tiles > 1 or method in SCORED else 1
+        rows = 2 if layout.num_views > 1 and method in SCORED else 1
+        columns = 2 if layout.num_views > 1 or method in SCORED else 1
         panel_width = round(layout.image_size[1] * PANEL_SIDE / layout.image_size[0])
         with Image.open(path) as figure:
             assert np.ptp(np.asarray(figure.convert("L"))) > 200
@@ -107,7 +108,7 @@ def test_the_choice_is_the_models_own(method, tower, monkeypatch):
     assert (choice.scores is not None) == (method in SCORED)
     if method in SCORED and method != "gprune":  # which is given features
         (arguments,) = given
-        assert torch.equal(choice.scores, arguments[1 if method == "hiprune" else 0])
+        assert torch.equal(choice.scores, arguments[1 if method == "hiprune" else 0].flatten())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,12 +117,11 @@ def test_gprune_keeps_the_cells_with_the_highest_scores(family):
     layout = pair.processor.token_layout(60, 100)
     _, choice = choice_of(pair, photo(60, 100), layout)
     kept = torch.zeros_like(layout.valid)
-    kept[tuple(layout.cells(choice.kept_indices).unbind(1))] = True
+    kept[layout.cell_numbers(choice.kept_indices)] = True
     # It chooses from the base tile, and from all crops at once.
-    for tiles in (slice(1), slice(1, None)) if layout.num_tiles > 1 else (slice(1),):
-        chosen, others = kept[tiles], layout.valid[tiles] & ~kept[tiles]
-        assert 0 < chosen.sum() < layout.valid[tiles].sum()
-        assert choice.scores[tiles][chosen].min() >= choice.scores[tiles][others].max()
+    for chosen, valid, scores in zip(*map(layout.by_part, (kept, layout.valid, choice.scores)), strict=True):
+        assert 0 < chosen.sum() < valid.sum()
+        assert scores[chosen].min() >= scores[valid & ~chosen].max()
 
 
 def test_the_layouts_settings_rule():
@@ -148,16 +148,17 @@ def pictures_and_bars(figure):
 def test_a_cell_has_the_colour_of_its_score():
     image, layout = Image.new("RGB", (480, 480), (128, 128, 128)), small_layout(480, 480, retention_ratio=0.5)
     order = torch.randperm(layout.valid.numel(), generator=torch.Generator().manual_seed(0))
-    scores = torch.linspace(1, 2, layout.valid.numel())[order].view(layout.valid.shape)
+    of_cells = torch.linspace(1, 2, layout.num_cells)[order]
+    scores = views(layout, of_cells)
     scores[0, 2, 3], scores[1, 0, 0], scores[4, 7, 7] = 9, 0.5, 9
     # Drawn row by row: the kept cells of base tile and crops, then their scores.
-    (_, _, base, crops), bars = pictures_and_bars(plot_kept_cells(image, layout, torch.arange(20), scores))
+    (_, _, base, crops), bars = pictures_and_bars(plot_kept_cells(image, layout, torch.arange(20), scores.flatten()))
     # Outliers take the end's colour, and arrows tell.
     yellow, purple = base[300, 420], crops[30, 30]
     assert yellow[0] > yellow[2]
     assert purple[2] > purple[1]
     assert np.array_equal(crops[930, 930], yellow)
-    assert [bar.get_xlabel() for bar in bars] == ["mean of layers 6 to 8"] * 2
+    assert [bar.get_xlabel() for bar in bars] == ["mean of middle layers"] * 2
     assert bars[1].get_xlim() == pytest.approx(np.quantile(scores[1:], (0.01, 0.99)))
     # In between, more is brighter: viridis' green grows from end to end.
     middles = [(row * 120 + 60, column * 120 + 60) for row in range(8) for column in range(8)]
@@ -169,14 +170,14 @@ def test_a_cell_has_the_colour_of_its_score():
 def test_titles_and_scales():
     image, layout = photo(60, 100), small_layout(60, 100, method="cls_attention", retention_ratio=0.25)
     kept = torch.arange(40)
-    scores = torch.logspace(-5, -2, layout.valid.numel()).view(layout.valid.shape)
+    scores = torch.logspace(-5, -2, layout.num_cells)
     figure = plot_kept_cells(image, layout, kept, scores)
     texts = [text.get_text() for text in figure.texts]
     assert texts[0] == f"cls_attention, retention ratio 0.25: 40 of {layout.num_stock} tokens ({40 / layout.num_stock:.1%})"
     assert texts[1].startswith("Base tile: 40 of 64 cells kept")
     assert texts[3:] == [
         "Base tile: attention of the class token",
-        f"{layout.num_tiles - 1} crops: attention of the class token",
+        f"{layout.num_views - 1} crops: attention of the class token",
     ]
     _, bars = pictures_and_bars(figure)
     assert [bar.get_xscale() for bar in bars] == ["log", "log"]  # both, though the base tile's alone would be linear
@@ -192,7 +193,7 @@ def test_titles_and_scales():
 @pytest.mark.parametrize(("height", "width", "different"), [(2, 3000, 1), (3000, 2, 1), (1, 1, 2), (60, 100, 2)])
 def test_odd_sizes_and_scores_from_zero_on(height, width, different, tmp_path):
     layout = small_layout(height, width)
-    scores = torch.arange(layout.valid.numel()).view(layout.valid.shape).float() % different
+    scores = torch.arange(layout.num_cells).float() % different
     figure = plot_kept_cells(photo(height, width), layout, torch.arange(5), scores)
     figure.savefig(tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as saved:
@@ -201,14 +202,14 @@ def test_odd_sizes_and_scores_from_zero_on(height, width, different, tmp_path):
 
 def test_scores_that_do_not_fit():
     image, layout = photo(60, 100), small_layout(60, 100)
-    kept, scores = torch.arange(5), torch.ones(layout.valid.shape)
+    kept, scores = torch.arange(5), torch.ones(layout.num_cells)
     for wrong in (scores[:1], scores.long(), scores.tolist()):
         with pytest.raises(ValueError, match="`scores` is"):
             plot_kept_cells(image, layout, kept, wrong)
     with pytest.raises(ValueError, match="`image` has 61"):
         plot_kept_cells(photo(61, 100), layout, kept, scores)
     plot_kept_cells(image, layout, kept, scores.masked_fill(~layout.valid, float("nan")).bfloat16())
-    scores[0, 0, 0] = float("inf")
+    scores[0] = float("inf")
     with pytest.raises(ValueError, match="1 values that are not finite"):
         plot_kept_cells(image, layout, kept, scores)
 

@@ -11,6 +11,7 @@ from hivtp_hf.methods.hiprune import select_hiprune
 from hivtp_hf.methods.random import select_random
 from hivtp_hf.methods.uniform import select_uniform
 from hivtp_hf.pruning.registry import METHODS
+from layouts import counts_of_groups, views
 from nightly import mostly_nightly
 from oracle import oracle_inputs
 from tested_methods import TESTED
@@ -80,11 +81,8 @@ def test_guarantees(pair, method, ratio):
     for layout, kept in zip(layouts, output.kept_indices, strict=True):
         assert len(kept) == layout.num_retained
         assert bool((kept.diff() > 0).all())
-        cells = layout.cells(kept)
-        per_tile = cells[:, 0].bincount(minlength=layout.num_tiles).tolist()
-        groups = per_tile if len(layout.group_totals) == layout.num_tiles else [per_tile[0], sum(per_tile[1:])]
-        assert tuple(groups) == layout.group_totals
-        assert bool(layout.valid[cells.unbind(1)].all())
+        assert counts_of_groups(layout, kept) == layout.group_totals
+        assert bool(layout.valid[layout.cell_numbers(kept)].all())
 
     # The kept features are stock's own, and what follows from them is what stock makes of the shorter sequence.
     with torch.no_grad():
@@ -161,23 +159,23 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     size = (60, 100)
     inputs = pair.processor(images=photo(*size), text="<image>", return_tensors="pt")
     layout: TokenLayout = pair.processor.token_layout(*size)
-    pixels = inputs["pixel_values"][0, : layout.num_tiles]
+    pixels, valid = inputs["pixel_values"][0, : layout.num_views], views(layout)
     maps = [layer.mean(1) for layer in attention_maps(pair.stock, pixels)]
     has_cls = int(tower == "CLIP")
 
     def cells(of_tokens):
-        return of_tokens[:, has_cls:].view(-1, layout.grid, layout.grid)
+        return of_tokens[:, has_cls:].view_as(valid)
 
     received = [cells(maps[layer].mean(1)) for layer in read_layers]
     with torch.no_grad():
         packed = pair.stock.get_image_features(**image_inputs(inputs)).pooler_output
     expected = {
-        "hivtp": lambda: select_hivtp(sum(received) / 2, layout.valid, settings),
-        "hiprune": lambda: select_hiprune(*received, layout.valid, settings),
-        "cls_attention": lambda: select_cls_attention(cells(maps[read_layers[0]][:, 0]), layout.valid, settings),
+        "hivtp": lambda: select_hivtp(sum(received) / 2, valid, settings),
+        "hiprune": lambda: select_hiprune(*received, valid, settings),
+        "cls_attention": lambda: select_cls_attention(cells(maps[read_layers[0]][:, 0]), valid, settings),
         "gprune": lambda: select_gprune(packed, [layout], settings),
-        "random": lambda: select_random(list(range(layout.num_tiles)), layout.valid, settings),
-        "uniform": lambda: select_uniform(layout.valid, settings),
+        "random": lambda: select_random(list(range(layout.num_views)), valid, settings),
+        "uniform": lambda: select_uniform(valid, settings),
     }[pruning["method"]]()
     assert torch.equal(features(pair, inputs).kept_indices[0], layout.kept_indices(expected))
 

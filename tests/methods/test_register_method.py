@@ -20,7 +20,7 @@ class TopRows(PruningMethod):
 
     def select(self, evidence, pruning):
         cells = evidence.valid.flatten(1)
-        kept = cells.cumsum(1) <= torch.tensor([count for layout in evidence.layouts for count in layout.group_totals])[:, None]
+        kept = cells.cumsum(1) <= torch.tensor(evidence.totals)[:, None]
         return (cells & kept).view_as(evidence.valid)
 
 

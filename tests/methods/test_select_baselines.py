@@ -16,13 +16,13 @@ pytestmark = pytest.mark.once
 RATIOS = [1, 0.9, 0.5, 1 / 3, 2 / 9, 0.1, 1 / 36, 1e-9]
 
 
-def inputs(tiles, grid, seed):
+def inputs(views, rows, columns, seed):
     """Scores with many ties, and masks from empty to full."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, 9, (tiles, grid, grid), generator=generator) / 9
-    share = torch.rand(tiles, 1, 1, generator=generator)
+    scores = torch.randint(0, 9, (views, rows, columns), generator=generator) / 9
+    share = torch.rand(views, 1, 1, generator=generator)
     share[0], share[-1] = 1, 0
-    return scores, torch.rand(tiles, grid, grid, generator=generator) < share
+    return scores, torch.rand(views, rows, columns, generator=generator) < share
 
 
 def counts(valid, ratio):
@@ -35,7 +35,7 @@ def full(tiles, grid):
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_class_attention_keeps_the_highest_scores(ratio):
-    scores, valid = inputs(5, 6, seed=2)
+    scores, valid = inputs(5, 4, 9, seed=2)
     kept = select_cls_attention(scores, valid, VisualTokenPruningConfig(method="cls_attention", retention_ratio=ratio))
     for tile, total in enumerate(counts(valid, ratio)):
         score, usable = scores[tile].flatten().tolist(), valid[tile].flatten().tolist()
@@ -45,7 +45,7 @@ def test_class_attention_keeps_the_highest_scores(ratio):
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_uniform_cells_lie_where_the_formula_puts_them(ratio):
-    _, valid = inputs(6, 7, seed=3)
+    _, valid = inputs(6, 7, 8, seed=3)
     kept = select_uniform(valid, VisualTokenPruningConfig(method="uniform", retention_ratio=ratio))
     for tile, total in enumerate(counts(valid, ratio)):
         cells = valid[tile].flatten().nonzero().flatten().tolist()
@@ -85,13 +85,13 @@ def test_the_draw_does_not_depend_on_its_surroundings(default):
 def test_random_cells_differ_by_seed_and_by_tile():
     # 2**32 - 1 and neighbours of powers of two: of a generator's seed the CPU reads 32 bits.
     seeds = [0, 1, 2**15, 2**16, 2**17, 2**31, 2**32 - 1]
-    tile_indices = [0, 1, 2, 31, 32, 33]
+    view_indices = [0, 1, 2, 31, 32, 33]
     draws = [
         kept.flatten().tolist()
         for seed in seeds
-        for kept in select_random(tile_indices, full(6, 8), VisualTokenPruningConfig(method="random", seed=seed))
+        for kept in select_random(view_indices, full(6, 8), VisualTokenPruningConfig(method="random", seed=seed))
     ]
-    assert len(set(map(tuple, draws))) == len(seeds) * len(tile_indices)
+    assert len(set(map(tuple, draws))) == len(seeds) * len(view_indices)
 
 
 def test_equal_indices_draw_equal_cells():
@@ -102,7 +102,7 @@ def test_equal_indices_draw_equal_cells():
 
 @pytest.mark.parametrize("name", ["cls_attention", "random"])
 def test_a_larger_ratio_keeps_a_superset(name):
-    scores, valid = inputs(5, 9, seed=4)
+    scores, valid = inputs(5, 9, 9, seed=4)
     smaller = torch.zeros_like(valid)
     for ratio in sorted(RATIOS):
         pruning = VisualTokenPruningConfig(method=name, retention_ratio=ratio)
@@ -122,10 +122,10 @@ def test_random_cells_are_drawn_evenly():
 
 
 @pytest.mark.parametrize(
-    ("tile_indices", "message"),
+    ("view_indices", "message"),
     [
-        ([0], "1 indices and `valid` 2 tiles"),
-        ([0, 1, 2], "3 indices and `valid` 2 tiles"),
+        ([0], "1 indices and `valid` 2 views"),
+        ([0, 1, 2], "3 indices and `valid` 2 views"),
         ([0, -1], r"\[0, -1\].*from 0 to 131071"),
         ([0, 2**17], "131072.*from 0 to 131071"),
         ([0, 1.0], r"\[0, 1.0\]"),
@@ -133,6 +133,6 @@ def test_random_cells_are_drawn_evenly():
         (2, r"2 \(int\)"),
     ],
 )
-def test_tile_indices_that_do_not_fit_are_refused(tile_indices, message):
+def test_view_indices_that_do_not_fit_are_refused(view_indices, message):
     with pytest.raises(ValueError, match=message):
-        select_random(tile_indices, full(2, 4), {"method": "random"})
+        select_random(view_indices, full(2, 4), {"method": "random"})

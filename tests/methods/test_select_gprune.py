@@ -1,5 +1,6 @@
 """G-Prune's selector: against the released code's results, and against a second one written plainly from the description."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.methods import gprune as selectors_gprune
 from hivtp_hf.methods.gprune import count_gprune, gprune_scores, propagated_mass, select_gprune
 from hivtp_hf.pruning.layout import TokenLayout
+from layouts import FIRST_TOKENS
 
 pytestmark = pytest.mark.once
 
@@ -29,7 +31,7 @@ def small_layout(size, pruning):
 
 def some_layouts(pruning):
     """Of every kind of image: LLaVA-NeXT's shapes, and LLaVA-1.5's with and without a class token."""
-    single = [TokenLayout.single_tile(4, pruning, extra_tokens=extra) for extra in (-1, 0, 1)]
+    single = [TokenLayout.single_tile(4, pruning, **FIRST_TOKENS[extra]) for extra in (-1, 0, 1)]
     return single + [small_layout(size, pruning) for size in SMALL_SIZES]
 
 
@@ -68,9 +70,9 @@ def test_published_images_are_reproduced(released, image, ratio, name):
     kept = released[name.format(image)]
     kept = kept[image][kept[image] >= 0] if ratio == 0.5 else kept
     layout = TokenLayout.from_image_size(height, width, VisualTokenPruningConfig("gprune", ratio))
-    assert (layout.tile_columns, layout.tile_rows, layout.num_stock) == (tile_columns, tile_rows, packed_length)
+    assert (layout.parts[1].across, layout.parts[1].down, layout.num_stock) == (tile_columns, tile_rows, packed_length)
     assert layout.num_newlines == rows
-    assert sum(layout.valid_per_tile[1:]) == rows * columns
+    assert sum(layout.valid_per_view[1:]) == rows * columns
     cell_of_token = layout._cell_of_token
     of_cells = torch.from_numpy(released[f"next{image}_crops"]).flatten(0, 1)[cell_of_token.clamp(min=0)]
     packed = torch.where((cell_of_token >= 0)[:, None], of_cells, NEWLINE)
@@ -95,10 +97,10 @@ def reference_scores(features, pruning):
 
 def graphs_of(layout):
     """Packed positions of the tokens of each graph."""
-    cell_of_token, per_tile = layout._cell_of_token, layout.grid**2
+    cell_of_token, per_tile = layout._cell_of_token, math.prod(layout.view_shapes[0])
     base = ((cell_of_token >= 0) & (cell_of_token < per_tile)).nonzero().flatten()
     crops = (cell_of_token >= per_tile).nonzero().flatten()
-    return [base] if layout.num_tiles == 1 else [base, crops]
+    return [base] if layout.num_views == 1 else [base, crops]
 
 
 def assert_keeps_the_best(kept_cells, features, layout, pruning):
@@ -136,7 +138,7 @@ def test_equals_the_reference(case):
     features, layouts, pruning = case
     selected = select_gprune(features, layouts, pruning)
     for image, layout, of_image in zip(
-        features, layouts, selected.split([layout.num_tiles for layout in layouts]), strict=True
+        features, layouts, selected.split([layout.num_cells for layout in layouts]), strict=True
     ):
         assert_keeps_the_best(of_image, image, layout, pruning)
 
@@ -176,7 +178,7 @@ def test_no_iterations_compare_lengths():
 def test_count_keeps_the_order_of_operations():
     pruning = VisualTokenPruningConfig("gprune", 0.35)
     layout = TokenLayout.from_image_size(400, 640, pruning)
-    assert sum(layout.valid_per_tile[1:]) == 30 * 48
+    assert sum(layout.valid_per_view[1:]) == 30 * 48
     assert int(0.35 * (30 * 48)) == 503
     assert count_gprune(layout, pruning) == layout.group_totals == (201, 504)
 
@@ -329,7 +331,7 @@ def test_never_waits_for_the_device(ratio):
     layouts = some_layouts(pruning)
     selected = select_gprune([image.to("meta") for image in random_features(layouts)], layouts, pruning)
     assert selected.device.type == "meta"
-    assert selected.shape == (sum(layout.num_tiles for layout in layouts), 4, 4)
+    assert selected.shape == (sum(layout.num_cells for layout in layouts),)
 
 
 GPRUNE = VisualTokenPruningConfig("gprune")
@@ -344,11 +346,6 @@ SINGLE = TokenLayout.single_tile(4, GPRUNE)
         ([torch.rand(16, 8), torch.rand(15, 8)], [SINGLE, SINGLE], r"`features\[1\]` is .* \(15, 8\).*\(16, hidden\)"),
         ([torch.rand(1, 16, 8)], [SINGLE], r"\(1, 16, 8\)"),
         ([torch.ones(16, 8, dtype=torch.int64)], [SINGLE], "int64.*floating point"),
-        (
-            [torch.rand(16, 8), torch.rand(9, 8)],
-            [SINGLE, TokenLayout.single_tile(3, GPRUNE)],
-            "tiles of 3 and 4 cells a side",
-        ),
     ],
 )
 def test_images_that_do_not_fit_are_refused(features, layouts, message):

@@ -63,43 +63,43 @@ def test_neighbours_of_a_corner(published_borders, expected):
     assert [tuple(cell) for cell in selected[0].nonzero().tolist()] == expected
 
 
-# The same selection a second time: one tile, lists of raster indices, no tensors.
+# The same selection a second time: one view, lists of raster indices, no tensors.
 
 
 def best(cells, scores, count):
     return sorted(cells, key=lambda cell: (-scores[cell], cell))[:count]
 
 
-def neighbours_of(cell, grid, published_borders):
+def neighbours_of(cell, shape, published_borders):
+    rows, columns = shape
     if published_borders:
-        return [min(max(cell + step, 0), grid * grid - 1) for step in (-1, 1, -grid, grid)]
-    row, column = divmod(cell, grid)
+        return [min(max(cell + step, 0), rows * columns - 1) for step in (-1, 1, -columns, columns)]
+    row, column = divmod(cell, columns)
     near = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
-    return [r * grid + c for r, c in near if 0 <= r < grid and 0 <= c < grid]
+    return [r * columns + c for r, c in near if 0 <= r < rows and 0 <= c < columns]
 
 
-def reference_tile(object_scores, deep_scores, valid, pruning):
-    """Kept cells of one tile, bool (grid, grid)."""
-    grid = len(valid)
+def reference_view(object_scores, deep_scores, valid, pruning):
+    """Kept cells of one view, bool (rows, columns)."""
     object_scores, deep_scores = object_scores.flatten().tolist(), deep_scores.flatten().tolist()
-    cells = [cell for cell in range(grid * grid) if valid.flat[cell]]
+    cells = [cell for cell in range(valid.size) if valid.flat[cell]]
     budget = min(len(cells), math.floor(pruning.retention_ratio * len(cells) + 0.5))
     kept = set(best(cells, object_scores, min(round(budget * pruning.alpha / 5), budget // 5)))
     for anchor in sorted(kept):
-        kept |= {near for near in neighbours_of(anchor, grid, pruning.published_borders) if near in cells}
+        kept |= {near for near in neighbours_of(anchor, valid.shape, pruning.published_borders) if near in cells}
     kept |= set(best([cell for cell in cells if cell not in kept], deep_scores, budget - len(kept)))
     assert len(kept) == budget
-    return np.isin(np.arange(grid * grid), sorted(kept)).reshape(grid, grid)
+    return np.isin(np.arange(valid.size), sorted(kept)).reshape(valid.shape)
 
 
 @st.composite
-def tiles_and_settings(draw):
-    grid = draw(st.integers(1, 9))
-    num_tiles = draw(st.integers(1, 3))
+def views_and_settings(draw):
+    rows, columns = draw(st.tuples(st.integers(1, 8), st.integers(1, 12)) | st.sampled_from([(1, 1), (8, 40), (40, 8), (9, 9)]))
+    num_views = draw(st.integers(1, 3))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = draw(st.sampled_from([2, 5, 10**6]))  # few levels: many ties
-    scores = random.integers(0, levels, (2, num_tiles, grid, grid)).astype(np.float32) / levels
-    valid = random.random((num_tiles, grid, grid)) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    scores = random.integers(0, levels, (2, num_views, rows, columns)).astype(np.float32) / levels
+    valid = random.random((num_views, rows, columns)) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
     pruning = VisualTokenPruningConfig(
         "hiprune",
         retention_ratio=draw(st.sampled_from([1 / 36, 1 / 18, 1 / 9, 2 / 9, 0.5, 1.0]) | st.floats(1 / 36, 1)),
@@ -110,11 +110,11 @@ def tiles_and_settings(draw):
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(tiles_and_settings())
+@given(views_and_settings())
 def test_equals_the_reference(case):
     object_scores, deep_scores, valid, pruning = case
     selected = select_hiprune(*map(torch.from_numpy, (object_scores, deep_scores, valid)), pruning).numpy()
-    expected = [reference_tile(*tile, pruning) for tile in zip(object_scores, deep_scores, valid, strict=True)]
+    expected = [reference_view(*view, pruning) for view in zip(object_scores, deep_scores, valid, strict=True)]
     assert np.array_equal(selected, np.stack(expected))
     assert not selected[~valid].any()
 

@@ -52,13 +52,13 @@ def test_floors_are_those_of_float64():
 
 
 @st.composite
-def tiles_and_settings(draw):
-    grid = draw(st.integers(2, 9))
-    num_tiles = draw(st.integers(1, 3))
+def views_and_settings(draw):
+    rows, columns = draw(st.tuples(st.integers(1, 8), st.integers(1, 12)) | st.sampled_from([(1, 1), (8, 40), (40, 8), (9, 9)]))
+    num_views = draw(st.integers(1, 3))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = draw(st.sampled_from([2, 5, 10**6]))  # few levels: many ties
-    scores = random.integers(0, levels, (num_tiles, grid, grid)).astype(np.float32) / levels
-    valid = random.random((num_tiles, grid, grid)) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    scores = random.integers(0, levels, (num_views, rows, columns)).astype(np.float32) / levels
+    valid = random.random((num_views, rows, columns)) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
     pruning = VisualTokenPruningConfig(
         retention_ratio=draw(st.none() | st.floats(0, 1, exclude_min=True)),
         global_ratio=draw(st.floats(0, 1)),
@@ -70,11 +70,11 @@ def tiles_and_settings(draw):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(tiles_and_settings())
+@given(views_and_settings())
 def test_equals_the_reference(case):
     scores, valid, pruning = case
     selected = select_hivtp(torch.from_numpy(scores), torch.from_numpy(valid), pruning).numpy()
-    expected = [hivtp_reference.select_tile(s, v, pruning) for s, v in zip(scores, valid, strict=True)]
+    expected = [hivtp_reference.select_view(s, v, pruning) for s, v in zip(scores, valid, strict=True)]
     assert np.array_equal(selected, np.stack(expected))
     totals = count_hivtp(torch.from_numpy(valid), pruning).tolist()
     assert totals == [hivtp_reference.counts(v, pruning)[2] for v in valid]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
-from hivtp_hf.methods.base import check_tiles, settings_of
+from hivtp_hf.methods.base import check_views, settings_of
 from hivtp_hf.methods.cls_attention import select_cls_attention
 from hivtp_hf.methods.hiprune import select_hiprune
 from hivtp_hf.methods.random import select_random
@@ -36,13 +36,13 @@ SELECTORS = {
 RATIOS = [1, 0.9, 0.5, 1 / 3, 2 / 9, 0.1, 1 / 36, 1e-9]
 
 
-def inputs(tiles=6, grid=7, seed=0):
+def inputs(tiles=6, shape=(7, 7), seed=0):
     """Two kinds of scores with many ties, masks from empty to full, and indices that come more than once."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, 9, (2, tiles, grid, grid), generator=generator) / 9
+    scores = torch.randint(0, 9, (2, tiles, *shape), generator=generator) / 9
     share = torch.rand(tiles, 1, 1, generator=generator)
     share[0], share[-1] = 1, 0
-    valid = torch.rand(tiles, grid, grid, generator=generator) < share
+    valid = torch.rand(tiles, *shape, generator=generator) < share
     return *scores, valid, [tile % 3 for tile in range(tiles)]
 
 
@@ -57,8 +57,8 @@ def every_selector(function):
 
 @every_selector
 def test_counts_are_exact_and_of_valid_cells(name):
-    for grid in (1, 2, 7, 24):
-        given = inputs(grid=grid, seed=grid)
+    for shape in ((1, 1), (2, 2), (1, 9), (9, 1), (7, 5), (8, 40), (24, 24)):
+        given = inputs(shape=shape, seed=shape[1])
         before = [tensor.clone() for tensor in given[:3]]
         valid = given[2]
         for ratio in RATIOS:
@@ -135,9 +135,8 @@ FULL = torch.ones(2, 4, 4, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("valid", "scores", "message"),
     [
-        (torch.ones(2, 3, 4, dtype=torch.bool), torch.rand(2, 3, 4), r"\(2, 3, 4\).*square"),
-        (torch.ones(4, 4, dtype=torch.bool), torch.rand(4, 4), r"\(4, 4\).*\(tiles, grid, grid\)"),
-        (torch.ones(1, 0, 0, dtype=torch.bool), torch.rand(1, 0, 0), "at least one cell"),
+        (torch.ones(4, 4, dtype=torch.bool), torch.rand(4, 4), r"\(4, 4\).*\(views, rows, columns\)"),
+        (torch.ones(1, 3, 0, dtype=torch.bool), torch.rand(1, 3, 0), "at least one cell"),
         (torch.ones(2, 4, 4), torch.rand(2, 4, 4), "`valid` is torch.float32; it must be bool"),
         (FULL, torch.rand(1, 4, 4), r"`scores` has shape \(1, 4, 4\) and `valid` \(2, 4, 4\)"),
         (FULL, torch.ones(2, 4, 4, dtype=torch.int64), "`scores` is torch.int64.*floating"),
@@ -147,7 +146,7 @@ FULL = torch.ones(2, 4, 4, dtype=torch.bool)
 )
 def test_tiles_that_do_not_fit(valid, scores, message):
     with pytest.raises(ValueError, match=message):
-        check_tiles(valid, scores=scores)
+        check_views(valid, scores=scores)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_shapes_lie_apart_and_inside():
 
 def test_every_pinpoint_shape_and_un_padding_occur():
     layouts = [layout_of(scene) for scene in SCENES]
-    assert {(layout.tile_rows, layout.tile_columns) for layout in layouts} == {(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)}
+    assert {(layout.parts[1].down, layout.parts[1].across) for layout in layouts} == {(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)}
     unpadded = [not bool(layout.valid.all()) for layout in layouts]
     assert 0.3 < sum(unpadded) / len(unpadded) < 1
     assert {len(scene.shapes) for scene in SCENES} == {1, 2, 3, 4, 5}

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forked import run_together
 from hivtp_hf.pruning import attention_scores as attention_reduction
-from hivtp_hf.pruning.attention_interface import ReceivedAttention, attach
+from hivtp_hf.pruning.attention_interface import CollectedAttention, attach
 from hivtp_hf.pruning.attention_scores import received_attention
 from hivtp_hf.pruning.evidence import mean_of_layers
 from nightly import mostly_nightly
@@ -68,10 +68,17 @@ def full_maps(tower, images, from_class_token=False):
 
 
 def scores(tower, tap, images, layers=LAYERS, from_class_token=False):
-    collector = ReceivedAttention(layers, from_class_token)
+    collector = CollectedAttention((), layers) if from_class_token else CollectedAttention(layers)
     with torch.no_grad():
         tap.call(tower, collector, images)
-    return mean_of_layers(collector.by_layer())
+    return mean_of_layers(by_layer(collector))
+
+
+def by_layer(collector):
+    """The scores of layers that are called once in a pass."""
+    found = collector.received() or collector.class_attention()
+    assert all(len(calls) == 1 for calls in found.values())
+    return {layer: calls[0] for layer, calls in found.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,9 +110,9 @@ def test_scores_from_the_class_token_equal_its_row(implementation, dtype):
         # Far from what all tokens attend to, so that the one is not taken for the other.
         assert float((got - scores(tower, tap, images, (layer,))).abs().max()) > 1e-3
     with torch.no_grad():
-        collector = ReceivedAttention(LAYERS, from_class_token=True)
+        collector = CollectedAttention((), LAYERS)
         assert torch.equal(tap.call(tower, collector, images).last_hidden_state, tower(images).last_hidden_state)
-    assert list(collector.by_layer()) == list(LAYERS)
+    assert list(by_layer(collector)) == list(LAYERS)
 
 
 @pytest.mark.parametrize(("vision_type", "forwards"), [("clip_vision_model", True), ("siglip_vision_model", False)])
@@ -121,7 +128,7 @@ def test_the_tower_computes_what_it_did(vision_type, implementation):
     with torch.no_grad():
         expected = stock(pixels()).last_hidden_state
         assert torch.equal(tower(pixels()).last_hidden_state, expected)
-        collector = ReceivedAttention(LAYERS)
+        collector = CollectedAttention(LAYERS)
         assert torch.equal(tap.call(tower, collector, pixels()).last_hidden_state, expected)
 
 
@@ -205,9 +212,9 @@ def test_gradients_flow_past_the_scores(vision_type):
     stock, tower = tower_of(vision_type), tower_of(vision_type)
     tap = attach(tower, 5)
     stock(pixels()).last_hidden_state.sum().backward()
-    collector = ReceivedAttention(LAYERS)
+    collector = CollectedAttention(LAYERS)
     tap.call(tower, collector, pixels()).last_hidden_state.sum().backward()
-    assert not mean_of_layers(collector.by_layer()).requires_grad
+    assert not mean_of_layers(by_layer(collector)).requires_grad
     for expected, got in zip(stock.parameters(), tower.parameters(), strict=True):
         assert (expected.grad is None and got.grad is None) or torch.equal(expected.grad, got.grad)
 

@@ -10,6 +10,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.pruning.layout import LLAVA_NEXT_PINPOINTS
+from layouts import FIRST_TOKENS
 
 pytestmark = pytest.mark.once
 
@@ -67,17 +68,19 @@ def test_indices_of_kept_cells(size, keep_newlines):
     layout = TokenLayout.from_image_size(*size, pruning)
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros_like(layout.valid)
-    for tile, total in enumerate(layout.group_totals):
-        candidates = layout.valid[tile].flatten().nonzero().flatten()
+    for of_view, valid, total in zip(layout.by_view(mask), layout.by_view(layout.valid), layout.group_totals, strict=True):
+        candidates = valid.flatten().nonzero().flatten()
         chosen = candidates[torch.randperm(len(candidates), generator=generator)[:total]]
-        mask[tile].view(-1)[chosen] = True
+        of_view.view(-1)[chosen] = True
     kept = layout.kept_indices(mask)
     assert kept.dtype == torch.int64
     assert kept.shape == (layout.num_retained,)
     assert bool((kept.diff() > 0).all())
     back = torch.zeros_like(mask)
-    back[layout.cells(kept).unbind(1)] = True
+    back[layout.cell_numbers(kept)] = True
     assert torch.equal(back, mask)
+    view, row, column = layout.cells(kept).unbind(1)
+    assert torch.equal(view * 576 + row * 24 + column, layout.cell_numbers(kept))
     assert layout.num_retained - len(layout.cells(kept)) == layout.num_newlines
     assert keep_newlines == bool(layout.num_newlines) or size == (1, 5000)
 
@@ -125,7 +128,7 @@ def test_a_repeated_size_is_remembered():
 def test_a_layout_does_not_take_on_its_first_callers_surroundings(pruning):
     with torch.device("meta"), torch.inference_mode():
         layout = TokenLayout.from_image_size(321, 654, pruning, pinpoints=[(336, 672), (672, 336)])
-        assert int(layout.valid.sum()) == len(layout.cell_positions) == sum(layout.valid_per_tile)
+        assert int(layout.valid.sum()) == len(layout.cell_positions) == sum(layout.valid_per_view)
     for tensor in (layout.valid, layout._cell_of_token):
         assert tensor.device.type == "cpu"
         assert not tensor.is_inference()
@@ -160,12 +163,12 @@ def test_bad_input_is_named(arguments, message):
 def test_counts_of_a_single_tile(grid, extra_tokens, class_tokens, more_cells):
     for ratio in (1, 0.5, 2 / 9, 1 / 9):
         pruning = VisualTokenPruningConfig(retention_ratio=ratio)
-        layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens)
+        layout = TokenLayout.single_tile(grid, pruning, **FIRST_TOKENS[extra_tokens])
         cells = grid * grid + more_cells
-        assert layout.valid.shape == (1, grid, grid)
-        assert layout.valid_per_tile == (cells,) == (int(layout.valid.sum()),)
+        assert layout.view_shapes == ((grid, grid),)
+        assert layout.valid_per_view == (cells,) == (int(layout.valid.sum()),)
         assert layout.num_stock == grid * grid + extra_tokens
-        assert (layout.num_tiles, layout.num_newlines, layout.num_class_tokens) == (1, 0, class_tokens)
+        assert (layout.num_views, layout.num_newlines, layout.num_class_tokens) == (1, 0, class_tokens)
         assert layout.group_totals == (math.floor(ratio * cells + 0.5),)
         assert layout.num_retained == sum(layout.group_totals) + class_tokens
         assert layout.keeps_everything == (ratio == 1)
@@ -174,13 +177,13 @@ def test_counts_of_a_single_tile(grid, extra_tokens, class_tokens, more_cells):
 
 def test_newlines_mean_nothing_to_a_single_tile():
     without = VisualTokenPruningConfig(retention_ratio=1, keep_newlines=False)
-    assert TokenLayout.single_tile(24, without, extra_tokens=1).keeps_everything
+    assert TokenLayout.single_tile(24, without, has_class_token=True).keeps_everything
 
 
 @pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
 def test_packed_order_of_a_single_tile(extra_tokens):
     grid = 5
-    layout = TokenLayout.single_tile(grid, VisualTokenPruningConfig(), extra_tokens=extra_tokens, image_size=(50, 100))
+    layout = TokenLayout.single_tile(grid, VisualTokenPruningConfig(), **FIRST_TOKENS[extra_tokens], image_size=(50, 100))
     everything = torch.arange(layout.num_stock)
     expected = list(itertools.product([0], range(grid), range(grid)))[1 if extra_tokens == -1 else 0 :]
     assert list(map(tuple, layout.cells(everything).tolist())) == expected
@@ -196,7 +199,7 @@ def test_packed_order_of_a_single_tile(extra_tokens):
 @pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
 def test_kept_indices_of_a_single_tile(extra_tokens, exact_count):
     pruning = VisualTokenPruningConfig(retention_ratio=0.3, exact_count=exact_count)
-    layout = TokenLayout.single_tile(6, pruning, extra_tokens=extra_tokens)
+    layout = TokenLayout.single_tile(6, pruning, **FIRST_TOKENS[extra_tokens])
     candidates = layout.valid.flatten().nonzero().flatten()
     chosen = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))]
     chosen = chosen[: layout.group_totals[0]].sort().values
@@ -240,10 +243,10 @@ def test_a_repeated_single_tile_is_remembered():
         return TokenLayout.single_tile(grid, VisualTokenPruningConfig(retention_ratio=ratio), **arguments)
 
     assert layout() is layout()
-    assert layout(extra_tokens=1) is layout(extra_tokens=1)
+    assert layout(has_class_token=True) is layout(has_class_token=True)
     sized = {"image_size": (480, 640)}
     assert layout(**sized) is layout(image_size=[480, 640], view=[0, 0, 640, 480])
-    others = [layout(), layout(25), layout(ratio=0.4), layout(extra_tokens=1), layout(**sized)]
+    others = [layout(), layout(25), layout(ratio=0.4), layout(has_class_token=True), layout(**sized)]
     others.append(layout(**sized, view=(0, 0, 480, 480)))
     assert len(set(map(id, others))) == len(others)
 
@@ -251,7 +254,7 @@ def test_a_repeated_single_tile_is_remembered():
 def test_a_single_tile_does_not_take_on_its_first_callers_surroundings():
     pruning = VisualTokenPruningConfig(retention_ratio=0.37)
     with torch.device("meta"), torch.inference_mode():
-        layout = TokenLayout.single_tile(23, pruning, extra_tokens=1, image_size=(230, 230))
+        layout = TokenLayout.single_tile(23, pruning, has_class_token=True, image_size=(230, 230))
     assert layout.valid.device.type == "cpu"
     assert not layout.valid.is_inference()
     boxes = layout.pixel_boxes(layout.kept_indices(layout.valid.clone()))
@@ -262,7 +265,7 @@ def test_a_single_tile_does_not_take_on_its_first_callers_surroundings():
 @pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
 def test_exact_indices_of_a_single_tile_never_wait_for_the_device(extra_tokens):
     # Reading a value back is impossible on the meta device, so running there shows that nothing is read.
-    layout = TokenLayout.single_tile(24, VisualTokenPruningConfig(retention_ratio=0.3), extra_tokens=extra_tokens)
+    layout = TokenLayout.single_tile(24, VisualTokenPruningConfig(retention_ratio=0.3), **FIRST_TOKENS[extra_tokens])
     kept = layout.kept_indices(torch.ones(1, 24, 24, dtype=torch.bool, device="meta"))
     assert kept.shape == (layout.num_retained,)
 
@@ -273,8 +276,9 @@ def test_exact_indices_of_a_single_tile_never_wait_for_the_device(extra_tokens):
         ({"grid": 0}, r"`grid` is 0 \(int\); it must be a whole number of cells from 1"),
         ({"grid": True}, "`grid` is True"),
         ({"grid": 363}, "`grid` is 363; 131769 cells are too many, 131072 are allowed"),
-        ({"extra_tokens": 2}, "`extra_tokens` is 2.*must be -1, 0 or 1"),
-        ({"extra_tokens": True}, "`extra_tokens` is True"),
+        ({"has_class_token": 2}, "`has_class_token` is 2.*must be True or False"),
+        ({"skips_first_cell": "yes"}, "`skips_first_cell` is 'yes'"),
+        ({"has_class_token": True, "skips_first_cell": True}, "are both True"),
         ({"image_size": 5}, "`image_size` is 5"),
         ({"image_size": (480, 6.5)}, "`width` is 6.5"),
         ({"view": "abcd"}, "`view` is 'abcd'"),
@@ -293,8 +297,8 @@ def test_the_largest_single_tile():
 
 
 def test_cells_are_counted_as_they_lie():
-    """`valid_per_tile` follows from the geometry alone; the mask is made when it is first asked for."""
+    """`valid_per_view` follows from the geometry alone; the mask is made when it is first asked for."""
     layouts = [TokenLayout.from_image_size(*size, SETTINGS[0]) for size in random_sizes(300, seed=5)]
-    layouts += [TokenLayout.single_tile(9, SETTINGS[0], extra_tokens=extra) for extra in (-1, 0, 1)]
+    layouts += [TokenLayout.single_tile(9, SETTINGS[0], **FIRST_TOKENS[extra]) for extra in (-1, 0, 1)]
     for layout in layouts:
-        assert layout.valid_per_tile == tuple(layout.valid.flatten(1).sum(1).tolist())
+        assert layout.valid_per_view == tuple(int(view.sum()) for view in layout.by_view(layout.valid))

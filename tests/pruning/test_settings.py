@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf import EncoderFacts, VisualTokenPruningConfig
 from hivtp_hf.pruning.registry import METHODS
 from tested_methods import TESTED
 
@@ -70,6 +70,10 @@ def test_which_settings_tell_the_language_model_more():
 SCORED_LAYERS = [
     ({}, [6, 7, 8]),
     ({"importance_start_layer": 0, "importance_num_layers": 2}, [0, 1]),
+    ({"importance_start_layer": 4}, [4, 5, 6]),
+    ({"importance_num_layers": 2}, [6, 7]),
+    ({"importance_layers": [9, 3, 3]}, [3, 9]),
+    ({"importance_layers": "3+9"}, [3, 9]),
     ({"method": "hiprune"}, [8, 22]),
     ({"method": "hiprune", "deep_layer": 3}, [3, 8]),
     ({"method": "hiprune", "deep_layer": 8}, [8]),
@@ -81,7 +85,29 @@ SCORED_LAYERS = [
 
 @pytest.mark.parametrize(("settings", "layers"), SCORED_LAYERS, ids=str)
 def test_scored_layers(settings, layers):
-    assert list(VisualTokenPruningConfig(**settings).scored_layers(22)) == layers
+    assert list(VisualTokenPruningConfig(**settings).scored_layers(EncoderFacts(24, 22))) == layers
+
+
+def test_layers_of_a_family_stand_where_none_are_named():
+    own = EncoderFacts(32, 31, {"importance_layers": (7, 15), "object_layer": 15})
+    for settings, layers in (
+        ({}, [7, 15]),
+        ({"importance_num_layers": 2}, [7, 8]),
+        ({"importance_layers": 3}, [3]),
+        ({"method": "hiprune"}, [15, 31]),
+        ({"method": "hiprune", "object_layer": 7}, [7, 31]),
+    ):
+        assert list(VisualTokenPruningConfig(**settings).scored_layers(own)) == layers
+
+
+def test_layers_themselves_or_the_first_and_their_number():
+    pruning = VisualTokenPruningConfig(importance_layers=[7, 15])
+    assert pruning.to_dict()["importance_layers"] == [7, 15]
+    assert (
+        VisualTokenPruningConfig.from_dict(pruning.to_dict()) == pruning == VisualTokenPruningConfig(importance_layers="7+15")
+    )
+    with pytest.raises(ValueError, match=r"`importance_layers` is \(7, 15\) .* and `importance_num_layers` 2; give the layers"):
+        pruning.replace(importance_num_layers=2)
 
 
 def test_only_methods_with_a_content_dependent_count_may_lack_an_exact_one(monkeypatch):
@@ -104,6 +130,10 @@ def test_settings_hold_to_their_ranges(method, setting):
         right = [True, False]
         wrong += [0, 1, 1.0]
         allowed = "True or False"
+    elif setting.kind is tuple:
+        right = [(0,), (3, 9)]
+        wrong = [{}, object, float("nan"), [], "", "3,9", [1.5], [True], -1, [3, -9], 10**400]
+        allowed = "encoder layers from 0"
     else:
         low, high = setting.minimum, setting.maximum
         right = [high if high is not None else 10**6]

@@ -8,6 +8,7 @@ import pytest
 
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.pruning.registry import METHODS
+from layouts import FIRST_TOKENS
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +34,7 @@ def ratios_to_try(groups):
 
 def totals_of_ratios(method, layout, ratios):
     """Cells that every ratio keeps, counted apart from the package: (ratios,)."""
-    tiles = [int(n) for n in layout.valid.flatten(1).sum(1)]
+    tiles = [int(view.sum()) for view in layout.by_view(layout.valid)]
     if method == "gprune":
         rows = layout.row_range[1] - layout.row_range[0]
         columns = layout.column_range[1] - layout.column_range[0]
@@ -45,8 +46,8 @@ def hold_budgets_against_all_ratios(method, layout_of, budgets):
     """`layout_of(pruning)` for every one of `budgets(layout)`, against the best that any ratio gives."""
     whole = layout_of(VisualTokenPruningConfig(method=method, retention_ratio=1))
     fixed = whole.num_newlines + whole.num_class_tokens
-    crops = sum(whole.valid_per_tile[1:])
-    ratios = ratios_to_try({n for n in (*whole.valid_per_tile, crops) if n})
+    crops = sum(whole.valid_per_view[1:])
+    ratios = ratios_to_try({n for n in (*whole.valid_per_view, crops) if n})
     reachable = np.unique(totals_of_ratios(method, whole, ratios)).astype(int) + fixed
     for budget in budgets(whole):
         layout = layout_of(VisualTokenPruningConfig(method=method, token_budget=budget))
@@ -89,7 +90,7 @@ def test_every_budget_of_small_tiles(method, size):
 @pytest.mark.parametrize("method", PRUNING)
 def test_every_budget_of_a_single_tile(method, grid, extra_tokens):
     hold_budgets_against_all_ratios(
-        method, lambda pruning: TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens), all_budgets
+        method, lambda pruning: TokenLayout.single_tile(grid, pruning, **FIRST_TOKENS[extra_tokens]), all_budgets
     )
 
 

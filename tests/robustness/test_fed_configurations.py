@@ -166,7 +166,7 @@ OTHER_PROCESSORS_BY_FAMILY = {
         "patches that do not divide": ({"patch_size": 9}, "the prompt has 9 .* keeps 16"),
         "three tokens that are no cells": (
             {"num_additional_image_tokens": 3},
-            "tokens, which are no square|`extra_tokens` is 2",
+            "tokens, which are no square|`num_additional_image_tokens` is 3",
         ),
     },
 }

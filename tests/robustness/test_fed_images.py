@@ -98,7 +98,7 @@ def kept_cells(bench, inputs):
     for kept in kept_indices:
         check_indices(kept, layout)
     of_images = [layout.cells(kept) for kept in kept_indices]
-    return [cells[cells[:, 0] == tile, 1:] for cells in of_images for tile in range(layout.num_tiles)]
+    return [cells[cells[:, 0] == tile, 1:] for cells in of_images for tile in range(layout.num_views)]
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)

@@ -81,7 +81,7 @@ def test_inputs_that_say_the_same_give_the_same(bench, name):
 def test_images_without_padding_between_them(bench):
     """Tiles of several images in four dimensions, as stock takes them: each image's own, none added."""
     inputs = bench.good_inputs()
-    tiles = [bench.processor.token_layout(*size).num_tiles for size in bench.sizes(inputs)]
+    tiles = [bench.processor.token_layout(*size).num_views for size in bench.sizes(inputs)]
     assert tiles[0] != tiles[1]
     packed = torch.cat([pixels[:number] for pixels, number in zip(inputs.pixel_values, tiles, strict=True)])
     logits = bench.check_model(inputs)

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from transformers import LlavaNextProcessor
 
 from fed import check_indices
-from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf import EncoderFacts, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.pruning.checked_values import LARGEST_SIDE, MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence
 from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.pruning.settings import SHARED_SETTINGS
+from layouts import FIRST_TOKENS, counts_of_groups
+
+ENCODER = EncoderFacts(24, 22)
 
 # The same examples in every run, and no deadline: what is slow on a busy machine is not wrong. Examples may be slow to make.
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -171,13 +174,18 @@ def check_pruning(pruning, given_settings):
         defaults = {"retention_ratio": None if budget else method.default_retention_ratio}
         wanted = defaults.get(field) if value is None else value
         assert stored[field] == wanted or math.isclose(stored[field], wanted)
-    layers = pruning.scored_layers(22)
+    layers = pruning.scored_layers(ENCODER)
     if method.name == "hivtp":
-        assert layers[0] == stored["importance_start_layer"]
-        assert layers[-1] - layers[0] == stored["importance_num_layers"] - 1
+        start, number = stored["importance_start_layer"], stored["importance_num_layers"]
+        assert stored["importance_layers"] is None or list(layers) == stored["importance_layers"]
+        assert stored["importance_layers"] is not None or layers[0] == (6 if start is None else start)
+        assert stored["importance_layers"] is not None or layers[-1] - layers[0] == (number or 3) - 1
     else:
         named = [stored[setting.name] for setting in method.settings if setting.is_layer]
-        assert list(layers) == sorted({22 if layer is None else layer for layer in named})
+        defaults = [8 if setting.name == "object_layer" else 22 for setting in method.settings if setting.is_layer]
+        assert list(layers) == sorted(
+            {default if layer is None else layer for layer, default in zip(named, defaults, strict=True)}
+        )
     for twin in (
         VisualTokenPruningConfig.from_dict(json.loads(json.dumps(stored))),
         VisualTokenPruningConfig.coerce(pruning),
@@ -217,32 +225,34 @@ def test_good_settings_are_taken(given_settings):
 
 def stock_counts(layout):
     """Tokens of an image of LLaVA-NeXT by stock's own formula, as (all, newlines)."""
+    grid, crops = layout.view_shapes[0][0], layout.parts[1]
     unpadded, newlines = LlavaNextProcessor._get_unpadded_features(
-        None, *layout.image_size, layout.grid, layout.grid, layout.tile_rows, layout.tile_columns
+        None, *layout.image_size, grid, grid, crops.down, crops.across
     )
-    return layout.grid**2 + unpadded + newlines, newlines
+    return grid**2 + unpadded + newlines, newlines
 
 
 def selection(layout, pruning):
-    """The cells that the method keeps of an image of equal cells, bool (tiles, grid, grid); None where that takes long."""
+    """The cells that the method keeps of an image of equal cells, bool (cells,); None where that takes long."""
     if pruning.method == "gprune":
         if layout.num_stock > 1000:  # a graph of all pairs
             return None
         pruning = pruning.replace(iterations=min(pruning.iterations, 3))
-    scores = torch.zeros(layout.valid.shape)
-    layers = [0] if pruning.method == "hivtp" else pruning.scored_layers(22)  # of hivtp there may be 10**100
-    evidence = VisualEvidence([layout], layout.valid, [torch.ones(layout.num_stock, 2)], dict.fromkeys(layers, scores), 22)
-    return METHODS[pruning.method].select(evidence, pruning)
+    layers = [0] if pruning.method == "hivtp" else pruning.scored_layers(ENCODER)  # of hivtp there may be 10**100
+    scores = dict.fromkeys(layers, torch.zeros(layout.num_cells))
+    evidence, method = (
+        VisualEvidence([layout], [torch.ones(layout.num_stock, 2)], scores, scores, ENCODER),
+        METHODS[pruning.method],
+    )
+    return evidence.ask(method, method.select, pruning)
 
 
 def check_layout(layout, pruning):
     """A layout of either family that was asked for under `pruning`."""
-    assert layout.valid.shape == (layout.num_tiles, layout.grid, layout.grid)
+    assert layout.valid.shape == (layout.num_cells,)
     assert layout.valid.dtype == torch.bool
     assert layout.valid.numel() <= MOST_CELLS
-    valid = layout.valid.flatten(1).sum(1).tolist()
-    if layout.pruning.method == "gprune" and layout.num_tiles > 1:
-        valid = [valid[0], sum(valid[1:])]
+    valid = counts_of_groups(layout, layout.cell_positions)
     assert all(0 <= total <= most for total, most in zip(layout.group_totals, valid, strict=True))
     assert layout.num_retained == sum(layout.group_totals) + layout.num_newlines + layout.num_class_tokens <= layout.num_stock
     if pruning.token_budget is None:
@@ -270,7 +280,7 @@ def check_llava_next_layout(layout, height, width, pruning):
     assert layout.image_size == (height, width)
     assert 1 <= height <= LARGEST_SIDE
     assert 1 <= width <= LARGEST_SIDE
-    assert bool(layout.valid[0].all())
+    assert bool(layout.by_view(layout.valid)[0].all())
     num_stock, newlines = stock_counts(layout)
     assert layout.num_stock == num_stock == int(layout.valid.sum()) + newlines
     assert layout.num_newlines == (newlines if layout.pruning.keep_newlines else 0)
@@ -278,7 +288,7 @@ def check_llava_next_layout(layout, height, width, pruning):
 
 
 def check_single_tile(layout, grid, extra_tokens, pruning):
-    assert (layout.grid, layout.num_tiles, layout.num_newlines) == (grid, 1, 0)
+    assert (layout.view_shapes, layout.num_newlines) == (((grid, grid),), 0)
     assert layout.num_stock == grid * grid + extra_tokens
     assert layout.num_class_tokens == max(extra_tokens, 0)
     assert int(layout.valid.sum()) == grid * grid + min(extra_tokens, 0)
@@ -322,7 +332,7 @@ def test_any_size_on_any_geometry_that_fits(height, width, given_settings, geome
 @example(1, {"token_budget": 1}, 1, (1, LARGEST_SIDE))
 def test_any_grid_of_a_single_tile(grid, given_settings, extra_tokens, image_size):
     pruning = VisualTokenPruningConfig(**given_settings)
-    layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens, image_size=image_size)
+    layout = TokenLayout.single_tile(grid, pruning, **FIRST_TOKENS[extra_tokens], image_size=image_size)
     check_single_tile(layout, grid, extra_tokens, pruning)
 
 
@@ -362,22 +372,31 @@ def test_any_arguments_of_a_layout(height, width, pruning, geometry):
 @given(
     st.integers(-2, 400) | PYTHON,
     st.one_of(GOOD_SETTINGS, NEARLY_GOOD, PYTHON),
-    st.integers(-3, 3) | PYTHON,
+    st.booleans() | PYTHON,
+    st.booleans() | PYTHON,
     st.none() | st.tuples(ODD_SIDES, ODD_SIDES) | PYTHON,
     st.none() | st.tuples(FLOATS, FLOATS, FLOATS, FLOATS) | PYTHON,
 )
-@example(363, {}, 0, None, None)
-@example(10**400, {}, 0, None, None)
-@example(8, {}, 0, (10**400, 1), None)
-@example(8, {}, 0, (10, 10), (0, 0, float("nan"), 1))
-@example(8, {}, 0, (10, 10), (5, 0, 4, 1))
-def test_any_arguments_of_a_single_tile(grid, pruning, extra_tokens, image_size, view):
+@example(363, {}, False, False, None, None)
+@example(10**400, {}, False, False, None, None)
+@example(8, {}, True, True, None, None)
+@example(8, {}, False, False, (10**400, 1), None)
+@example(8, {}, False, False, (10, 10), (0, 0, float("nan"), 1))
+@example(8, {}, False, False, (10, 10), (5, 0, 4, 1))
+def test_any_arguments_of_a_single_tile(grid, pruning, has_class_token, skips_first_cell, image_size, view):
     try:
-        layout = TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens, image_size=image_size, view=view)
+        layout = TokenLayout.single_tile(
+            grid,
+            pruning,
+            has_class_token=has_class_token,
+            skips_first_cell=skips_first_cell,
+            image_size=image_size,
+            view=view,
+        )
     except ValueError as error:
         check_message(error)
     else:
-        check_single_tile(layout, int(grid), extra_tokens, VisualTokenPruningConfig.coerce(pruning))
+        check_single_tile(layout, int(grid), has_class_token - skips_first_cell, VisualTokenPruningConfig.coerce(pruning))
 
 
 def test_more_cells_than_memory_has_room_for():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES
+from layouts import counts_of_groups
 from tiny_models import LOW_RATIO, Twins, image_inputs, photo, twins
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
@@ -175,9 +176,5 @@ def check_indices(kept: Tensor, layout: Any) -> None:
     assert bool((kept.diff() > 0).all())
     assert int(kept[0]) >= 0
     assert int(kept[-1]) < layout.num_stock
-    tile, row, column = layout.cells(kept).unbind(1)
-    assert bool(layout.valid[tile, row, column].all())
-    of_tiles = tile.bincount(minlength=layout.num_tiles).tolist()
-    if layout.pruning.method == "gprune" and layout.num_tiles > 1:
-        of_tiles = [of_tiles[0], sum(of_tiles[1:])]
-    assert of_tiles == list(layout.group_totals)
+    assert bool(layout.valid[layout.cell_numbers(kept)].all())
+    assert counts_of_groups(layout, kept) == layout.group_totals

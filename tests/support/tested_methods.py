@@ -17,8 +17,9 @@ class Tested(NamedTuple):
     small: dict[str, Any] = {}  # noqa: RUF012  (read only)
 
 
-_HIVTP = {"global_ratio": 0.25, "local_window": 2, "regions": 2, "importance_start_layer": 6, "importance_num_layers": 3}
-_HIPRUNE = {"alpha": 0.1, "object_layer": 8, "deep_layer": None, "published_borders": False}
+_LAYERS = {"importance_start_layer": None, "importance_num_layers": None, "importance_layers": None}
+_HIVTP = {"global_ratio": 0.25, "local_window": 2, "regions": 2, **_LAYERS}
+_HIPRUNE = {"alpha": 0.1, "object_layer": None, "deep_layer": None, "published_borders": False}
 
 _KNOWN = {
     "hivtp": Tested(_HIVTP),

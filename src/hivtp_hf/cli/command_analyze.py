@@ -59,7 +59,7 @@ def analyze(
     processor, model = source.load_processor(keep_all), source.load_model(keep_all, **placed)
     found = dispersion_by_layer(model, processor, (read_image(path, _UNDONE) for path in images), top_share)
     layers = range(len(found.received))
-    scored = [layer for layer in layers if layer in settings.scored_layers(found.feature_layer)]
+    scored = [layer for layer in layers if layer in settings.scored_layers(model.model.encoder_facts())]
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

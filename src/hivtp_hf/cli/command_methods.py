@@ -79,8 +79,7 @@ def _page() -> Iterator[str]:
 
 def _settings_table(settings: Iterable[Setting]) -> Iterator[str]:
     rows = (
-        [f"`{setting.name}`", setting.kind.__name__, f"`{setting.default}`", setting.range, setting.meaning]
-        for setting in settings
+        [f"`{setting.name}`", setting.kind_name, f"`{setting.default}`", setting.range, setting.meaning] for setting in settings
     )
     return _markdown_table(["setting", "type", "default", "range", "meaning"], rows)
 

@@ -20,7 +20,8 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         for setting in settings:
             default = "" if setting.default is None else f" Default: {setting.default}."
             meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}.{default}"
-            options[setting.name] = _option(setting.name, setting.kind, meaning, panel)
+            kind = str if setting.kind is tuple else setting.kind
+            options[setting.name] = _option(setting.name, kind, meaning, panel)
 
     def run(**arguments: Any) -> Any:
         pruning = {name: value for name in options if (value := arguments.pop(name)) is not None}

@@ -13,6 +13,7 @@ from ..checkpoints.placing import checked_device
 from ..figures.plotting import can_plot
 from ..files import atomic_write
 from ..pruning.evidence import Evidence
+from ..pruning.features import check_pruning_fits_encoder
 from ..pruning.settings import VisualTokenPruningConfig
 from .answering import PartWork
 from .data import RULE, EvaluationData, load_data
@@ -213,6 +214,6 @@ def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) ->
     """A ValueError where some method's settings do not fit the vision tower."""
     for method, pruning in settings.items():
         try:
-            base._feature_layer_and_evidence(pruning, {})
+            check_pruning_fits_encoder(pruning, base.encoder_facts(), base.provided_evidence)
         except ValueError as error:
             raise ValueError(f"{error} Here: `--set {method}.NAME=VALUE`, or leave {method} out of `--methods`.") from error

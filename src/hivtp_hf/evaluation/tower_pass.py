@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import wanting_features_only, without_unread_layers
-from ..pruning.features import prune_features, weigh_features
+from ..pruning.features import choose, cut, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
 from ..pruning.places_and_weights import PlacesAndWeights, places_of_images
@@ -71,7 +71,8 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
     """
     kept_of_images = []
     evidence = seen.evidence(layouts[0].pruning, layouts)
-    all_features, all_kept = prune_features(evidence)
+    all_kept = choose(evidence)
+    all_features = cut(seen.features, all_kept, layouts)
     log_weights: Sequence[Tensor | None] = weigh_features(evidence, all_kept) or [None] * len(layouts)
     for features, kept, weights, layout in zip(all_features, all_kept, log_weights, layouts, strict=True):
         patches = check_kept_indices(kept, layout)
@@ -87,7 +88,7 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
 
 def base_tile_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
     """The base tile of every image of LLaVA-NeXT, which stock packs first: no crop, no newline."""
-    cells = [layout.grid * layout.grid for layout in layouts]
+    cells = [layout.valid_per_view[0] for layout in layouts]
     return [KeptTokens(features[:number], number, 0) for features, number in zip(seen.features, cells, strict=True)]
 
 
@@ -117,12 +118,15 @@ def shrunken_layout(stock: TokenLayout, grid: int, patch_size: int) -> TokenLayo
         grid: cells per side of a shrunken tile.
         patch_size: side of a cell in pixels.
     """
-    if stock.num_tiles == 1:
-        return TokenLayout.single_tile(grid, _UNPRUNED, extra_tokens=stock.num_stock - stock.grid**2)
+    if stock.num_views == 1:
+        return TokenLayout.single_tile(
+            grid, _UNPRUNED, has_class_token=stock.has_class_token, skips_first_cell=stock.skips_first_cell
+        )
     height, width = stock.image_size or (0, 0)
     tile_size = grid * patch_size
     # The crops of the image as it was, whichever ones its size would choose among smaller tiles.
-    pinpoint = stock.tile_rows * tile_size, stock.tile_columns * tile_size
+    crops = stock.parts[1]
+    pinpoint = crops.down * tile_size, crops.across * tile_size
     return TokenLayout.from_image_size(
         height, width, _UNPRUNED, tile_size=tile_size, patch_size=patch_size, pinpoints=[pinpoint]
     )
@@ -145,13 +149,13 @@ def shrunken_tokens(model: Any, inputs: Mapping[str, Any], stock: Sequence[Token
     patch_size = base.config.vision_config.patch_size
     pixels = inputs["pixel_values"]
     if pixels.ndim == 5:  # images with fewer tiles are padded
-        pixels = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixels, stock, strict=True)])
+        pixels = torch.cat([tiles[: layout.num_views] for tiles, layout in zip(pixels, stock, strict=True)])
     features = _features_of_tiles(base, _resized(pixels, grid * patch_size))
-    images = features.split([layout.num_tiles for layout in stock])
+    images = features.split([layout.num_views for layout in stock])
     kept = []
     for tiles, layout in zip(images, stock, strict=True):
         shrunken = shrunken_layout(layout, grid, patch_size)
-        packed = tiles[0] if shrunken.num_tiles == 1 else _packed(tiles, shrunken, base.image_newline)
+        packed = tiles[0] if shrunken.num_views == 1 else _packed(tiles, shrunken, base.image_newline)
         patches = shrunken.num_stock - shrunken.num_newlines - shrunken.num_class_tokens
         kept.append(KeptTokens(packed, patches, shrunken.num_newlines))
     return kept
@@ -178,8 +182,7 @@ def _packed(tiles: Tensor, layout: TokenLayout, newline: Tensor) -> Tensor:
     """The features of an image's tiles (tiles, cells, hidden) in the order in which stock packs them."""
     packed = newline.to(tiles).expand(layout.num_stock, -1).clone()
     positions = layout.cell_positions
-    tile, row, column = layout.cells(positions).unbind(1)
-    packed[positions.to(packed.device)] = tiles[tile, row * layout.grid + column]
+    packed[positions.to(packed.device)] = tiles.flatten(0, 1)[layout.cell_numbers(positions).to(tiles.device)]
     return packed
 
 

@@ -193,4 +193,6 @@ def _value(text: str, name: str, value: str) -> Any:
             return kind(value)
         except ValueError:
             continue
-    raise ValueError(f"`--set` is {text!r}; a value must be a number, true, false or none.")
+    if "+" in value:  # layers, which their setting checks
+        return value
+    raise ValueError(f"`--set` is {text!r}; a value must be a number, layers such as 7+15, true, false or none.")

@@ -14,24 +14,26 @@ How the families here answer, LLaVA-1.5 and LLaVA-NeXT, and how two that are to 
 * `processor_layout`. LLaVA: from `crop_size` and the original image. OneVision: the same. Qwen: from `smart_resize` of it.
 * `encoder`, `num_layers`, `feature_layer`. LLaVA and OneVision: `vision_tower`, and the hidden state that
   `vision_feature_layer` names. Qwen: `visual`, whose last block's output is merged 2 x 2.
-* `cell_scores`. LLaVA: the class token's column goes. OneVision: scores are packed as stock packs features, and
-  resampled with them. Qwen: the mean of every 2 x 2 patches, brought back from the order of windows.
-* `provides`. LLaVA: received and class attention, features. OneVision: no class attention. Qwen: received attention of the full
-  blocks alone, as inside a window it sums to 1, whatever the window shows.
+* `cell_scores`. LLaVA: one call of the layer, the class token's column goes. OneVision: scores are packed as stock packs
+  features, and resampled with them. Qwen: a call for every segment, the mean of every 2 x 2 patches, and then brought back
+  from the order of windows.
+* `provides`, `comparable_layers`. LLaVA: received and class attention, features; all layers. OneVision: no class attention.
+  Qwen: received attention of the full blocks alone, as inside a window it sums to 1, whatever the window shows.
+* `streams`. LLaVA, OneVision and Qwen2.5-VL: features. Qwen3-VL: DeepStack features as well.
 * Positions follow the sequence in all LLaVA families. Qwen's are cut with the tokens, where its `get_rope_index` makes them.
 
-Where a family to come needs what nobody here needs yet (rectangles, several streams, positions), the contract grows by a method
-with a default that is right for the families here.
+Where a family to come needs what nobody here needs yet (positions of its own), the contract grows by a method with a default
+that is right for the families here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from ..methods import register_methods
-from ..pruning.evidence import Evidence
+from ..pruning.evidence import EncoderFacts, Evidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import VisualTokenPruningConfig
 
@@ -59,6 +61,10 @@ class Family(ABC):
         provides: the kinds of evidence that its published towers have.
         image_inputs: the arguments that say what the images of a call are, pixels first.
         feature_arguments: the arguments that say how features are made of them.
+        streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
+            are cut together.
+        default_layers: what settings that name encoder layers mean in this family where nothing is given, by their names;
+            methods know what they mean elsewhere.
     """
 
     name: ClassVar[str]
@@ -66,6 +72,8 @@ class Family(ABC):
     provides: ClassVar[frozenset[Evidence]]
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
+    streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
+    default_layers: ClassVar[Mapping[str, Any]] = {}
 
     # What it is made of.
 
@@ -92,6 +100,15 @@ class Family(ABC):
     @abstractmethod
     def feature_layer(self, config: Any, arguments: Mapping[str, Any]) -> int:
         """The encoder layer, 0-based, whose output is the visual feature; -1 where that is what enters the first layer."""
+
+    def comparable_layers(self, config: Any) -> Collection[int] | None:
+        """The encoder layers whose attention compares cells of a whole image; None, the default, for all."""
+        return None
+
+    def encoder_facts(self, config: Any, arguments: Mapping[str, Any]) -> EncoderFacts:
+        """What methods must know of the encoder to say which layers they read."""
+        layer = self.feature_layer(config, arguments)
+        return EncoderFacts(self.num_layers(config), layer, self.default_layers, self.comparable_layers(config))
 
     def provided_by(self, model: Any) -> frozenset[Evidence]:
         """The kinds of evidence that this very model has; towers of one family may differ."""
@@ -132,8 +149,13 @@ class Family(ABC):
         """A ValueError where the pixels of a call are not those of images that lie so."""
 
     @abstractmethod
-    def cell_scores(self, scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
-        """The attention of the tokens of an encoder as that of cells: float32 (tiles of all images, grid, grid).
+    def cell_scores(self, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
+        """The attention of the tokens of an encoder as that of cells: float32 (cells of all images,), in the order of views.
+
+        Args:
+            scores: of every call of the layer in one pass float32 (sequences, tokens). An encoder that packs images into one
+                sequence calls it for each segment.
+            layouts: of every image.
 
         Raises:
             ValueError: where scores are not of images that lie so.

@@ -61,9 +61,8 @@ class LlavaFamily(LlavaTowersFamily):
         if strategy not in ("default", "full"):
             raise ValueError(f"`vision_feature_select_strategy` is {strategy!r}; it must be 'default' or 'full'.")
         vision = model.config.vision_config
-        # "default" drops the first token, whether or not it is a class token.
-        extra_tokens = int(has_class_token(model)) - (strategy == "default")
-        return TokenLayout.single_tile(vision.image_size // vision.patch_size, pruning, extra_tokens=extra_tokens)
+        first = first_tokens(int(has_class_token(model)), strategy)
+        return TokenLayout.single_tile(vision.image_size // vision.patch_size, pruning, **first)
 
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
         """Nothing more: there are as many layouts as there are tiles."""
@@ -74,7 +73,7 @@ class LlavaFamily(LlavaTowersFamily):
         return TokenLayout.single_tile(
             grid,
             pruning,
-            extra_tokens=processor.extra_tokens(),
+            **processor.first_tokens(),
             image_size=(height, width),
             view=processor.view(height, width, tile_size, grid * processor.patch_size),
         )
@@ -83,7 +82,7 @@ class LlavaFamily(LlavaTowersFamily):
         self, processor: Any, inputs: Mapping[str, Any], prunings: Sequence[VisualTokenPruningConfig]
     ) -> list[TokenLayout]:
         grid = inputs["pixel_values"][0].shape[-1] // processor.patch_size
-        return [TokenLayout.single_tile(grid, pruning, extra_tokens=processor.extra_tokens()) for pruning in prunings]
+        return [TokenLayout.single_tile(grid, pruning, **processor.first_tokens()) for pruning in prunings]
 
     def tiny_image_processor(self, config: Any) -> dict[str, Any]:
         square = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
@@ -91,6 +90,25 @@ class LlavaFamily(LlavaTowersFamily):
             resized = {"size": {"shortest_edge": square["height"]}, "crop_size": square}
             return {"image_processor_type": "CLIPImageProcessor", **resized}
         return {"image_processor_type": "SiglipImageProcessor", "size": square}
+
+
+def first_tokens(num_class_tokens: int, strategy: str) -> dict[str, bool]:
+    """How stock's packed sequence begins, as keywords of `TokenLayout.single_tile`.
+
+    Args:
+        num_class_tokens: how many tokens the tower puts before the cells.
+        strategy: `vision_feature_select_strategy`; "default" drops the first token, whether or not it is a class token.
+
+    Raises:
+        ValueError: for more than one class token.
+    """
+    extra_tokens = num_class_tokens - (strategy == "default")
+    if extra_tokens not in (-1, 0, 1):
+        raise ValueError(
+            f"`num_additional_image_tokens` is {num_class_tokens!r}; pruning knows towers with one class token or none, so it "
+            "must be 1 or 0."
+        )
+    return {"has_class_token": extra_tokens == 1, "skips_first_cell": extra_tokens == -1}
 
 
 class HIVTPLlavaConfig(PrunedConfigMixin, LlavaConfig):
@@ -150,18 +168,19 @@ class HIVTPLlavaProcessor(LlavaTowersProcessorMixin, LlavaProcessor):
 
     def _layout_of_count(self, num_stock: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
         """The layout of an image that stock gives `num_stock` placeholders."""
-        extra_tokens = self.extra_tokens()
-        grid = math.isqrt(max(num_stock - extra_tokens, 0))
-        if grid * grid != num_stock - extra_tokens:
+        first = self.first_tokens()
+        num_cells = num_stock - first["has_class_token"] + first["skips_first_cell"]
+        grid = math.isqrt(max(num_cells, 0))
+        if grid * grid != num_cells:
             raise ValueError(
                 f"an image makes {num_stock} tokens, which are no square of cells; pruning needs square images. Let the image "
                 "processor crop or resize them to a square (`crop_size`, `size`)."
             )
-        return TokenLayout.single_tile(grid, pruning, extra_tokens=extra_tokens)
+        return TokenLayout.single_tile(grid, pruning, **first)
 
-    def extra_tokens(self) -> int:
-        """What the stock sequence has beyond one token per cell, as for `TokenLayout.single_tile`."""
-        return self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
+    def first_tokens(self) -> dict[str, bool]:
+        """How the packed sequence begins, as keywords of `TokenLayout.single_tile`."""
+        return first_tokens(self.num_additional_image_tokens, self.vision_feature_select_strategy)
 
     def view(self, height: int, width: int, tile_size: int, cells_side: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom, in pixels of the image, of what the cells show; `cells_side` in pixels of the tile."""

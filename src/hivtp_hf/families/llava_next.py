@@ -64,7 +64,7 @@ class LlavaNextFamily(LlavaTowersFamily):
         )
 
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
-        pixel_values, tiles = arguments["pixel_values"], [layout.num_tiles for layout in layouts]
+        pixel_values, tiles = arguments["pixel_values"], [layout.num_views for layout in layouts]
         if pixel_values.ndim == 5 and (pixel_values.shape[0] != len(tiles) or pixel_values.shape[1] < max(tiles, default=0)):
             raise ValueError(
                 f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "

@@ -1,8 +1,10 @@
 """What LLaVA families share: an encoder that sees square tiles one by one, and features that are a hidden state of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..pruning.compat import side_of
@@ -44,15 +46,16 @@ class LlavaTowersFamily(Family):
         feature_layer = feature_argument(config, arguments, "vision_feature_layer")
         return without_unread_layers(stock, config.vision_config, feature_layer, layers)
 
-    def cell_scores(self, scores: Tensor, layouts: Sequence[TokenLayout]) -> Tensor:
-        grid, tiles = layouts[0].grid, sum(layout.num_tiles for layout in layouts)
-        extra_tokens = scores.shape[1] - grid * grid
-        if scores.shape[0] != tiles or extra_tokens not in (0, 1):
+    def cell_scores(self, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
+        of_tiles = torch.cat(list(scores)) if len(scores) > 1 else scores[0]
+        cells, tiles = math.prod(layouts[0].view_shapes[0]), sum(layout.num_views for layout in layouts)
+        class_tokens = of_tiles.shape[1] - cells
+        if of_tiles.shape[0] != tiles or class_tokens not in (0, 1):
             raise ValueError(
-                f"the vision tower scored {scores.shape[0]} tiles of {scores.shape[1]} tokens; the images need {tiles} tiles "
-                f"of {grid * grid} cells, with or without a class token. Check `image_sizes` and the tower's image size."
+                f"the vision tower scored {of_tiles.shape[0]} tiles of {of_tiles.shape[1]} tokens; the images need {tiles} "
+                f"tiles of {cells} cells, with or without a class token. Check `image_sizes` and the tower's image size."
             )
-        return scores[:, extra_tokens:].view(-1, grid, grid)
+        return of_tiles[:, class_tokens:].flatten()
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}

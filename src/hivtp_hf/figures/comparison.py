@@ -57,7 +57,7 @@ def draw_comparison(
                 continue
             layout, kept_indices = shown
             kept_indices = checked_arguments(image, layout, kept_indices)
-            tiles = range(1, layout.num_tiles) if layout.num_tiles > 1 else range(1)
+            tiles = range(1, layout.num_views) if layout.num_views > 1 else range(1)
             panel, _, _ = draw_tiles(image, layout, kept_indices, tiles, PANEL_SIDE)
             top = CAPTION_HEIGHT + step_down * row_number
             caption = f"{len(kept_indices)} of {layout.num_stock} tokens"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..methods.base import check_tiles
+from ..methods.base import check_views
 from ..methods.ranking import descending_rank, keep_best, rounded_share
 from ..pruning.checked_values import checked_number
 from .plotting import DPI, check_finite, check_matplotlib
@@ -64,11 +64,11 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
         # At a ratio of 1, as a token budget among the settings may be too small for an image.
         inputs = processor(images=image, text=processor.image_token, retention_ratio=1.0, return_tensors="pt").to(model.device)
         look = model.look(inputs, layers=range(depth))
-        valid = torch.cat([layout.valid for layout in look.layouts({"method": "none"})])
-        kinds = (look.received, look.class_attention)
-        scores = [kind[layer].cpu() for kind in kinds for layer in sorted(kind)]
-        chosen = [most_attended_cells(of_layer, valid, top_share) for of_layer in scores]
-        found.append(torch.stack([mean_pairwise_distance(cells) for cells in (valid, *chosen)]))
+        (layout,) = look.layouts({"method": "none"})
+        scores = [kind[layer].cpu() for kind in (look.received, look.class_attention) for layer in sorted(kind)]
+        for valid, *of_layers in zip(*map(layout.by_view, (layout.valid, *scores)), strict=True):
+            chosen = [most_attended_cells(of_layer[None], valid[None], top_share) for of_layer in of_layers]
+            found.append(torch.stack([mean_pairwise_distance(cells) for cells in (valid[None], *chosen)]))
     if not found:
         raise ValueError("`images` holds no image; give at least one.")
     distances = torch.cat(found, dim=1)
@@ -80,7 +80,7 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
             "patches."
         )
     at_random, *means = distances.mean(1).tolist()
-    return Dispersion(means[:depth], means[depth:] or None, at_random, look.feature_layer, top_share, num_tiles)
+    return Dispersion(means[:depth], means[depth:] or None, at_random, look.encoder.feature_layer, top_share, num_tiles)
 
 
 def checked_share(value: Any) -> float:
@@ -92,20 +92,20 @@ def checked_share(value: Any) -> float:
 
 
 def most_attended_cells(scores: Tensor, valid: Tensor, top_share: float) -> Tensor:
-    """The share of every tile's valid cells that has the highest scores, bool (tiles, grid, grid).
+    """The share of every view's valid cells that has the highest scores, bool (views, rows, columns).
 
-    Their number is rounded, halves up; it is 2 at least, as one cell has no distance, where a tile has as many. Equal scores
+    Their number is rounded, halves up; it is 2 at least, as one cell has no distance, where a view has as many. Equal scores
     go to the lower raster index.
 
     Args:
-        scores: floating point (tiles, grid, grid), compared in float32; those of cells that are not valid are ignored.
-        valid: bool (tiles, grid, grid).
+        scores: floating point (views, rows, columns), compared in float32; those of cells that are not valid are ignored.
+        valid: bool (views, rows, columns).
         top_share: of the valid cells, above 0 and below 1.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit, a share out of range, and scores of valid cells that are not finite.
     """
-    check_tiles(valid, scores=scores)
+    check_views(valid, scores=scores)
     top_share = checked_share(top_share)
     check_finite(scores, valid)
     cells = valid.flatten(1)
@@ -116,11 +116,11 @@ def most_attended_cells(scores: Tensor, valid: Tensor, top_share: float) -> Tens
 
 
 def mean_pairwise_distance(chosen: Tensor) -> Tensor:
-    """The mean Euclidean distance of all pairs of chosen cells, bool (tiles, grid, grid): float64 (tiles,), in cells.
+    """The mean Euclidean distance of all pairs of chosen cells, bool (views, rows, columns): float64 (views,), in cells.
 
-    NaN for tiles with fewer than two chosen cells. Of all valid cells, it is the expectation for cells chosen at random.
+    NaN for views with fewer than two chosen cells. Of all valid cells, it is the expectation for cells chosen at random.
     """
-    return torch.stack([torch.pdist(tile.nonzero().double()).mean() for tile in chosen])
+    return torch.stack([torch.pdist(view.nonzero().double()).mean() for view in chosen])
 
 
 def plot_dispersion(dispersion: Dispersion, scored: Collection[int] = ()) -> "Figure":

@@ -14,7 +14,7 @@ class ImageChoice(NamedTuple):
 
     Attributes:
         kept_indices: int64 (n,), ascending positions in the packed sequence, newlines included.
-        scores: float32 (tiles, grid, grid), the scores by which the method ranks cells, base tile first, on the CPU; NaN
+        scores: float32 (cells,), the scores by which the method ranks cells, view by view, on the CPU; NaN
             where a method scores no cell. None for a method that looks at nothing.
     """
 
@@ -28,15 +28,15 @@ def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) 
 
     Args:
         model: a pruned model with a language modelling head, such as `HIVTPLlavaNextForConditionalGeneration`.
-        inputs: what the processor returned for the image: `pixel_values`, and `image_sizes` for LLaVA-NeXT.
+        inputs: what the processor returned for the image.
         layout: of the image, `processor.token_layout(image.height, image.width)`. Its settings rule, not the model's.
 
     Raises:
         ValueError: for inputs of several images, and for settings or a layout that do not fit the model.
     """
-    if len(inputs["pixel_values"]) != 1:
-        raise ValueError(f"`inputs` holds {len(inputs['pixel_values'])} images; give one at a time.")
     look = model.look(inputs, [layout.pruning])
+    if len(look.features) != 1:
+        raise ValueError(f"`inputs` holds {len(look.features)} images; give one at a time.")
     _, (kept_indices,) = look.kept(layout.pruning, [layout])
     importance = look.importance(layout.pruning, [layout])
     return ImageChoice(kept_indices, None if importance is None else importance.float().cpu())

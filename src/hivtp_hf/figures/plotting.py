@@ -37,7 +37,7 @@ def check_matplotlib() -> None:
 
 
 def check_finite(scores: Tensor, valid: Tensor) -> None:
-    """A ValueError where scores of valid cells are not finite; both (tiles, grid, grid)."""
+    """A ValueError where scores of valid cells are not finite; both of one shape."""
     wrong = int((valid & ~scores.isfinite()).sum())
     if wrong:
         raise ValueError(

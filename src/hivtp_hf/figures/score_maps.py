@@ -5,7 +5,7 @@ Needs matplotlib.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,11 @@ _TILE_BORDER = (255, 255, 255)
 
 def _note_of_hivtp(pruning: Any) -> str:
     first, number = pruning.importance_start_layer, pruning.importance_num_layers
-    return f"layer {first}" if number == 1 else f"mean of layers {first} to {first + number - 1}"
+    if pruning.importance_layers is not None:
+        return f"mean of layers {', '.join(map(str, pruning.importance_layers))}"
+    if first is None and number is None:
+        return "mean of middle layers"
+    return f"mean of {number or 3} layers from {'a middle one' if first is None else first} on"
 
 
 def _note_of_layer(layer: int | None) -> str:
@@ -84,7 +88,7 @@ def plot_kept_cells(
         layout: the layout of its size, `processor.token_layout(image.height, image.width)`.
         kept_indices: int64 (n,) on any device, positions in the packed sequence: `choice_of_image(...).kept_indices` or
             `model.model.get_image_features(...).kept_indices[i]`.
-        scores: floating point (tiles, grid, grid) on any device, base tile first, as `choice_of_image(...).scores`; what it
+        scores: floating point (cells,) on any device, view by view, as `choice_of_image(...).scores`; what it
             holds for cells that the stock model does not use is ignored. None leaves the map out.
         title: in place of the method, its ratio and the number of tokens; "" for none.
 
@@ -128,8 +132,9 @@ class _Scale(NamedTuple):
         return self.highest > _WIDE_RANGE * self.lowest
 
 
-def _scale(values: np.ndarray) -> _Scale:
-    """The scale for scores (tiles, grid, grid), NaN where there are none."""
+def _scale(views: Sequence[np.ndarray]) -> _Scale:
+    """The scale for scores of some views, NaN where there are none."""
+    values = np.concatenate([view.ravel() for view in views])
     found = values[~np.isnan(values)]
     if not len(found):  # un-padding leaves nothing of the crops of a very narrow image
         return _Scale(1.0, 1.0, False, False)
@@ -156,24 +161,24 @@ def _title_of(layout: TokenLayout, kept_indices: Tensor) -> str:
     return f"{', '.join(words)}: {count}{', with ' if others else ''}{' and '.join(others)})"
 
 
-def _checked_scores(scores: Any, layout: TokenLayout) -> np.ndarray:
-    """The scores as float64 (tiles, grid, grid), NaN where the stock model uses no cell."""
-    shape = tuple(layout.valid.shape)
+def _checked_scores(scores: Any, layout: TokenLayout) -> list[np.ndarray]:
+    """The scores of every view as float64 (rows, columns), NaN where the stock model uses no cell."""
+    shape = (layout.num_cells,)
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point or tuple(scores.shape) != shape:
         given = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"`scores` is {given}; it must be a floating-point tensor of shape {shape}, (tiles, grid, grid) of this layout. "
+            f"`scores` is {given}; it must be a floating-point tensor of shape {shape}, one for each cell of this layout. "
             "Pass `choice_of_image(...).scores` of the same image."
         )
     scores = scores.detach().cpu().double()
     check_finite(scores, layout.valid)
-    return scores.masked_fill(~layout.valid, math.nan).numpy()
+    return [view.numpy() for view in layout.by_view(scores.masked_fill(~layout.valid, math.nan))]
 
 
 def _score_panel(
     image: Image.Image,
     layout: TokenLayout,
-    values: np.ndarray,
+    values: Sequence[np.ndarray],
     name: str,
     tiles: range,
     scale: _Scale,
@@ -192,7 +197,7 @@ def _score_panel(
     score_of_pixel = np.full(grey.shape[:2], math.nan)
     cells, boxes = boxes_of_tiles(layout, torch.arange(layout.num_stock), tiles, image.size, size)
     for (tile, row, column), (left, top, right, bottom) in zip(cells.tolist(), boxes.tolist(), strict=True):
-        score_of_pixel[top:bottom, left:right] = values[tile, row, column]
+        score_of_pixel[top:bottom, left:right] = values[tile][row, column]
 
     lowest, highest = scale.lowest, scale.highest
     norm = functools.partial(LogNorm if logarithmic else Normalize, lowest, highest)

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import Evidence, VisualEvidence
+from ..pruning.evidence import EncoderFacts, Evidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import Setting, VisualTokenPruningConfig
-from .ranking import share_of_tiles
+from .ranking import share_of_views
 
 
 class PruningMethod(ABC):
@@ -32,6 +32,9 @@ class PruningMethod(ABC):
         content_dependent_count: whether its published selection keeps a number that depends on the image's content, so that
             `exact_count=False` means something.
         knows_inclusion: whether it says how likely a cell is to be kept, so that `token_weights="inclusion"` means something.
+        group: among which cells it chooses. "view": those of one view, so it is given `ViewEvidence`, views of one shape at a
+            time, and answers with (views, rows, columns). "image": those of a whole image, so it is given `VisualEvidence`, and
+            answers with (cells of all images,).
     """
 
     name: ClassVar[str]
@@ -43,47 +46,51 @@ class PruningMethod(ABC):
     keeps_everything: ClassVar[bool] = False
     content_dependent_count: ClassVar[bool] = False
     knows_inclusion: ClassVar[bool] = False
+    group: ClassVar[str] = "view"
+
+    def check_settings(self, pruning: VisualTokenPruningConfig) -> None:  # noqa: B027  (most have nothing to add)
+        """Refuses settings, each in its range, that contradict each other: a ValueError."""
 
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
         """The kinds of evidence that it needs: sets that would each do, best first. By default it looks at nothing."""
         return (frozenset(),)
 
-    def layers(self, pruning: VisualTokenPruningConfig, feature_layer: int) -> Sequence[int]:
+    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
         """The encoder layers, 0-based and ascending, whose attention it reads; none by default.
 
         Lazy where settings bound it, such as a range: it is asked for before they are held against an encoder's depth.
 
         Args:
             pruning: the settings.
-            feature_layer: the layer whose output is the visual feature.
+            encoder: the vision encoder, with the family's own defaults.
         """
         return ()
 
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         """How many cells are kept of each group of cells among which it chooses, from geometry alone.
 
-        By default a rounded share of every tile, base tile first. `pruning` has the ratio, not `layout`.
+        By default a rounded share of every view. `pruning` has the ratio, not `layout`.
         """
-        return share_of_tiles(layout, pruning)
+        return share_of_views(layout, pruning)
 
     @abstractmethod
-    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
-        """The cells that stay: bool (tiles of all images, grid, grid), as many of each group as `count` says."""
+    def select(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor:
+        """The cells that stay, bool, as many of each group as `count` says. `group` says evidence and shape."""
 
-    def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor | None:
-        """The scores by which it ranks, float (tiles, grid, grid) and NaN for cells that have none; None where it does not."""
+    def importance(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor | None:
+        """The scores by which it ranks, float, NaN for cells that have none; None where it does not rank."""
         return None
 
-    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor | None:
-        """The chance of every cell to be kept, float32 (tiles, grid, grid); None, the default, where that is not known."""
+    def inclusion(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor | None:
+        """The chance of every cell to be kept, float32; None, the default, where that is not known."""
         return None
 
 
-def check_tiles(valid: Tensor, **scores: Tensor) -> None:
-    """Refuses tensors that are not tiles of cells: selections are public functions.
+def check_views(valid: Tensor, **scores: Tensor) -> None:
+    """Refuses tensors that are not views of cells: selections are public functions.
 
     Args:
-        valid: must be bool (tiles, grid, grid).
+        valid: must be bool (views, rows, columns).
         **scores: by the name of their argument; must be floating point and of the same shape.
 
     Raises:
@@ -92,16 +99,17 @@ def check_tiles(valid: Tensor, **scores: Tensor) -> None:
     for name, given in (("valid", valid), *scores.items()):
         if not isinstance(given, Tensor):
             raise ValueError(f"`{name}` is a {type(given).__name__}; it must be a torch.Tensor.")
-    if valid.ndim != 3 or valid.shape[1] != valid.shape[2] or valid.shape[1] == 0:
+    if valid.ndim != 3 or 0 in valid.shape[1:]:
         raise ValueError(
-            f"`valid` has shape {tuple(valid.shape)}; it must be (tiles, grid, grid), with square tiles of at least one cell."
+            f"`valid` has shape {tuple(valid.shape)}; it must be (views, rows, columns), with at least one cell a view."
         )
     if valid.dtype != torch.bool:
         raise ValueError(f"`valid` is {valid.dtype}; it must be bool.")
     for name, given in scores.items():
         if given.shape != valid.shape:
             raise ValueError(
-                f"`{name}` has shape {tuple(given.shape)} and `valid` {tuple(valid.shape)}; both must be (tiles, grid, grid)."
+                f"`{name}` has shape {tuple(given.shape)} and `valid` {tuple(valid.shape)}; both must be (views, rows, "
+                "columns)."
             )
         if not given.dtype.is_floating_point:
             raise ValueError(f"`{name}` is {given.dtype}; it must be floating point.")

@@ -1,7 +1,7 @@
-"""The class token's attention: of every tile the cells to which the class token attends most.
+"""The class token's attention: of every view the cells to which the class token attends most.
 
 Source: FasterVLM, arXiv 2412.01818; the dominant tokens of VisionZip, arXiv 2412.04467, which merges the others into a few
-more where we drop them. The count per tile is ours.
+more where we drop them. The count per view is ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pruning.evidence import Evidence, VisualEvidence
+from ..pruning.evidence import EncoderFacts, Evidence, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
-from .base import PruningMethod, check_tiles, settings_of
-from .ranking import descending_rank, keep_best, totals_of_tiles
+from .base import PruningMethod, check_views, settings_of
+from .ranking import descending_rank, keep_best, totals_of_views
 
 
 class ClassAttention(PruningMethod):
@@ -46,27 +46,27 @@ class ClassAttention(PruningMethod):
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
         return (frozenset({Evidence.CLASS_ATTENTION}),)
 
-    def layers(self, pruning: VisualTokenPruningConfig, feature_layer: int) -> Sequence[int]:
-        return (feature_layer if pruning.layer is None else pruning.layer,)
+    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
+        return (encoder.layer(pruning, "layer"),)
 
-    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    def select(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return select_cls_attention(self.importance(evidence, pruning), evidence.valid, pruning)
 
-    def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
-        return evidence.scores[evidence.layer(pruning.layer)]
+    def importance(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        return evidence.class_attention[evidence.encoder.layer(pruning, "layer")]
 
 
 def select_cls_attention(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:
-    """The cells with the highest scores, of all tiles of all images of a batch at once.
+    """The cells with the highest scores, of views of one shape at once.
 
     Args:
-        scores: (tiles, grid, grid), any float dtype, how much of its attention the class token gives to each cell, heads
+        scores: (views, rows, columns), any float dtype, how much of its attention the class token gives to each cell, heads
             averaged; compared in float32.
-        valid: bool (tiles, grid, grid) on the same device; other cells are never kept and take no budget.
+        valid: bool (views, rows, columns) on the same device; other cells are never kept and take no budget.
         pruning: a config of the method "cls_attention" with a retention ratio, or its settings as a dict.
 
     Returns:
-        bool (tiles, grid, grid). Each tile keeps `rounded_share(valid cells, retention_ratio)` cells, whatever the scores;
+        bool (views, rows, columns). Each view keeps `rounded_share(valid cells, retention_ratio)` cells, whatever the scores;
         equal scores go to the lower raster index.
 
     Raises:
@@ -74,8 +74,8 @@ def select_cls_attention(scores: Tensor, valid: Tensor, pruning: VisualTokenPrun
 
     Source: arXiv 2412.01818; arXiv 2412.04467.
     """
-    check_tiles(valid, scores=scores)
+    check_views(valid, scores=scores)
     settings = settings_of("cls_attention", pruning)
     cells = valid.flatten(1)
-    total = totals_of_tiles(cells, settings)
+    total = totals_of_views(cells, settings)
     return keep_best(descending_rank(scores.flatten(1)), cells, total).view_as(valid)

@@ -52,6 +52,8 @@ class GPrune(PruningMethod):
 }
 """
 
+    group = "image"
+
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
         return (frozenset({Evidence.FEATURES}),)
 
@@ -66,7 +68,7 @@ class GPrune(PruningMethod):
 
 
 def count_gprune(layout: TokenLayout, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> tuple[int, ...]:
-    """How many tokens of each graph stay: of the base tile, and of all crops together where an image has crops.
+    """How many tokens of each graph stay: one graph for every part of the layout, such as the base tile and all crops.
 
     Args:
         layout: of the image.
@@ -77,12 +79,10 @@ def count_gprune(layout: TokenLayout, pruning: VisualTokenPruningConfig | Mappin
         ValueError: on another method's config, and a token budget in place of a ratio.
     """
     ratio: Any = settings_of("gprune", pruning).retention_ratio
-    base = int(ratio * layout.valid_per_tile[0])
-    if layout.num_tiles == 1:
-        return (base,)
-    rows, columns = _crop_shape(layout)
+    first, *others = layout.parts
     # The released code's order of operations: another one may have another floor.
-    return base, int((ratio * rows) * columns)
+    of_others = [int((ratio * len(part.used_rows)) * len(part.used_columns)) for part in others]
+    return int(ratio * sum(layout.valid_per_view[: first.num_views])), *of_others
 
 
 def select_gprune(
@@ -92,8 +92,8 @@ def select_gprune(
 ) -> Tensor:
     """The cells that G-Prune keeps, of all images of a batch.
 
-    An image has two graphs, each with its own count: the base tile's cells, and the un-padded cells of all crops in the
-    raster order of the stitched grid. Newlines and class tokens are in none.
+    An image has a graph for every part of its layout, each with its own count. In LLaVA-NeXT these are the base tile's cells,
+    and the un-padded cells of all crops in the raster order of the stitched grid. Newlines and class tokens are in none.
 
     Args:
         features: of every image the packed stock features (num_stock, hidden), any float dtype, all on one device.
@@ -101,12 +101,11 @@ def select_gprune(
         pruning: a config of the method "gprune" with a retention ratio, or its settings as a dict.
 
     Returns:
-        bool (tiles of all images, grid, grid), on the features' device. Each graph keeps as many cells as
+        bool (cells of all images,), on the features' device. Each graph keeps as many cells as
         `count_gprune(layout, pruning)` says, whatever the features; equal scores go to the earlier token.
 
     Raises:
-        ValueError: on features that do not fit their layouts, layouts of several grids, another method's config, and a token
-            budget in place of a ratio.
+        ValueError: on features that do not fit their layouts, another method's config, and a token budget in place of a ratio.
 
     Source: arXiv 2501.02268, section 3.
     """
@@ -126,24 +125,18 @@ def score_map_gprune(
     layouts: Sequence[TokenLayout],
     pruning: VisualTokenPruningConfig | Mapping[str, Any],
 ) -> Tensor:
-    """The scores of all cells, for people to look at. Base tile and crops are scored apart, as in the selection.
+    """The scores of all cells, for people to look at. Every graph is scored by itself, as in the selection.
 
     Args:
         features, layouts, pruning: as for `select_gprune`.
 
     Returns:
-        float32 (tiles of all images, grid, grid) on the CPU, NaN for cells that the stock model does not use.
+        float32 (cells of all images,) on the CPU, NaN for cells that the stock model does not use.
     """
     maps = []
     for packed, layout in zip(features, layouts, strict=True):
-        positions = layout.cell_positions
-        tile, row, column = layout.cells(positions).unbind(1)
-        of_image = torch.full(layout.valid.shape, math.nan, device="cpu")
-        for of_graph in (tile == 0, tile > 0):
-            if of_graph.any():
-                found = gprune_scores(packed[positions[of_graph].to(packed.device)][None], pruning)[0]
-                of_image[tile[of_graph], row[of_graph], column[of_graph]] = found.cpu()
-        maps.append(of_image)
+        for part, tokens in enumerate(_tokens_of_parts(packed, layout)):
+            maps.append(_as_cells(gprune_scores(tokens.flatten(0, -2)[None], pruning).cpu(), layout, part, math.nan)[0])
     return torch.cat(maps)
 
 
@@ -210,27 +203,46 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 
 
 def _select_of_layout(features: Sequence[Tensor], layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Tensor:
-    """Kept cells of images that share a layout, bool (images, tiles, grid, grid).
+    """Kept cells of images that share a layout, bool (images, cells)."""
+    kept = []
+    graphs_of_parts = zip(*(_tokens_of_parts(packed, layout) for packed in features), strict=True)
+    for part, (graphs, count) in enumerate(zip(graphs_of_parts, count_gprune(layout, pruning), strict=True)):
+        kept.append(_as_cells(_best_tokens(list(graphs), count, pruning), layout, part, False))
+    return torch.cat(kept, dim=1)
 
-    Slices and views alone lead from packed positions to cells and back, so no index has to reach the device.
+
+def _tokens_of_parts(packed: Tensor, layout: TokenLayout) -> list[Tensor]:
+    """The features of the cells of every part, (..., hidden) each, as views of those of the packed sequence."""
+    tokens, start = [], layout.num_class_tokens
+    for number, part in enumerate(layout.parts):
+        rows, columns = len(part.used_rows), len(part.used_columns)
+        missing = int(layout.skips_first_cell and number == 0)
+        of_part = packed[start : start + part.num_tokens - missing]
+        if part.newlines == "rows":
+            of_part = of_part.unflatten(0, (rows, columns + 1))[:, :columns]
+        tokens.append(of_part if part.newlines == "rows" else of_part[: rows * columns - missing])
+        start += part.num_tokens - missing
+    return tokens
+
+
+def _as_cells(of_tokens: Tensor, layout: TokenLayout, number: int, elsewhere: Any) -> Tensor:
+    """Values of the tokens of a part, (images, tokens), as those of all its cells, (images, cells) in the order of views.
+
+    Padding and views alone lead there, so that no index has to reach the device.
+
+    Args:
+        of_tokens: in packed order, without newlines.
+        layout: of the images.
+        number: which part.
+        elsewhere: the value of cells that stock does not use.
     """
-    grid = layout.grid
-    counts = count_gprune(layout, pruning)
-    start = layout.num_class_tokens
-    stop = start + layout.valid_per_tile[0]
-    base = _best_tokens([packed[start:stop] for packed in features], counts[0], pruning)
-    # The base tile lacks its first cell where stock drops that as if it were a class token.
-    kept = torch.nn.functional.pad(base, (grid * grid - base.shape[1], 0)).view(-1, 1, grid, grid)
-    if layout.num_tiles == 1:
-        return kept
-    rows, columns = _crop_shape(layout)
-    without_newlines = [packed[stop:].unflatten(0, (rows, columns + 1))[:, :columns] for packed in features]
-    unpadded = _best_tokens(without_newlines, counts[1], pruning).unflatten(1, (rows, columns))
-    (top, bottom), (left, right) = layout.row_range, layout.column_range
-    padding = (left, layout.tile_columns * grid - right, top, layout.tile_rows * grid - bottom)
-    stitched = torch.nn.functional.pad(unpadded, padding)
-    crops = stitched.view(-1, layout.tile_rows, grid, layout.tile_columns, grid).transpose(2, 3)
-    return torch.cat((kept, crops.reshape(len(features), -1, grid, grid)), dim=1)
+    part = layout.parts[number]
+    rows, columns = part.used_rows, part.used_columns
+    # The first cell is missing where stock drops it as if it were a class token.
+    missing = int(layout.skips_first_cell and number == 0)
+    grid = torch.nn.functional.pad(of_tokens, (missing, 0), value=elsewhere).unflatten(1, (len(rows), len(columns)))
+    right, below = part.across * part.columns - columns.stop, part.down * part.rows - rows.stop
+    return part.unstitched(torch.nn.functional.pad(grid, (columns.start, right, rows.start, below), value=elsewhere))
 
 
 def _best_tokens(graphs: list[Tensor], count: int, pruning: VisualTokenPruningConfig) -> Tensor:
@@ -246,20 +258,12 @@ def _best_tokens(graphs: list[Tensor], count: int, pruning: VisualTokenPruningCo
     return torch.cat(ranks) < count
 
 
-def _crop_shape(layout: TokenLayout) -> tuple[int, int]:
-    """Rows and columns of the stitched grid that un-padding keeps."""
-    return layout.row_range[1] - layout.row_range[0], layout.column_range[1] - layout.column_range[0]
-
-
 def _check_images(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> None:
     if not layouts or len(features) != len(layouts):
         raise ValueError(
             f"`features` has {len(features)} images and `layouts` {len(layouts)}; there must be one layout for every image, "
             "and at least one image."
         )
-    grids = sorted({layout.grid for layout in layouts})
-    if len(grids) > 1:
-        raise ValueError(f"`layouts` has tiles of {' and '.join(map(str, grids))} cells a side; they must be of one grid.")
     for image, (packed, layout) in enumerate(zip(features, layouts, strict=True)):
         if packed.ndim != 2 or packed.shape[0] != layout.num_stock or not packed.dtype.is_floating_point:
             raise ValueError(

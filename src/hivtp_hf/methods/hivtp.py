@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import Evidence, VisualEvidence
+from ..pruning.checked_values import shown
+from ..pruning.evidence import EncoderFacts, Evidence, ViewEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import Setting, VisualTokenPruningConfig
-from .base import PruningMethod, check_tiles, settings_of
-from .ranking import descending_rank, keep_best, keep_best_of_groups, share_of_tiles, totals_of_tiles
+from .base import PruningMethod, check_views, settings_of
+from .ranking import descending_rank, keep_best, keep_best_of_groups, share_of_views, totals_of_views
+
+# The paper's choice for CLIP ViT-L/14: layers 6, 7 and 8.
+_MIDDLE_LAYERS = (6, 7, 8)
 
 
 class HIVTP(PruningMethod):
@@ -29,9 +33,29 @@ class HIVTP(PruningMethod):
     settings = (
         Setting("global_ratio", float, 0.25, 0, 1, meaning="share of a region's cells kept by the global stage"),
         Setting("local_window", int, 2, 1, meaning="side in cells of windows that each keep one cell more"),
-        Setting("regions", int, 2, 1, meaning="regions per side of a tile, so 2 means four quadrants"),
-        Setting("importance_start_layer", int, 6, is_layer=True, meaning="first encoder layer that scores"),
-        Setting("importance_num_layers", int, 3, 1, is_layer=True, meaning="how many layers are averaged"),
+        Setting("regions", int, 2, 1, meaning="regions per side of a view, so 2 means four quadrants"),
+        Setting(
+            "importance_start_layer",
+            int,
+            None,
+            is_layer=True,
+            meaning=f"first encoder layer that scores; None: the family's own, {_MIDDLE_LAYERS[0]} where it has none",
+        ),
+        Setting(
+            "importance_num_layers",
+            int,
+            None,
+            1,
+            is_layer=True,
+            meaning=f"how many layers are averaged, from the first on; None: {len(_MIDDLE_LAYERS)}, or the family's own",
+        ),
+        Setting(
+            "importance_layers",
+            tuple,
+            None,
+            is_layer=True,
+            meaning="encoder layers that are averaged, in place of a first one and a number",
+        ),
     )
     colour = "#0072B2"
     citation = r"""
@@ -51,29 +75,49 @@ class HIVTP(PruningMethod):
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
         return (frozenset({Evidence.RECEIVED_ATTENTION}),)
 
-    def layers(self, pruning: VisualTokenPruningConfig, feature_layer: int) -> Sequence[int]:
-        first = pruning.importance_start_layer
-        return range(first, first + pruning.importance_num_layers)
+    def check_settings(self, pruning: VisualTokenPruningConfig) -> None:
+        for name in ("importance_start_layer", "importance_num_layers"):
+            if pruning.importance_layers is not None and getattr(pruning, name) is not None:
+                raise ValueError(
+                    f"`importance_layers` is {shown(pruning.importance_layers)} and `{name}` {getattr(pruning, name)}; give "
+                    "the layers themselves, or the first one and their number."
+                )
+
+    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
+        first, number = pruning.importance_start_layer, pruning.importance_num_layers
+        if pruning.importance_layers is not None:
+            return pruning.importance_layers
+        own = encoder.default_layers.get("importance_layers", _MIDDLE_LAYERS)
+        if first is None and number is None:
+            return own
+        first = own[0] if first is None else first
+        return range(first, first + (len(_MIDDLE_LAYERS) if number is None else number))
 
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         if pruning.retention_ratio is not None:
-            return share_of_tiles(layout, pruning)
-        return count_hivtp(layout.valid, pruning).tolist()
+            return share_of_views(layout, pruning)
+        views, counts = layout.by_view(layout.valid), [0] * layout.num_views
+        for shape in set(layout.view_shapes):
+            members = [view for view in range(layout.num_views) if layout.view_shapes[view] == shape]
+            of_shape = count_hivtp(torch.stack([views[view] for view in members]), pruning)
+            for view, number in zip(members, of_shape.tolist(), strict=True):
+                counts[view] = number
+        return counts
 
-    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    def select(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return select_hivtp(evidence.mean_scores(), evidence.valid, pruning)
 
-    def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    def importance(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return evidence.mean_scores()
 
 
 class HIVTPBudget(NamedTuple):
-    """How many cells of each tile each stage keeps, all int64.
+    """How many cells of each view each stage keeps, all int64.
 
     Attributes:
-        region_quota: (tiles, regions * regions), for the global stage.
-        window_side: (tiles,), side of the local stage's windows in cells; 0 where there is no local stage.
-        total: (tiles,), cells kept in all when counts are exact.
+        region_quota: (views, regions), for the global stage.
+        window_side: (views,), side of the local stage's windows in cells; 0 where there is no local stage.
+        total: (views,), cells kept in all when counts are exact.
     """
 
     region_quota: Tensor
@@ -82,33 +126,33 @@ class HIVTPBudget(NamedTuple):
 
 
 def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudget:
-    """The counts of every tile.
+    """The counts of every view.
 
     Args:
-        valid: bool (tiles, grid, grid), the cells that un-padding keeps.
+        valid: bool (views, rows, columns), the cells that the stock model uses.
         pruning: its `retention_ratio`, if any, rules over `global_ratio` and `local_window`.
     """
-    tiles, grid, _ = valid.shape
+    views, rows, columns = valid.shape
     cells = valid.flatten(1)
-    region_of_cell = _region_of_cell(grid, pruning.regions, valid.device)
-    num_regions = min(pruning.regions, grid) ** 2
-    region_valid = torch.zeros(tiles, num_regions, dtype=torch.int64, device=valid.device)
-    region_valid.scatter_add_(1, region_of_cell.expand(tiles, -1), cells.long())
+    region_of_cell = _region_of_cell(rows, columns, pruning.regions, valid.device)
+    num_regions = min(pruning.regions, rows) * min(pruning.regions, columns)
+    region_valid = torch.zeros(views, num_regions, dtype=torch.int64, device=valid.device)
+    region_valid.scatter_add_(1, region_of_cell.expand(views, -1), cells.long())
 
     if pruning.retention_ratio is None:
-        largest_region = math.ceil(grid / min(pruning.regions, grid)) ** 2
+        largest_region = math.prod(math.ceil(side / min(pruning.regions, side)) for side in (rows, columns))
         share = [math.floor(pruning.global_ratio * n) for n in range(largest_region + 1)]
         region_quota = torch.tensor(share, device=valid.device)[region_valid]
-        side = min(pruning.local_window, grid)
-        num_windows = _count_windows(cells, [side], grid)[:, 0]
+        side = min(pruning.local_window, max(rows, columns))
+        num_windows = _count_windows(cells, [side], rows, columns)[:, 0]
         total = torch.minimum(cells.sum(1), region_quota.sum(1) + num_windows)
         return HIVTPBudget(region_quota, torch.full_like(total, side), total)
 
-    total = totals_of_tiles(cells, pruning)
-    if grid < 2:  # no window of side 2 fits
+    total = totals_of_views(cells, pruning)
+    sides = list(range(2, max(rows, columns) + 1))
+    if not sides:  # no window of side 2 fits
         return HIVTPBudget(_proportional_split(total, region_valid), torch.zeros_like(total), total)
-    sides = list(range(2, grid + 1))
-    num_windows = _count_windows(cells, sides, grid)
+    num_windows = _count_windows(cells, sides, rows, columns)
     affordable = 2 * num_windows <= total[:, None]
     smallest = affordable.int().argmax(1, keepdim=True)  # the first maximum, and so the smallest side
     has_windows = affordable.gather(1, smallest)[:, 0]
@@ -118,20 +162,20 @@ def hivtp_budget(valid: Tensor, pruning: VisualTokenPruningConfig) -> HIVTPBudge
 
 
 def count_hivtp(valid: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
-    """Cells that each tile keeps with exact counts: int64 (tiles,), for `valid` of shape (tiles, grid, grid)."""
+    """Cells that each view keeps with exact counts: int64 (views,), for `valid` of shape (views, rows, columns)."""
     return hivtp_budget(valid, pruning).total
 
 
 def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> Tensor:
-    """The cells that HIVTP keeps, of all tiles of all images of a batch at once.
+    """The cells that HIVTP keeps, of views of one shape at once.
 
     Args:
-        scores: (tiles, grid, grid), any float dtype, the importance of each cell; compared in float32.
-        valid: bool (tiles, grid, grid) on the same device; other cells are never kept and take no budget.
+        scores: (views, rows, columns), any float dtype, the importance of each cell; compared in float32.
+        valid: bool (views, rows, columns) on the same device; other cells are never kept and take no budget.
         pruning: a config of the method "hivtp", or its settings as a dict.
 
     Returns:
-        bool (tiles, grid, grid). With `exact_count` each tile keeps `count_hivtp(valid, pruning)` cells, whatever the
+        bool (views, rows, columns). With `exact_count` each view keeps `count_hivtp(valid, pruning)` cells, whatever the
         scores; equal scores go to the lower raster index.
 
     Raises:
@@ -139,25 +183,25 @@ def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
 
     Source: arXiv 2509.23663, section 3.
     """
-    check_tiles(valid, scores=scores)
+    check_views(valid, scores=scores)
     pruning = settings_of("hivtp", pruning)
     if pruning.retention_ratio == 1:
         return valid.clone()
-    tiles, grid, _ = valid.shape
+    views, rows, columns = valid.shape
     budget = hivtp_budget(valid, pruning)
     rank = descending_rank(scores.flatten(1))
     cells = valid.flatten(1)
 
     num_regions = budget.region_quota.shape[1]
-    region_of_cell = _region_of_cell(grid, pruning.regions, valid.device)
+    region_of_cell = _region_of_cell(rows, columns, pruning.regions, valid.device)
     kept = keep_best_of_groups(rank, torch.where(cells, region_of_cell, num_regions), budget.region_quota)
 
     side = budget.window_side[:, None]
-    smallest_side = min(pruning.local_window, grid) if pruning.retention_ratio is None else 2
-    num_windows = math.ceil(grid / smallest_side) ** 2
-    window_of_cell = _window_of_cell(side.clamp(min=1), grid)
+    smallest_side = min(pruning.local_window, max(rows, columns)) if pruning.retention_ratio is None else 2
+    num_windows = math.ceil(rows / smallest_side) * math.ceil(columns / smallest_side)
+    window_of_cell = _window_of_cell(side.clamp(min=1), rows, columns)
     in_local_stage = cells & ~kept & (side > 0)
-    one_each = torch.ones(tiles, num_windows, dtype=torch.int64, device=valid.device)
+    one_each = torch.ones(views, num_windows, dtype=torch.int64, device=valid.device)
     kept = kept | keep_best_of_groups(rank, torch.where(in_local_stage, window_of_cell, num_windows), one_each)
 
     if pruning.exact_count:
@@ -166,32 +210,35 @@ def select_hivtp(scores: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
     return kept.view_as(valid)
 
 
-def _region_of_cell(grid: int, regions: int, device: torch.device) -> Tensor:
-    """Region of every cell in raster order, (grid * grid,); region edge i of n lies at floor(i * grid / n).
+def _region_of_cell(rows: int, columns: int, regions: int, device: torch.device) -> Tensor:
+    """Region of every cell in raster order, (rows * columns,); region edge i of n lies at floor(i * side / n).
 
-    More regions than cells on a side cut no finer than one cell each, so their number is bounded by the grid.
+    More regions than cells on a side cut no finer than one cell each, so their number is bounded by the view.
     """
-    regions = min(regions, grid)
-    of_line = [sum(1 for i in range(1, regions) if line >= i * grid // regions) for line in range(grid)]
-    lines = torch.tensor(of_line, device=device)
-    return (lines[:, None] * regions + lines).flatten()
+
+    def of_line(side: int) -> Tensor:
+        number = min(regions, side)
+        edges = torch.tensor([i * side // number for i in range(1, number)], dtype=torch.int64, device=device)
+        return torch.bucketize(torch.arange(side, device=device), edges, right=True)
+
+    return (of_line(rows)[:, None] * min(regions, columns) + of_line(columns)).flatten()
 
 
-def _window_of_cell(side: Tensor, grid: int) -> Tensor:
-    """Window of every cell in raster order, (n, grid * grid), for window sides (n, 1)."""
-    lines = torch.arange(grid, device=side.device)
-    of_line = lines // side
-    across = (grid + side - 1) // side
-    return (of_line[:, :, None] * across[:, :, None] + of_line[:, None, :]).flatten(1)
+def _window_of_cell(side: Tensor, rows: int, columns: int) -> Tensor:
+    """Window of every cell in raster order, (n, rows * columns), for window sides (n, 1)."""
+    row_of_windows = torch.arange(rows, device=side.device) // side
+    column_of_windows = torch.arange(columns, device=side.device) // side
+    across = (columns + side - 1) // side
+    return (row_of_windows[:, :, None] * across[:, :, None] + column_of_windows[:, None, :]).flatten(1)
 
 
-def _count_windows(cells: Tensor, sides: list[int], grid: int) -> Tensor:
-    """Windows with at least one valid cell, (tiles, sides), for `cells` bool (tiles, grid * grid)."""
-    tiles = cells.shape[0]
-    window_of_cell = _window_of_cell(torch.tensor(sides, device=cells.device)[:, None], grid)
-    most = math.ceil(grid / min(sides)) ** 2
-    hits = torch.zeros(tiles, len(sides), most, dtype=torch.int64, device=cells.device)
-    shape = (tiles, len(sides), grid * grid)
+def _count_windows(cells: Tensor, sides: list[int], rows: int, columns: int) -> Tensor:
+    """Windows with at least one valid cell, (views, sides), for `cells` bool (views, rows * columns)."""
+    views = cells.shape[0]
+    window_of_cell = _window_of_cell(torch.tensor(sides, device=cells.device)[:, None], rows, columns)
+    most = math.ceil(rows / min(sides)) * math.ceil(columns / min(sides))
+    hits = torch.zeros(views, len(sides), most, dtype=torch.int64, device=cells.device)
+    shape = (views, len(sides), rows * columns)
     hits.scatter_add_(2, window_of_cell.expand(shape), cells[:, None].expand(shape).long())
     return (hits > 0).sum(2)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import VisualEvidence
+from ..pruning.evidence import ViewEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import VisualTokenPruningConfig
 from .base import PruningMethod
@@ -21,10 +21,10 @@ class KeepEverything(PruningMethod):
     knows_inclusion = True
 
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
-        return layout.valid_per_tile
+        return layout.valid_per_view
 
-    def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    def select(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return evidence.valid
 
-    def inclusion(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+    def inclusion(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return torch.ones(evidence.valid.shape, dtype=torch.float32, device=evidence.valid.device)

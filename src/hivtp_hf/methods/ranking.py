@@ -1,6 +1,6 @@
-"""What methods that rank share: how many cells a ratio keeps, ranks, and the best of each group, for all tiles at once.
+"""What methods that rank share: how many cells a ratio keeps, ranks, and the best of each group, for all views at once.
 
-Nothing here leaves the device or loops over tiles or cells. Ties always go to the lower index.
+Nothing here leaves the device or loops over views or cells. Ties always go to the lower index.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import VisualEvidence
+from ..pruning.evidence import ViewEvidence
 from ..pruning.layout import TokenLayout
 
 
@@ -19,8 +19,8 @@ def rounded_share(cells: int, retention_ratio: float) -> int:
     return min(cells, math.floor(retention_ratio * cells + 0.5))
 
 
-def totals_of_tiles(cells: Tensor, pruning: Any) -> Tensor:
-    """How many cells of every tile are kept, int64 (tiles,), for valid cells bool (tiles, cells), on their device.
+def totals_of_views(cells: Tensor, pruning: Any) -> Tensor:
+    """How many cells of every view are kept, int64 (views,), for valid cells bool (views, cells), on their device.
 
     From a table that Python's own float64 arithmetic fills: a product on the device may have another floor, may be contracted
     with the addition by a compiler, and has no float64 at all on some devices.
@@ -29,13 +29,13 @@ def totals_of_tiles(cells: Tensor, pruning: Any) -> Tensor:
     return torch.tensor(share, device=cells.device)[cells.sum(1)]
 
 
-def share_of_tiles(layout: TokenLayout, pruning: Any) -> Sequence[int]:
-    """Cells kept of every tile of an image, base tile first."""
-    return [rounded_share(cells, pruning.retention_ratio) for cells in layout.valid_per_tile]
+def share_of_views(layout: TokenLayout, pruning: Any) -> Sequence[int]:
+    """Cells kept of every view of an image."""
+    return [rounded_share(cells, pruning.retention_ratio) for cells in layout.valid_per_view]
 
 
-def share_as_inclusion(evidence: VisualEvidence, pruning: Any) -> Tensor:
-    """The chance of every cell to be kept where all are alike: the retention ratio, float32 (tiles, grid, grid)."""
+def share_as_inclusion(evidence: ViewEvidence, pruning: Any) -> Tensor:
+    """The chance of every cell to be kept where all are alike: the retention ratio, float32 (views, rows, columns)."""
     return torch.full(evidence.valid.shape, pruning.retention_ratio, dtype=torch.float32, device=evidence.valid.device)
 
 

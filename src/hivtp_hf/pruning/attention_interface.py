@@ -6,7 +6,7 @@ and keys of the wanted layers to scores and then runs the implementation that th
 
 * no attention map is kept and no upstream forward is copied: `output_attentions` stays off;
 * `set_attn_implementation` goes on working, since it changes the real configuration;
-* nothing is stored on a module between calls: scores go into a `ReceivedAttention` object that belongs to one call;
+* nothing is stored on a module between calls: scores go into a `CollectedAttention` object that belongs to one call;
 * two copies of this file in one process do not meet: each import registers under a name of its own.
 
 Source: HIVTP, arXiv 2509.23663, section 3.1 (importance from the middle layers).
@@ -29,47 +29,67 @@ from .config_views import ConfigView, ModuleView
 from .encoder_layers import find_layers
 
 _IMPLEMENTATION_NAME = f"hivtp_received_attention_{uuid.uuid4().hex}"
+# Towers that pack images into one sequence look for this word, and call the implementation otherwise where they find it.
+_FLASH_NAME = f"flash_attention_{_IMPLEMENTATION_NAME}"
 _KEYWORD = "hivtp_received_attention"
 
 
-class ReceivedAttention:
+class CollectedAttention:
     """Collects the scores of one pass through the encoder.
 
     A plain object on purpose: dispatch hooks copy dicts and lists on their way into a module, and a copy would take the
     scores with it.
 
     Args:
-        layers: the encoder layers to score, 0-based.
-        from_class_token: whether only what the class token (the first) attends to counts, instead of every token's attention.
+        received: the encoder layers, 0-based, of which the attention that tokens receive from all tokens is wanted.
+        class_attention: those of which it is wanted what the class token (the first) attends to.
+
+    Attributes:
+        layers: all layers that have to report.
     """
 
-    def __init__(self, layers: Iterable[int], from_class_token: bool = False):
-        self.layers = tuple(sorted(set(layers)))
-        self.from_class_token = from_class_token
-        self._by_layer: dict[int, Tensor] = {}
+    def __init__(self, received: Iterable[int] = (), class_attention: Iterable[int] = ()):
+        self._received = tuple(sorted(set(received)))
+        self._class_attention = tuple(sorted(set(class_attention)))
+        self.layers = tuple(sorted({*self._received, *self._class_attention}))
+        self._scores: dict[tuple[bool, int], list[Tensor]] = {}
 
     def reduce(self, layer: int, query: Tensor, key: Tensor, scaling: float, num_heads: int) -> None:
-        """Takes queries and keys of a wanted layer, (tiles, heads, tokens, head_dim), and keeps its scores."""
-        rows = query[:, :, :1] if self.from_class_token else query
-        self._by_layer[layer] = received_attention(rows, key, scaling, num_heads)
+        """Takes queries and keys of one call of a layer, (sequences, heads, tokens, head_dim), and keeps what is wanted.
 
-    def by_layer(self) -> dict[int, Tensor]:
-        """The scores of every wanted layer: float32 (tiles, tokens).
+        A layer that is called for one segment of a packed sequence after another reports them in this order.
+        """
+        for from_class_token, layers in ((False, self._received), (True, self._class_attention)):
+            if layer in layers:
+                rows = query[:, :, :1] if from_class_token else query
+                scores = received_attention(rows, key, scaling, num_heads)
+                # A new list each time, which compilers trace where they would not trace one that grows.
+                self._scores[from_class_token, layer] = [*self._scores.get((from_class_token, layer), ()), scores]
+
+    def received(self) -> dict[int, list[Tensor]]:
+        """Of every layer wanted the attention that tokens receive: float32 (sequences, tokens) for each call of the layer.
 
         Raises:
             ValueError: if a layer did not report. Selecting without its scores would be a guess.
         """
-        silent = [layer for layer in self.layers if layer not in self._by_layer]
+        return self._of(False, self._received)
+
+    def class_attention(self) -> dict[int, list[Tensor]]:
+        """The same of what the class token attends to."""
+        return self._of(True, self._class_attention)
+
+    def _of(self, from_class_token: bool, layers: tuple[int, ...]) -> dict[int, list[Tensor]]:
+        silent = [layer for layer in layers if (from_class_token, layer) not in self._scores]
         if silent:
             raise ValueError(
                 f"the encoder layers {silent} ran without reporting their attention, so visual tokens cannot be chosen. "
                 "The vision tower's attention modules were replaced, or do not call transformers' attention interface. "
                 "Load the tower with a transformers implementation such as CLIP or SigLIP."
             )
-        return {layer: self._by_layer[layer] for layer in self.layers}
+        return {layer: self._scores[from_class_token, layer] for layer in layers}
 
 
-_active: ContextVar["ReceivedAttention | None"] = ContextVar(_IMPLEMENTATION_NAME, default=None)
+_active: ContextVar["CollectedAttention | None"] = ContextVar(_IMPLEMENTATION_NAME, default=None)
 
 
 class ReceivedAttentionTap:
@@ -86,18 +106,17 @@ class ReceivedAttentionTap:
         self.forwards_keywords = forwards_keywords
 
     @contextlib.contextmanager
-    def _context(self, collector: ReceivedAttention) -> Iterator[None]:
+    def _context(self, collector: CollectedAttention) -> Iterator[None]:
         token = _active.set(collector)
         try:
             yield
         finally:
             _active.reset(token)
 
-    def call(self, function: Callable[..., Any], collector: Any, *args: Any, **kwargs: Any) -> Any:
-        """`function(*args, **kwargs)`, with the encoder's layers reporting to `collector`.
-
-        It has `layers` and `reduce` as a `ReceivedAttention` has them.
-        """
+    def call(self, function: Callable[..., Any], collector: CollectedAttention, *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, with the encoder's layers reporting to `collector`."""
+        if not collector.layers:
+            return function(*args, **kwargs)
         if self.forwards_keywords:
             return function(*args, **kwargs, **{_KEYWORD: collector})
         with self._context(collector):
@@ -119,7 +138,8 @@ def attach(encoder: nn.Module, num_layers: int) -> ReceivedAttentionTap:
     for index, layer in enumerate(layers):
         attention = _attention_module(layer)
         eager = eager_attention_of(attention)
-        view = _TowerConfigView(attention.config, layer=index, eager=eager, forwards_keywords=None)
+        heads = _first_of((attention, attention.config), ("num_heads", "num_attention_heads"))
+        view = _TowerConfigView(attention.config, layer=index, eager=eager, num_heads=heads, forwards_keywords=None)
         attention.config = view
         views.append(view)
     forwards_keywords = _probe_keywords(layers[0], views[0])
@@ -138,6 +158,11 @@ def _attention_module(layer: nn.Module) -> Any:
     return found[0]
 
 
+def _first_of(objects: Iterable[Any], names: Iterable[str]) -> Any:
+    """The first attribute that one of some objects has; towers keep the number of their heads in several places."""
+    return next(getattr(thing, name) for name in names for thing in objects if hasattr(thing, name))
+
+
 def eager_attention_of(module: nn.Module) -> Any:
     """What an attention module of transformers runs under "eager": a function of its file, or None."""
     return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
@@ -146,11 +171,13 @@ def eager_attention_of(module: nn.Module) -> Any:
 class _TowerConfigView(ConfigView):
     """The configuration of an attention module of the encoder, naming `_attention_with_scores`.
 
-    Besides: `_hivtp_layer`, its index; `_hivtp_eager`, what runs where the configuration names "eager"; and
-    `_hivtp_forwards_keywords`, None until the probe has answered.
+    Besides: `_hivtp_layer`, its index; `_hivtp_num_heads`, of the whole layer; `_hivtp_eager`, what runs where the
+    configuration names "eager"; and `_hivtp_forwards_keywords`, None until the probe has answered.
     """
 
-    _attn_implementation = _IMPLEMENTATION_NAME
+    @property
+    def _attn_implementation(self) -> str:  # type: ignore[override]
+        return _FLASH_NAME if "flash" in str(self._hivtp_config._attn_implementation) else _IMPLEMENTATION_NAME
 
 
 class _ProbeReply(Exception):
@@ -184,7 +211,7 @@ def _attention_with_scores(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Registered with transformers' attention interface; queries and keys are (tiles, heads, tokens, head_dim)."""
+    """Registered with transformers' attention interface; queries and keys are (sequences, heads, tokens, head_dim)."""
     view = module.config
     collector = kwargs.pop(_KEYWORD, None)
     if view._hivtp_forwards_keywords is None:
@@ -196,10 +223,20 @@ def _attention_with_scores(
             raise ValueError("the vision tower masks its attention; scores of masked towers are not supported.")
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        collector.reduce(view._hivtp_layer, query, key, scaling, view.num_attention_heads)
+        for queries, keys in zip(*_segments((query, key), kwargs.get("cu_seq_lens_q")), strict=True):
+            collector.reduce(view._hivtp_layer, queries, keys, scaling, view._hivtp_num_heads)
     config = view._hivtp_config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
     return implementation(ModuleView(module, config), query, key, value, attention_mask, *args, **kwargs)
 
 
-AttentionInterface.register(_IMPLEMENTATION_NAME, _attention_with_scores)
+def _segments(tensors: tuple[Tensor, Tensor], cumulative_lengths: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """Queries and keys of every sequence of a call; flash attention takes packed ones together, and is told their ends."""
+    if cumulative_lengths is None:
+        return [(tensor,) for tensor in tensors]
+    lengths = cumulative_lengths.diff().tolist()
+    return [tensor.split(lengths, dim=2) for tensor in tensors]
+
+
+for _name in (_IMPLEMENTATION_NAME, _FLASH_NAME):
+    AttentionInterface.register(_name, _attention_with_scores)

@@ -20,14 +20,14 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
     """The mean attention that every token receives, over all heads and all query rows.
 
     Args:
-        query: (tiles, heads, rows, head_dim) in any float dtype: all tokens, or those whose attention is asked for.
-        key: (tiles, heads, tokens, head_dim).
+        query: (sequences, heads, rows, head_dim) in any float dtype: all tokens, or those whose attention is asked for.
+        key: (sequences, heads, tokens, head_dim).
         scaling: factor on the logits.
         num_heads: heads of the layer. Where `query` holds fewer, heads are sharded over the ranks of the default process
             group, and all of them get the average over all.
 
     Returns:
-        float32 (tiles, tokens), without gradient. Every row sums to 1.
+        float32 (sequences, tokens), without gradient. Every row sums to 1.
 
     Raises:
         ValueError: if heads are missing and the process group does not account for them.
@@ -48,18 +48,18 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
 
 
 def _summed_in_chunks(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Attention summed over heads and query rows, float32 (tiles, tokens), in chunks of bounded memory."""
-    tiles, heads, num_rows, _ = query.shape
+    """Attention summed over heads and query rows, float32 (sequences, tokens), in chunks of bounded memory."""
+    sequences, heads, num_rows, _ = query.shape
     tokens = key.shape[2]
     chunk_bytes = _CPU_CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     rows = min(num_rows, max(1, chunk_bytes // (4 * tokens)))
     maps = max(1, chunk_bytes // (4 * tokens * rows))
-    tiles_at_once, heads_at_once = max(1, maps // heads), min(heads, maps)
-    summed = torch.zeros(tiles, tokens, dtype=torch.float32, device=query.device)
+    at_once, heads_at_once = max(1, maps // heads), min(heads, maps)
+    summed = torch.zeros(sequences, tokens, dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
-        for tile in range(0, tiles, tiles_at_once):
+        for first in range(0, sequences, at_once):
             for head in range(0, heads, heads_at_once):
-                at = (slice(tile, tile + tiles_at_once), slice(head, head + heads_at_once))
+                at = (slice(first, first + at_once), slice(head, head + heads_at_once))
                 keys = key[at].float().transpose(-1, -2)
                 for row in range(0, num_rows, rows):
                     logits = (query[at][:, :, row : row + rows].float() * scaling) @ keys
@@ -73,7 +73,7 @@ def _empty_sums(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 
 # An operator of its own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
-# every number of tiles. Registered piece by piece: `torch.library.custom_op` looks through all loaded modules for the line
+# every number of sequences. Registered piece by piece: `torch.library.custom_op` looks through all loaded modules for the line
 # that calls it, which is most of what importing this package would take.
 _library = torch.library.Library(f"hivtp_{uuid.uuid4().hex}", "DEF")
 _library.define("summed_attention(Tensor query, Tensor key, float scaling) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

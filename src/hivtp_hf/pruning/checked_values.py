@@ -86,6 +86,23 @@ def checked_choice(field: str, value: Any, choices: Sequence[str]) -> str:
     return str(value)
 
 
+def checked_layers(field: str, value: Any) -> tuple[int, ...]:
+    """Encoder layers, counted from 0, ascending and each once; a ValueError otherwise.
+
+    Args:
+        field: how to name them.
+        value: one layer, several in a list, or as text with + between: 7, [7, 15] and "7+15" are layers.
+    """
+    given = value.split("+") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        layers = {checked_number(field, int(layer) if isinstance(layer, str) else layer, int, 0) for layer in given}
+    except ValueError:
+        layers = set()
+    if not layers:
+        raise ValueError(f"`{field}` is {shown(value)}; it must be encoder layers from 0, such as [7, 15] or 7+15.")
+    return tuple(sorted(layers))
+
+
 def positive_integer(field: str, value: Any, unit: str = "pixels") -> int:
     """`value` as an int if it is a whole number from 1 to `LARGEST_SIDE`; a ValueError that names the field otherwise."""
     try:

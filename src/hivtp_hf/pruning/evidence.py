@@ -1,8 +1,8 @@
 """Evidence: what a method may look at when it chooses, by kind, and for the images of one call."""
 
 import enum
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,52 +43,139 @@ def methods_of(provided: Collection[Evidence]) -> list[str]:
     return [name for name in METHODS if evidence_to_read(VisualTokenPruningConfig(name), provided) is not None]
 
 
+class EncoderFacts(NamedTuple):
+    """What methods must know of a vision encoder to say which of its layers they read.
+
+    Attributes:
+        num_layers: its depth.
+        feature_layer: the layer, 0-based, whose output is the visual feature; -1 for what enters the first.
+        default_layers: what settings that name layers mean in this family where nothing is given, by their names.
+        comparable_layers: the layers whose attention compares cells of a whole image; None for all. In a layer that attends
+            within windows, tokens of a small window receive more, whatever they show.
+    """
+
+    num_layers: int
+    feature_layer: int
+    default_layers: Mapping[str, Any] = {}
+    comparable_layers: Collection[int] | None = None
+
+    def layer(self, pruning: VisualTokenPruningConfig, setting: str, default: int | None = None) -> int:
+        """The layer that a setting means; else the family's own, else `default`, else the visual feature's."""
+        chosen = getattr(pruning, setting)
+        if chosen is None:
+            chosen = self.default_layers.get(setting, default)
+        return self.feature_layer if chosen is None else chosen
+
+
+class ViewEvidence(NamedTuple):
+    """What is known of views of one shape, of all images of a call, when cells of each view are chosen.
+
+    Attributes:
+        valid: bool (views, rows, columns), the cells that the stock model uses.
+        totals: of every view how many cells are kept, as the method's `count` says.
+        indices: of every view its index in its own image, from 0; in LLaVA 0 is the base tile.
+        received: of every layer read the attention that cells receive, float32 (views, rows, columns).
+        class_attention: the same of what the class token attends to.
+        encoder: the vision encoder.
+    """
+
+    valid: Tensor
+    totals: Sequence[int]
+    indices: Sequence[int]
+    received: Mapping[int, Tensor]
+    class_attention: Mapping[int, Tensor]
+    encoder: EncoderFacts
+
+    def mean_scores(self) -> Tensor:
+        """The average of the attention that cells receive, over the layers read: float32 (views, rows, columns)."""
+        return mean_of_layers(self.received)
+
+
 class VisualEvidence(NamedTuple):
     """What is known of some images when their tokens are chosen.
 
     Attributes:
-        layouts: how the tokens of each image lie.
-        valid: bool (tiles of all images, grid, grid), the cells that the stock model uses.
+        layouts: how the tokens of each image lie, all under equal settings.
         features: of every image the packed stock features, (num_stock, hidden).
-        scores: of every scored encoder layer the attention of the cells, float32 (tiles of all images, grid, grid).
-        feature_layer: the encoder layer, 0-based, whose output is the visual feature.
+        received: of every layer read the attention that cells receive, float32 (cells of all images,), in the order of views.
+        class_attention: the same of what the class token attends to.
+        encoder: the vision encoder.
     """
 
     layouts: Sequence[TokenLayout]
-    valid: Tensor
     features: Sequence[Tensor]
-    scores: Mapping[int, Tensor]
-    feature_layer: int
+    received: Mapping[int, Tensor]
+    class_attention: Mapping[int, Tensor]
+    encoder: EncoderFacts
 
     @property
-    def tile_indices(self) -> list[int]:
-        """Of every tile its index in its own image; 0 is the base tile."""
-        return [index for layout in self.layouts for index in range(layout.num_tiles)]
-
-    def layer(self, chosen: int | None) -> int:
-        """The encoder layer that a setting means, where None stands for the visual feature's."""
-        return self.feature_layer if chosen is None else chosen
-
-    def mean_scores(self) -> Tensor:
-        """The average over the scored layers, float32 (tiles, grid, grid)."""
-        return mean_of_layers(self.scores)
+    def device(self) -> torch.device:
+        """Where cells are chosen: where the attention is, else where the features are."""
+        return next(
+            (scores.device for scores in (*self.received.values(), *self.class_attention.values())), self.features[0].device
+        )
 
     def of_images(self, members: Sequence[int]) -> "VisualEvidence":
         """The evidence of some of the images, by their indices, ascending."""
         if len(members) == len(self.layouts):
             return self
-        tiles = [layout.num_tiles for layout in self.layouts]
+        cells = [layout.num_cells for layout in self.layouts]
 
-        def part(of_tiles: Tensor) -> Tensor:
-            split = of_tiles.split(tiles)
-            return torch.cat([split[member] for member in members])
+        def part(scores: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            split = {layer: of_layer.split(cells) for layer, of_layer in scores.items()}
+            return {layer: torch.cat([of_images[member] for member in members]) for layer, of_images in split.items()}
 
         return VisualEvidence(
             [self.layouts[member] for member in members],
-            part(self.valid),
             [self.features[member] for member in members],
-            {layer: part(scores) for layer, scores in self.scores.items()},
-            self.feature_layer,
+            part(self.received),
+            part(self.class_attention),
+            self.encoder,
+        )
+
+    def ask(
+        self, method: Any, question: Callable[[Any, VisualTokenPruningConfig], Tensor | None], pruning: Any
+    ) -> Tensor | None:
+        """A method's answer for all cells, (cells of all images,) in the order of views; None where it has none.
+
+        Args:
+            method: whose `group` says what it is asked about: views of one shape at a time, or whole images.
+            question: one of its `select`, `importance` and `inclusion`.
+            pruning: its settings.
+        """
+        if method.group == "image":
+            return question(self, pruning)
+        views = [(layout, index) for layout in self.layouts for index in range(layout.num_views)]
+        shapes = [layout.view_shapes[index] for layout, index in views]
+        answers: list[Any] = [None] * len(views)
+        for shape in dict.fromkeys(shapes):
+            members = [view for view in range(len(views)) if shapes[view] == shape]
+            answer = question(self._of_views(shapes, members, views), pruning)
+            if answer is None:
+                return None
+            for member, of_view in zip(members, answer.flatten(1), strict=True):
+                answers[member] = of_view
+        return torch.cat(answers)
+
+    def _of_views(
+        self, shapes: Sequence[tuple[int, int]], members: Sequence[int], views: Sequence[tuple[TokenLayout, int]]
+    ) -> ViewEvidence:
+        sizes = [rows * columns for rows, columns in shapes]
+        rows, columns = shapes[members[0]]
+
+        def part(of_cells: Tensor) -> Tensor:
+            if len(members) == len(shapes):
+                return of_cells.view(-1, rows, columns)
+            split = of_cells.split(sizes)
+            return torch.stack([split[member] for member in members]).view(-1, rows, columns)
+
+        return ViewEvidence(
+            part(torch.cat([layout.valid for layout in self.layouts])).to(self.device),
+            [layout.group_totals[index] for layout, index in (views[member] for member in members)],
+            [views[member][1] for member in members],
+            {layer: part(scores) for layer, scores in self.received.items()},
+            {layer: part(scores) for layer, scores in self.class_attention.items()},
+            self.encoder,
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evidence import Evidence, VisualEvidence, evidence_to_read, methods_of
+from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read, methods_of
 from .layout import TokenLayout
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
@@ -14,32 +14,39 @@ from .token_weights import log_weights
 
 
 def check_pruning_fits_encoder(
-    pruning: VisualTokenPruningConfig, num_layers: int, feature_layer: int, provided: Collection[Evidence]
+    pruning: VisualTokenPruningConfig, encoder: EncoderFacts, provided: Collection[Evidence]
 ) -> frozenset[Evidence]:
     """Refuses settings that an encoder cannot follow.
 
     Args:
         pruning: the model's settings.
-        num_layers: depth of the vision encoder.
-        feature_layer: the layer whose output is the visual feature.
+        encoder: the vision encoder.
         provided: the kinds of evidence that the model has.
 
     Returns:
         The kinds that the method reads.
 
     Raises:
-        ValueError: for scored layers beyond the depth, and for a method that reads what the model does not have.
+        ValueError: for layers beyond the depth or of no use to methods, and for a method that reads what the model does not
+            have.
     """
     method = pruning_method(pruning.method)
-    layers = pruning.scored_layers(feature_layer)
-    if layers and not 0 <= layers[0] <= layers[-1] < num_layers:
-        given = ", ".join(
-            f"`{setting.name}` (given: {getattr(pruning, setting.name)})" for setting in method.settings if setting.is_layer
-        )
+    layers = pruning.scored_layers(encoder)
+    given = ", ".join(
+        f"`{setting.name}` (given: {getattr(pruning, setting.name)})" for setting in method.settings if setting.is_layer
+    )
+    if layers and not 0 <= layers[0] <= layers[-1] < encoder.num_layers:
         read = f"layer {layers[0]}" if layers[0] == layers[-1] else f"layers {layers[0]} to {layers[-1]}"
         raise ValueError(
-            f"the method {pruning.method!r} reads the encoder {read}, but the vision tower has {num_layers} layers, 0 to "
-            f"{num_layers - 1}. Change {given}."
+            f"the method {pruning.method!r} reads the encoder {read}, but the vision tower has "
+            f"{encoder.num_layers} layers, 0 to {encoder.num_layers - 1}. Change {given}."
+        )
+    within_windows = [layer for layer in layers if layer not in (encoder.comparable_layers or layers)]
+    if within_windows:
+        raise ValueError(
+            f"the method {pruning.method!r} reads the encoder layers {within_windows}, which attend within windows: there "
+            "every window's tokens receive as much together, whatever it shows, so that cells of two cannot be compared. "
+            f"Layers over the whole image are {sorted(encoder.comparable_layers or ())}. Change {given}."
         )
     kinds = evidence_to_read(pruning, provided)
     if kinds is None:
@@ -53,58 +60,74 @@ def check_pruning_fits_encoder(
 
 
 def gather_evidence(
-    features: Sequence[Tensor], layouts: Sequence[TokenLayout], scores: Mapping[int, Tensor], feature_layer: int
+    features: Sequence[Tensor],
+    layouts: Sequence[TokenLayout],
+    received: Mapping[int, Tensor],
+    class_attention: Mapping[int, Tensor],
+    encoder: EncoderFacts,
 ) -> VisualEvidence:
     """What a method may look at, brought together from one pass of the vision tower.
 
     Args:
         features: of every image the stock features, (num_stock, hidden).
         layouts: of every image its layout, each under its own settings.
-        scores: of every scored layer that of the cells, float32 (tiles of all images, grid, grid).
-        feature_layer: the layer whose output is the visual feature.
+        received, class_attention: of every layer read that of the cells, float32 (cells of all images,).
+        encoder: the vision encoder.
 
     Raises:
         ValueError: where features do not fit the layouts.
     """
     for feature, layout in zip(features, layouts, strict=True):
         check_packed_length(feature, layout)
-    device = next(iter(scores.values()), features[0]).device
+    scores = (*received.values(), *class_attention.values())
+    device = scores[0].device if scores else features[0].device
     return VisualEvidence(
         layouts=layouts,
-        valid=torch.cat([layout.valid for layout in layouts]).to(device),
         features=features,
-        scores={layer: of_layer.to(device) for layer, of_layer in scores.items()},
-        feature_layer=feature_layer,
+        received={layer: of_layer.to(device) for layer, of_layer in received.items()},
+        class_attention={layer: of_layer.to(device) for layer, of_layer in class_attention.items()},
+        encoder=encoder,
     )
 
 
-def prune_features(evidence: VisualEvidence) -> tuple[list[Tensor], list[Tensor]]:
-    """Keeps of every image's packed features those that the method selects.
+def choose(evidence: VisualEvidence) -> list[Tensor]:
+    """The packed positions that stay of every image, by the methods of their layouts: int64, ascending.
 
-    Features are never recomputed, reordered or merged: the result is `features[i].index_select(0, kept_indices[i])`. With
-    `exact_count=False` fewer may be kept than there are placeholders; zeros then fill up the front.
-
-    Args:
-        evidence: of all images of a call.
-
-    Returns:
-        The features (num_retained, hidden) and the ascending indices of those kept, int64, a list each. There are
-        `num_retained` indices, or fewer with `exact_count=False`.
+    There are `num_retained` of each image, or fewer with `exact_count=False`.
     """
     kept_cells: dict[int, Tensor] = {}
     for pruning, members in _images_by_pruning(evidence.layouts).items():
-        seen = evidence.of_images(members)
-        of_tiles = pruning_method(pruning.method).select(seen, pruning)
-        kept_cells.update(zip(members, of_tiles.split([layout.num_tiles for layout in seen.layouts]), strict=True))
+        seen, method = evidence.of_images(members), pruning_method(pruning.method)
+        of_cells: Any = seen.ask(method, method.select, pruning)
+        kept_cells.update(zip(members, of_cells.split([layout.num_cells for layout in seen.layouts]), strict=True))
+    return [
+        layout.kept_indices(kept_cells[image].to(feature.device))
+        for image, (feature, layout) in enumerate(zip(evidence.features, evidence.layouts, strict=True))
+    ]
 
-    kept_features, kept_indices = [], []
-    for image, (feature, layout) in enumerate(zip(evidence.features, evidence.layouts, strict=True)):
-        kept = layout.kept_indices(kept_cells[image].to(feature.device))
-        surplus = feature.new_zeros(layout.num_retained - len(kept), feature.shape[1])
-        kept_feature = feature.index_select(0, kept)
-        kept_features.append(torch.cat((surplus, kept_feature)) if len(surplus) else kept_feature)
-        kept_indices.append(kept)
-    return kept_features, kept_indices
+
+def cut(stream: Sequence[Any], kept_indices: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Any]:
+    """Of every image the rows of packed tokens that stay: the one way in which anything that tokens carry is cut.
+
+    Rows are never recomputed, reordered or merged: the result is `stream[i].index_select(0, kept_indices[i])`. With
+    `exact_count=False` fewer may be kept than there are placeholders; zeros then fill up the front.
+
+    Args:
+        stream: of every image (num_stock, ...), such as its features; or a list of such streams, which are cut alike.
+        kept_indices: of every image the packed positions that stay, as `choose` returns them.
+        layouts: of every image.
+
+    Returns:
+        Of every image (num_retained, ...); or a list of such lists.
+    """
+    if not all(isinstance(of_image, Tensor) for of_image in stream):
+        return [cut(one, kept_indices, layouts) for one in stream]
+    pieces = []
+    for rows, kept, layout in zip(stream, kept_indices, layouts, strict=True):
+        kept_rows = rows.index_select(0, kept.to(rows.device))
+        surplus = layout.num_retained - len(kept)
+        pieces.append(torch.cat((rows.new_zeros(surplus, *rows.shape[1:]), kept_rows)) if surplus else kept_rows)
+    return pieces
 
 
 def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> list[Tensor] | None:
@@ -112,7 +135,7 @@ def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> 
 
     Args:
         evidence: of all images of a call.
-        kept_indices: of every image the packed positions that are kept, as `prune_features` returns them.
+        kept_indices: of every image the packed positions that are kept, as `choose` returns them.
     """
     if not evidence.layouts[0].pruning.weighs_tokens:
         return None

@@ -2,22 +2,24 @@
 
 Processor and model both ask this module, and nothing else counts. Integers and geometry only: no model, no pixels.
 
-Words. A *tile* is one square view that the vision encoder sees: the base tile (the whole image, squeezed), then the crops,
-row by row. A *cell* is one patch of a tile. The *packed sequence* is what stock transformers hands to the language model:
-the base tile's cells, then the rows of the stitched and un-padded crops, each row followed by one newline. LLaVA-1.5 has
-the base tile alone; where its class token is kept, that comes first.
+Words. A *view* is a rectangle of cells that methods choose from, rows x columns: a tile of LLaVA, a frame, or a whole image. A
+*cell* is one visual token of a view. *Stitched views* are views of one shape, side by side, that are packed as one grid. The
+*packed sequence* is what stock transformers hands to the language model. For LLaVA-NeXT these are the base tile's cells, then
+the rows of the stitched and un-padded crops, each row followed by one newline. LLaVA-1.5 has the base tile alone; where its
+class token is kept, that comes first.
 
 Source of the geometry: transformers' LLaVA-NeXT (`pack_image_features`, `unpad_image`); of the counts: the methods.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from .checked_values import MOST_CELLS, checked_image_size, checked_pinpoints, checked_view, positive_integer, shown
+from .checked_values import MOST_CELLS, checked_flag, checked_image_size, checked_pinpoints, checked_view, positive_integer
 from .registry import pruning_method
 from .retention_bits import SMALLEST_RATIO, bits_of_ratio, ratio_of_bits
 from .settings import VisualTokenPruningConfig
@@ -29,18 +31,85 @@ _NEWLINE = -1
 _CLASS_TOKEN = -2
 
 
+class StitchedViews(NamedTuple):
+    """Views of one shape, stitched into one grid of cells, a rectangle of which is packed row by row.
+
+    Attributes:
+        rows, columns: cells of one view.
+        down, across: how many views are stitched.
+        row_range, column_range: the half-open ranges of stitched rows and columns that stock uses; None for all.
+        newlines: where newline tokens follow: "none", "rows" (one after every row) or "end" (one after all).
+        box: (left, top, right, bottom) of the stitched grid in pixels of the original image; it may reach beyond the image.
+            None for the whole image.
+    """
+
+    rows: int
+    columns: int
+    down: int = 1
+    across: int = 1
+    row_range: tuple[int, int] | None = None
+    column_range: tuple[int, int] | None = None
+    newlines: str = "none"
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def num_views(self) -> int:
+        """How many views are stitched."""
+        return self.down * self.across
+
+    @property
+    def used_rows(self) -> range:
+        """The stitched rows that stock uses."""
+        return range(self.down * self.rows) if self.row_range is None else range(*self.row_range)
+
+    @property
+    def used_columns(self) -> range:
+        """The stitched columns that stock uses."""
+        return range(self.across * self.columns) if self.column_range is None else range(*self.column_range)
+
+    @property
+    def num_newlines(self) -> int:
+        """How many newline tokens stock adds."""
+        return {"none": 0, "rows": len(self.used_rows), "end": 1}[self.newlines]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens stock packs: cells and newlines."""
+        return len(self.used_rows) * len(self.used_columns) + self.num_newlines
+
+    def valid_per_view(self) -> list[int]:
+        """How many cells of every view stock uses, views row by row."""
+
+        def of_line(views: int, cells: int, used: range) -> list[int]:
+            starts = range(0, views * cells, cells)
+            return [max(0, min(used.stop, start + cells) - max(used.start, start)) for start in starts]
+
+        across = of_line(self.across, self.columns, self.used_columns)
+        return [height * width for height in of_line(self.down, self.rows, self.used_rows) for width in across]
+
+    def stitched(self, of_cells: Tensor) -> Tensor:
+        """Values of cells in the order of views, (..., cells), as the stitched grid: (..., down * rows, across * columns)."""
+        views = of_cells.unflatten(-1, (self.down, self.across, self.rows, self.columns))
+        return views.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+
+    def unstitched(self, grid: Tensor) -> Tensor:
+        """The reverse of `stitched`."""
+        views = grid.unflatten(-2, (self.down, self.rows)).unflatten(-1, (self.across, self.columns))
+        return views.transpose(-3, -2).flatten(-4)
+
+
 class TokenLayout:
     """The visual tokens of one image under one pruning config. Immutable; `from_image_size` and `single_tile` build it.
 
     Attributes:
         image_size: (height, width) of the original image in pixels; None where the layout was built without it.
         pruning: the settings. A token budget among them has become the ratio that it means for this image.
-        grid: cells per side of a tile.
-        tile_rows, tile_columns: how the crops are stitched; 0 where there are none.
-        row_range, column_range: the half-open ranges of stitched rows and columns that un-padding keeps.
-        valid_per_tile: how many cells of each tile the stock model uses, base tile first.
-        group_totals: cells kept of each group of cells among which the method chooses: of each tile, base tile first; for
-            gprune of the base tile and of all crops together.
+        parts: the stitched views, in the order in which they are packed.
+        has_class_token: whether the packed sequence begins with the class token, which is then kept.
+        skips_first_cell: whether stock drops the first cell, as if that were a class token.
+        view_shapes: (rows, columns) of every view, part by part, each part row by row. Cells are counted view by view.
+        valid_per_view: how many cells of each view the stock model uses.
+        group_totals: cells kept of each group of cells among which the method chooses: of each view; for gprune of each part.
         num_stock: tokens that the stock model uses for this image.
         num_newlines: newline tokens kept.
         num_class_tokens: class tokens kept, 0 or 1.
@@ -52,29 +121,23 @@ class TokenLayout:
         self,
         image_size: tuple[int, int] | None,
         pruning: VisualTokenPruningConfig,
+        parts: Sequence[StitchedViews],
         *,
-        grid: int,
-        tile_rows: int = 0,
-        tile_columns: int = 0,
-        row_range: tuple[int, int] = (0, 0),
-        column_range: tuple[int, int] = (0, 0),
-        extra_tokens: int = 0,
-        view: tuple[float, float, float, float] | None = None,
+        has_class_token: bool = False,
+        skips_first_cell: bool = False,
     ):
         self.image_size = image_size
-        self.grid = grid
-        self.tile_rows = tile_rows
-        self.tile_columns = tile_columns
-        self.row_range = row_range
-        self.column_range = column_range
-        self._extra_tokens = extra_tokens
-        self._view = view
+        self.parts = tuple(parts)
+        self.has_class_token = has_class_token
+        self.skips_first_cell = skips_first_cell
 
-        rows, columns = row_range[1] - row_range[0], column_range[1] - column_range[0]
-        self.num_stock = grid * grid + extra_tokens + rows * (columns + 1)
-        self.num_newlines = rows if pruning.keep_newlines else 0
-        self.num_class_tokens = max(extra_tokens, 0)
-        self.valid_per_tile: tuple[int, ...] = self._count_valid()
+        self.view_shapes = tuple((part.rows, part.columns) for part in self.parts for _ in range(part.num_views))
+        self.num_stock = sum(part.num_tokens for part in self.parts) + has_class_token - skips_first_cell
+        self.num_newlines = sum(part.num_newlines for part in self.parts) if pruning.keep_newlines else 0
+        self.num_class_tokens = int(has_class_token)
+        # By arithmetic: a processor asks for nothing else as a rule, and tensors would take longer than all the counting.
+        valid = [number for part in self.parts for number in part.valid_per_view()]
+        self.valid_per_view: tuple[int, ...] = (valid[0] - skips_first_cell, *valid[1:])
         # A layout outlives the call that first asks for it, and so must not take on that call's surroundings: images are
         # encoded under inference mode, and models built under a meta device. Against the latter, tensors here and below name
         # the CPU, each by itself, as a device context would double what counting takes.
@@ -123,7 +186,8 @@ class TokenLayout:
         grid: int,
         pruning: VisualTokenPruningConfig,
         *,
-        extra_tokens: int = 0,
+        has_class_token: bool = False,
+        skips_first_cell: bool = False,
         image_size: Sequence[int] | None = None,
         view: Sequence[float] | None = None,
     ) -> "TokenLayout":
@@ -132,36 +196,50 @@ class TokenLayout:
         Args:
             grid: cells per side of the tile.
             pruning: which tokens to keep.
-            extra_tokens: what the stock sequence has beyond one token per cell: 1 where it begins with the class token, which
-                is then kept and counted; -1 where stock drops the first cell as if that were one; else 0.
+            has_class_token: whether the stock sequence begins with the class token, which is then kept and counted.
+            skips_first_cell: whether stock drops the first cell, as if that were a class token.
             image_size: (height, width) of the original image in pixels.
             view: (left, top, right, bottom), the part of the original image that the cells show, in its pixels; all of it
                 unless given.
 
         Raises:
-            ValueError: for a grid that is no positive integer, or of more than 2**17 cells, and for other extra tokens,
-                sizes and views than described.
+            ValueError: for a grid that is no positive integer, or of more than 2**17 cells, for both flags at once, and for
+                other sizes and views than described.
         """
         grid = positive_integer("grid", grid, "cells")
         if grid * grid > MOST_CELLS:
             raise ValueError(f"`grid` is {grid}; {grid * grid} cells are too many, {MOST_CELLS} are allowed.")
-        if isinstance(extra_tokens, bool) or not isinstance(extra_tokens, int) or extra_tokens not in (-1, 0, 1):
-            raise ValueError(f"`extra_tokens` is {shown(extra_tokens)}; it must be -1, 0 or 1.")
+        if checked_flag("has_class_token", has_class_token) and checked_flag("skips_first_cell", skips_first_cell):
+            raise ValueError("`has_class_token` and `skips_first_cell` are both True; stock drops one of the two, or none.")
         if image_size is not None:
             image_size = checked_image_size(image_size)
-            view = (0, 0, image_size[1], image_size[0]) if view is None else view
         return _single_tile_layout(
             grid,
             VisualTokenPruningConfig.coerce(pruning),
-            extra_tokens,
+            has_class_token,
+            checked_flag("skips_first_cell", skips_first_cell),
             image_size,
             None if view is None else checked_view(view),
         )
 
     @property
-    def num_tiles(self) -> int:
-        """The base tile and the crops."""
-        return 1 + self.tile_rows * self.tile_columns
+    def num_views(self) -> int:
+        """How many views the image has; in LLaVA-NeXT the base tile and the crops."""
+        return len(self.view_shapes)
+
+    @property
+    def num_cells(self) -> int:
+        """The cells of all views, those included that stock does not use."""
+        return sum(rows * columns for rows, columns in self.view_shapes)
+
+    def by_view(self, of_cells: Tensor) -> list[Tensor]:
+        """Values of all cells, (cells,), as those of every view: (rows, columns) each."""
+        views = of_cells.split([rows * columns for rows, columns in self.view_shapes])
+        return [view.view(shape) for view, shape in zip(views, self.view_shapes, strict=True)]
+
+    def by_part(self, of_cells: Tensor) -> list[Tensor]:
+        """Values of all cells, (cells,), as those of every part: (cells of the part,) each, in the order of views."""
+        return list(of_cells.split([part.num_views * part.rows * part.columns for part in self.parts]))
 
     @property
     def cell_positions(self) -> Tensor:
@@ -172,8 +250,8 @@ class TokenLayout:
         """Positions in the packed sequence that stay, newlines included.
 
         Args:
-            kept_cells: bool (tiles, grid, grid) on any device, as many of each group as `group_totals` says;
-                with `exact_count=False` any number up to that.
+            kept_cells: bool (cells,) on any device, or of another shape in the same order, as many of each group as
+                `group_totals` says; with `exact_count=False` any number up to that.
 
         Returns:
             int64, ascending, on the same device: (num_retained,) without waiting for the device, or as many as there are
@@ -187,6 +265,11 @@ class TokenLayout:
         # Kept positions first, in order: a stable sort knows the length of its result, `nonzero` would have to wait.
         return torch.sort((~kept).to(torch.uint8), stable=True).indices[: self.num_retained]
 
+    def cell_numbers(self, kept_indices: Tensor) -> Tensor:
+        """The cells behind packed positions, int64 (cells,), counted view by view; what is no cell is left out."""
+        flat = self._cell_of_token.to(kept_indices.device)[kept_indices]
+        return flat[flat >= 0]
+
     def cells(self, kept_indices: Tensor) -> Tensor:
         """The cells behind packed positions; what is no cell (newlines, class token) is left out.
 
@@ -194,12 +277,9 @@ class TokenLayout:
             kept_indices: int64 (n,), positions in the packed sequence.
 
         Returns:
-            int64 (cells, 3): tile (0 is the base tile, crops follow row by row), row and column in the tile.
+            int64 (cells, 3): view (in LLaVA 0 is the base tile, crops follow row by row), row and column in the view.
         """
-        flat = self._cell_of_token.to(kept_indices.device)[kept_indices]
-        flat = flat[flat >= 0]
-        per_tile = self.grid * self.grid
-        return torch.stack((flat // per_tile, flat % per_tile // self.grid, flat % self.grid), dim=1)
+        return self._place_of_cell.to(kept_indices.device)[self.cell_numbers(kept_indices)]
 
     def pixel_boxes(self, kept_indices: Tensor) -> Tensor:
         """Where in the original image the cells behind packed positions lie; what is no cell is left out.
@@ -211,30 +291,25 @@ class TokenLayout:
             float64 (cells, 4): left, top, right, bottom in pixels of the original image, rows in the order of `cells`.
             A cell that reaches into padding is cut at the image's border.
         """
-        tile, row, column = self.cells(kept_indices.cpu()).unbind(1)
         if self.image_size is None:
             raise ValueError("this layout was built without `image_size`; give it to say where cells lie in the image.")
         height, width = self.image_size
-        left, top, right, bottom = self._view or (0, 0, width, height)
-        step = torch.tensor([right - left, bottom - top] * 2, dtype=torch.float64, device="cpu") / self.grid
-        origin = torch.tensor([left, top] * 2, dtype=torch.float64, device="cpu")
         limit = torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
-        base = (torch.stack((column, row, column + 1, row + 1), dim=1) * step + origin).clamp(min=0).minimum(limit)
-        if self.num_tiles == 1:
-            return base
-
-        # In units of one cell of the stitched grid.
-        crop = (tile - 1).clamp(min=0)
-        top_cell = crop // self.tile_columns * self.grid + row
-        left_cell = crop % self.tile_columns * self.grid + column
-        padded = torch.stack((left_cell, top_cell, left_cell + 1, top_cell + 1), dim=1).double()
-        # Stock resizes to the largest size that fits the pinpoint and pads to its centre.
-        target_height, target_width = self.tile_rows * self.grid, self.tile_columns * self.grid
-        scale = min(target_width / width, target_height / height)
-        resized_height, resized_width = min(height * scale, target_height), min(width * scale, target_width)
-        pad_left, pad_top = (target_width - resized_width) / 2, (target_height - resized_height) / 2
-        crops = (padded - torch.tensor([pad_left, pad_top, pad_left, pad_top], dtype=torch.float64, device="cpu")) / scale
-        return torch.where((tile == 0)[:, None], base, crops.clamp(min=0).minimum(limit))
+        view, row, column = self.cells(kept_indices.cpu()).unbind(1)
+        boxes = torch.zeros(len(view), 4, dtype=torch.float64, device="cpu")
+        first = 0
+        for part in self.parts:
+            of_part = (view >= first) & (view < first + part.num_views)
+            stitched_row = (view - first) // part.across * part.rows + row
+            stitched_column = (view - first) % part.across * part.columns + column
+            left, top, right, bottom = part.box or (0, 0, width, height)
+            step = [(right - left) / (part.across * part.columns), (bottom - top) / (part.down * part.rows)]
+            corners = torch.stack((stitched_column, stitched_row, stitched_column + 1, stitched_row + 1), dim=1)
+            step_of_side = torch.tensor(step * 2, dtype=torch.float64, device="cpu")
+            origin = torch.tensor([left, top] * 2, dtype=torch.float64, device="cpu")
+            boxes = torch.where(of_part[:, None], corners * step_of_side + origin, boxes)
+            first += part.num_views
+        return boxes.clamp(min=0).minimum(limit)
 
     def _with_ratio(self, pruning: VisualTokenPruningConfig) -> VisualTokenPruningConfig:
         """`pruning`, with a ratio in place of a token budget: the largest one whose tokens do not exceed it."""
@@ -266,42 +341,37 @@ class TokenLayout:
     def _count(self, pruning: VisualTokenPruningConfig) -> tuple[int, ...]:
         return tuple(pruning_method(pruning.method).count(self, pruning))
 
-    def _count_valid(self) -> tuple[int, ...]:
-        """By arithmetic: a processor asks for nothing else as a rule, and tensors would take longer than all the counting."""
-
-        def shared(tiles: int, kept: tuple[int, int]) -> list[int]:
-            """How many lines of each tile along a side un-padding keeps."""
-            starts = range(0, tiles * self.grid, self.grid)
-            return [max(0, min(kept[1], start + self.grid) - max(kept[0], start)) for start in starts]
-
-        rows, columns = shared(self.tile_rows, self.row_range), shared(self.tile_columns, self.column_range)
-        return (self.grid**2 + min(self._extra_tokens, 0), *(height * width for height in rows for width in columns))
-
     @functools.cached_property
     @torch.inference_mode(False)
     def valid(self) -> Tensor:
-        """bool (tiles, grid, grid), base tile first; the cells that the stock model uses."""
-        grid = self.grid
-        stitched = torch.zeros(self.tile_rows * grid, self.tile_columns * grid, dtype=torch.bool, device="cpu")
-        stitched[slice(*self.row_range), slice(*self.column_range)] = True
-        crops = stitched.view(self.tile_rows, grid, self.tile_columns, grid).transpose(1, 2).reshape(-1, grid, grid)
-        base = torch.ones(1, grid, grid, dtype=torch.bool, device="cpu")
-        base[0, 0, 0] = self._extra_tokens >= 0
-        return torch.cat((base, crops))
+        """bool (cells,); the cells that the stock model uses."""
+        valid = torch.zeros(self.num_cells, dtype=torch.bool, device="cpu")
+        valid[self._cell_of_token[self._cell_of_token >= 0]] = True
+        return valid
 
     @functools.cached_property
     @torch.inference_mode(False)
     def _cell_of_token(self) -> Tensor:
-        """For every packed position the cell it shows, as an index into `valid.flatten()`. Counting does without."""
-        grid = self.grid
-        base = torch.arange(grid * grid, device="cpu")
-        crops = torch.arange(grid * grid, self.num_tiles * grid * grid, device="cpu")
-        stitched = crops.view(self.tile_rows, self.tile_columns, grid, grid).transpose(1, 2)
-        stitched = stitched.reshape(self.tile_rows * grid, self.tile_columns * grid)
-        unpadded = stitched[slice(*self.row_range), slice(*self.column_range)]
-        with_newlines = torch.nn.functional.pad(unpadded, (0, 1), value=_NEWLINE)
-        class_token = torch.full((self.num_class_tokens,), _CLASS_TOKEN, device="cpu")
-        return torch.cat((class_token, base[max(0, -self._extra_tokens) :], with_newlines.flatten()))
+        """For every packed position the cell it shows, as an index into `valid`. Counting does without."""
+        packed = [torch.full((self.num_class_tokens,), _CLASS_TOKEN, device="cpu")]
+        for part, cells in zip(self.parts, self.by_part(torch.arange(self.num_cells, device="cpu")), strict=True):
+            rows, columns = part.used_rows, part.used_columns
+            used = part.stitched(cells)[rows.start : rows.stop, columns.start : columns.stop]
+            if part.newlines == "rows":
+                used = torch.nn.functional.pad(used, (0, 1), value=_NEWLINE)
+            packed.append(used.flatten())
+            if part.newlines == "end":
+                packed.append(torch.full((1,), _NEWLINE, device="cpu"))
+        # What stock drops as if it were a class token is the first cell of all.
+        return torch.cat(packed)[int(self.skips_first_cell) :]
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def _place_of_cell(self) -> Tensor:
+        """int64 (cells, 3): view, row and column of every cell."""
+        lines = [[torch.arange(side, device="cpu") for side in shape] for shape in self.view_shapes]
+        views = [torch.tensor([view], device="cpu") for view in range(self.num_views)]
+        return torch.cat([torch.cartesian_prod(view, *sides) for view, sides in zip(views, lines, strict=True)])
 
     def __repr__(self) -> str:
         size = "image" if self.image_size is None else "{} x {}".format(*self.image_size)
@@ -336,26 +406,35 @@ def _llava_next_layout(
     best_height, best_width = select_best_resolution((height, width), list(pinpoints))
     tile_rows, tile_columns = best_height // tile_size, best_width // tile_size
     row_range, column_range = _unpadded_ranges(height, width, tile_rows * grid, tile_columns * grid)
-    return TokenLayout(
-        (height, width),
-        pruning,
-        grid=grid,
-        tile_rows=tile_rows,
-        tile_columns=tile_columns,
+    # Stock resizes to the largest size that fits the pinpoint and pads to its centre.
+    target_height, target_width = tile_rows * grid, tile_columns * grid
+    scale = min(target_width / width, target_height / height)
+    left = -max(target_width - width * scale, 0) / 2 / scale
+    top = -max(target_height - height * scale, 0) / 2 / scale
+    crops = StitchedViews(
+        grid,
+        grid,
+        down=tile_rows,
+        across=tile_columns,
         row_range=row_range,
         column_range=column_range,
+        newlines="rows",
+        box=(left, top, left + target_width / scale, top + target_height / scale),
     )
+    return TokenLayout((height, width), pruning, (StitchedViews(grid, grid), crops))
 
 
 @functools.lru_cache(maxsize=1024)
 def _single_tile_layout(
     grid: int,
     pruning: VisualTokenPruningConfig,
-    extra_tokens: int,
+    has_class_token: bool,
+    skips_first_cell: bool,
     image_size: tuple[int, int] | None,
     view: tuple[float, float, float, float] | None,
 ) -> TokenLayout:
-    return TokenLayout(image_size, pruning, grid=grid, extra_tokens=extra_tokens, view=view)
+    tile = StitchedViews(grid, grid, box=view)
+    return TokenLayout(image_size, pruning, (tile,), has_class_token=has_class_token, skips_first_cell=skips_first_cell)
 
 
 def cells_per_side(tile_size: int, patch_size: int) -> int:

@@ -13,20 +13,21 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 
-from .attention_interface import ReceivedAttention, attach
+from .attention_interface import CollectedAttention, attach
 from .compat import cache_among, cache_of, named_arguments, take_stock_keys
 from .encoder_layers import wanting_features_only
-from .evidence import Evidence
+from .evidence import EncoderFacts, Evidence
 from .features import (
     check_placeholders,
     check_pruning_fits_encoder,
+    choose,
+    cut,
     gather_evidence,
     keep_all_features,
-    prune_features,
     weigh_features,
 )
 from .layout import TokenLayout
-from .look import BothAttentions, Look
+from .look import Look
 from .places_and_weights import (
     PLACES_ARGUMENTS,
     PlacesAndWeights,
@@ -67,11 +68,18 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
         log_weights (`list[torch.FloatTensor]`):
             One float32 (num_retained,) tensor per image, what the language model adds to the logits of the tokens' keys; None
             unless `token_weights` are on.
+        deepstack_features (`list[list[torch.Tensor]]`):
+            Of families whose language model takes features at several layers, for each of these layers one
+            (num_retained, hidden) tensor per image; else None.
     """
 
     kept_indices: list[Tensor] | None = None
     num_stock: list[int] | None = None
     log_weights: list[Tensor] | None = None
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+_STOCK_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPooling))
 
 
 def encoded_images(arguments: Mapping[str, Any]) -> Any:
@@ -108,10 +116,18 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         take_stock_keys(self.config.model_type, self.config.stock_model_type)
         self.provided_evidence = self.family.provided_by(self)
         pruning = self.config.pruning_config
-        self._feature_layer_and_evidence(pruning, {})
+        check_pruning_fits_encoder(pruning, self.encoder_facts(), self.provided_evidence)
         # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
         self.token_layout(1, 1, pruning.replace(retention_ratio=1.0))
         self._received_attention_tap = attach(self.family.encoder(self), self.family.num_layers(self.config))
+
+    def encoder_facts(self, arguments: Mapping[str, Any] | None = None) -> EncoderFacts:
+        """What methods must know of the vision encoder to say which layers they read.
+
+        Args:
+            arguments: of a call of `get_image_features`, by name; the configuration's unless given.
+        """
+        return self.family.encoder_facts(self.config, arguments or {})
 
     def token_layout(self, height: int, width: int, pruning: Any = None) -> TokenLayout:
         """How the tokens of an image lie, and how many of them are kept.
@@ -145,35 +161,29 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         arguments = {name: inputs[name] for name in self._image_arguments() if inputs.get(name) is not None}
         # The settings play no part, and a token budget among them may be too small for an image.
         layouts = self._layouts(arguments, pruning=VisualTokenPruningConfig("none"))
-        depth, has_class_token = self.family.num_layers(self.config), Evidence.CLASS_ATTENTION in self.provided_evidence
+        encoder, has_class_token = self.encoder_facts(arguments), Evidence.CLASS_ATTENTION in self.provided_evidence
         received = set(() if layers is None else layers)
-        wrong = sorted(layer for layer in received if not 0 <= layer < depth)
+        wrong = sorted(layer for layer in received if not 0 <= layer < encoder.num_layers)
         if wrong:
-            raise ValueError(f"`layers` has {wrong}; the vision tower has {depth} layers, 0 to {depth - 1}.")
+            raise ValueError(
+                f"`layers` has {wrong}; the vision tower has {encoder.num_layers} layers, 0 to {encoder.num_layers - 1}."
+            )
         class_attention = set(received) if has_class_token else set()
         wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
         for settings in map(VisualTokenPruningConfig.coerce, wanted):
-            layer, kinds = self._feature_layer_and_evidence(settings, arguments)
-            read = class_attention if Evidence.CLASS_ATTENTION in kinds else received
-            read.update(settings.scored_layers(layer))
-        both = BothAttentions(received, class_attention)
+            kinds = check_pruning_fits_encoder(settings, encoder, self.provided_evidence)
+            for kind, read in ((Evidence.RECEIVED_ATTENTION, received), (Evidence.CLASS_ATTENTION, class_attention)):
+                if kind in kinds:
+                    read.update(settings.scored_layers(encoder))
+        collector = CollectedAttention(received, class_attention)
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
         with wanting_features_only():
-            call = self.family.ending_early(call, self.config, arguments, both.layers)
-            output = self._scored_pass(call, both)
-        received_scores, class_scores = (self._cell_scores(kind, layouts) for kind in (both.received, both.class_attention))
-        feature_layer = self.family.feature_layer(self.config, arguments)
-        return Look(self, arguments, list(output.pooler_output), received_scores, class_scores, feature_layer)
+            call = self.family.ending_early(call, self.config, arguments, collector.layers)
+            output = self._received_attention_tap.call(call, collector)
+        return Look(self, arguments, list(output.pooler_output), *self._scores_of_cells(collector, layouts), encoder)
 
     def _image_arguments(self) -> tuple[str, ...]:
         return (*self.family.image_inputs, *self.family.feature_arguments)
-
-    def _feature_layer_and_evidence(
-        self, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]
-    ) -> tuple[int, frozenset[Evidence]]:
-        """The encoder layer whose output is the visual feature, and what the method reads; ValueError where it cannot."""
-        num_layers, layer = self.family.num_layers(self.config), self.family.feature_layer(self.config, arguments)
-        return layer, check_pruning_fits_encoder(pruning, num_layers, layer, self.provided_evidence)
 
     def _prune_image_features(
         self, stock: Callable[..., Any], arguments: Mapping[str, Any], retention_ratio: Any, **keywords: Any
@@ -188,35 +198,39 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         """
         refuse_budget_among(keywords)
         layouts = self._layouts(arguments, retention_ratio)
-        pruning = self.config.pruning_config
-        layer, kinds = self._feature_layer_and_evidence(pruning, arguments)
-        layers = pruning.scored_layers(layer)
+        pruning, encoder = self.config.pruning_config, self.encoder_facts(arguments)
+        kinds = check_pruning_fits_encoder(pruning, encoder, self.provided_evidence)
+        layers = pruning.scored_layers(encoder)
         call = functools.partial(stock, **arguments, return_dict=True, **keywords)
         call = self.family.ending_early(call, self.config, arguments, layers)
         if all(layout.keeps_everything for layout in layouts):
             output = call()
-            features, kept_indices = output.pooler_output, keep_all_features(output.pooler_output, layouts)
-            log_weights = None
+            streams: dict[str, Any] = {}
+            kept_indices, log_weights = keep_all_features(output.pooler_output, layouts), None
             if pruning.weighs_tokens:
                 log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
         else:
-            collector = ReceivedAttention(layers, Evidence.CLASS_ATTENTION in kinds)
-            output = self._scored_pass(call, collector)
-            features, kept_indices, log_weights = self._prune(output.pooler_output, layouts, collector, layer)
-        stock_fields = {field.name: getattr(output, field.name) for field in fields(BaseModelOutputWithPooling)}
-        stock_fields["pooler_output"] = features
+            collector = CollectedAttention(
+                layers if Evidence.RECEIVED_ATTENTION in kinds else (), layers if Evidence.CLASS_ATTENTION in kinds else ()
+            )
+            output = self._received_attention_tap.call(call, collector)
+            of_stock = {name: getattr(output, name) for name in self.family.streams}
+            streams, kept_indices, log_weights = self._prune(of_stock, layouts, collector, encoder)
+        stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
         num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
         return PrunedImageFeaturesOutput(
-            **stock_fields, kept_indices=kept_indices, num_stock=num_stock, log_weights=log_weights
+            **{**stock_fields, **streams}, kept_indices=kept_indices, num_stock=num_stock, log_weights=log_weights
         )
 
-    def _scored_pass(self, stock: Callable[..., Any], collector: ReceivedAttention | BothAttentions) -> Any:
-        """What `stock` returns, a call of stock's `get_image_features`; the collector's layers report to it meanwhile."""
-        return self._received_attention_tap.call(stock, collector) if collector.layers else stock()
-
-    def _cell_scores(self, collector: ReceivedAttention, layouts: Sequence[TokenLayout]) -> dict[int, Tensor]:
-        """Of every layer that reported the attention of cells, float32 (tiles of all images, grid, grid)."""
-        return {layer: self.family.cell_scores(found, layouts) for layer, found in collector.by_layer().items()}
+    def _scores_of_cells(
+        self, collector: CollectedAttention, layouts: Sequence[TokenLayout]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Of every layer that reported what cells receive, and what the class token gives them, float32 (cells of images,)."""
+        received, class_attention = (
+            {layer: self.family.cell_scores(found, layouts) for layer, found in of_kind.items()}
+            for of_kind in (collector.received(), collector.class_attention())
+        )
+        return received, class_attention
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
@@ -246,11 +260,16 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
 
     @torch.compiler.disable
     def _prune(
-        self, features: Sequence[Tensor], layouts: Sequence[TokenLayout], collector: ReceivedAttention, layer: int
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        evidence = gather_evidence(features, layouts, self._cell_scores(collector, layouts), layer)
-        kept_features, kept_indices = prune_features(evidence)
-        return kept_features, kept_indices, weigh_features(evidence, kept_indices)
+        self,
+        streams: Mapping[str, Any],
+        layouts: Sequence[TokenLayout],
+        collector: CollectedAttention,
+        encoder: EncoderFacts,
+    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor] | None]:
+        evidence = gather_evidence(streams["pooler_output"], layouts, *self._scores_of_cells(collector, layouts), encoder)
+        kept_indices = choose(evidence)
+        kept_streams = {name: cut(stream, kept_indices, layouts) for name, stream in streams.items()}
+        return kept_streams, kept_indices, weigh_features(evidence, kept_indices)
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checked_values import checked_choice, checked_flag, checked_number, shown
+from .checked_values import checked_choice, checked_flag, checked_layers, checked_number, shown
 from .registry import METHODS, pruning_method
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name, type (`int`, `float`, `bool` or `str`), default, range and meaning.
+    """One setting: its name, type (`int`, `float`, `bool`, `str`, or `tuple` for layers), default, range and meaning.
 
     Attributes:
         choices: what a `str` may be; a setting of another type has none.
@@ -40,7 +40,14 @@ class Setting:
             return checked_flag(self.name, value)
         if self.kind is str:
             return checked_choice(self.name, value, self.choices)
+        if self.kind is tuple:
+            return checked_layers(self.name, value)
         return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
+
+    @property
+    def kind_name(self) -> str:
+        """What the type is called in texts."""
+        return "layers" if self.kind is tuple else self.kind.__name__
 
     @property
     def range(self) -> str:
@@ -49,12 +56,14 @@ class Setting:
             return ""
         if self.kind is str:
             return f"one of {', '.join(self.choices)}"
+        if self.kind is tuple:
+            return "such as [7, 15] or 7+15"
         upper = "" if self.maximum is None else f" to {self.maximum}"
         return f"{'above' if self.above_minimum else 'from'} {self.minimum}{upper}"
 
     def __str__(self) -> str:
         allowed = f", {self.range}" if self.range else ""
-        return f"{self.name} ({self.kind.__name__}, {self.default}{allowed}): {self.meaning}."
+        return f"{self.name} ({self.kind_name}, {self.default}{allowed}): {self.meaning}."
 
 
 _RETENTION_RATIO = Setting(
@@ -278,6 +287,7 @@ class VisualTokenPruningConfig:
             raise ValueError(f"{unknown}: not a setting of the method {entry.name!r}, which has {known}. {advice}")
         # Written past our own __setattr__, which refuses: settings that were checked once stay as they are.
         self.__dict__.update(settings)
+        entry.check_settings(self)
 
     @property
     def weighs_tokens(self) -> bool:
@@ -315,7 +325,7 @@ class VisualTokenPruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, shared ones first, as plain JSON types; `from_dict` takes them back without loss."""
-        return dict(self.__dict__)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.__dict__.items()}
 
     def replace(self, /, **changes: Any) -> "VisualTokenPruningConfig":
         """A copy with some settings changed, validated as a whole.
@@ -341,13 +351,13 @@ class VisualTokenPruningConfig:
             return self.replace(retention_ratio=retention_ratio)
         return self if token_budget is None else self.replace(token_budget=token_budget)
 
-    def scored_layers(self, feature_layer: int) -> Sequence[int]:
+    def scored_layers(self, encoder: Any) -> Sequence[int]:
         """The encoder layers, 0-based and ascending, whose attention this config reads.
 
         Args:
-            feature_layer: the layer whose output is the visual feature, 0-based; where settings name none, it is meant.
+            encoder: `EncoderFacts`, as `model.model.encoder_facts()` says them.
         """
-        return pruning_method(self.method).layers(self, feature_layer)
+        return pruning_method(self.method).layers(self, encoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(

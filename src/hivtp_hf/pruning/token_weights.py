@@ -8,6 +8,7 @@ Source: ours. Related: proportional attention of ToMe, arXiv 2210.09461.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ def log_weights(evidence: VisualEvidence, kept_indices: Sequence[Tensor], images
     seen = evidence.of_images(images)
     chances: Sequence[Tensor | None] = [None] * len(images)
     if pruning.token_weights == "inclusion":
-        of_cells = pruning_method(pruning.method).inclusion(seen, pruning)
-        chances = of_cells.split([layout.num_tiles for layout in seen.layouts])
+        method = pruning_method(pruning.method)
+        of_cells: Any = seen.ask(method, method.inclusion, pruning)
+        chances = of_cells.split([layout.num_cells for layout in seen.layouts])
     return [_of_image(seen, member, kept_indices[image], chances[member], pruning) for member, image in enumerate(images)]
 
 
@@ -79,8 +81,7 @@ def _of_image(
     if chance is None:
         weights = cluster_sizes(features[cells], of_kept[is_cell])
     else:
-        tile, row, column = layout.cells(kept).unbind(1)
-        weights = 1 / chance.to(kept.device)[tile, row, column]
+        weights = 1 / chance.to(kept.device)[layout.cell_numbers(kept)]
     logarithms = torch.zeros(len(kept), dtype=torch.float32, device=kept.device)
     logarithms[is_cell] = pruning.weight_strength * weights.log()
     return logarithms
