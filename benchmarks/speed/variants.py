@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hivtp_hf import Evidence, VisualTokenPruningConfig
 from hivtp_hf.pruning.compat import cache_of
-from hivtp_hf.pruning.encoder_layers import wanting_features_only
 from hivtp_hf.pruning.registry import pruning_method
 
 from .images import Images, prompt_ids, token_layout
@@ -92,8 +91,8 @@ def image_features(models: Models, images: Images, variant: Variant) -> list[Ten
     if variant.kind == "published":
         return published_features(model, images, variant.method, variant.ratio)[0]
     # As in `forward`, where stock runs every layer of its tower, and ours those that something is read from.
-    with wanting_features_only():
-        packed = model.get_image_features(images.pixel_values, images.image_sizes).pooler_output
+    only_features = {"features_only": True} if variant.kind == "ours" else {}
+    packed = model.get_image_features(images.pixel_values, images.image_sizes, **only_features).pooler_output
     return [features[: variant.image_tokens] for features in packed] if variant.kind == "limit" else list(packed)
 
 

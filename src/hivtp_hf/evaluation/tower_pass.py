@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from ..pruning.encoder_layers import wanting_features_only, without_unread_layers
+from ..pruning.encoder_layers import without_unread_layers
 from ..pruning.features import choose, cut, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
@@ -171,8 +171,7 @@ def _features_of_tiles(base: Any, pixels: Tensor) -> Tensor:
     """The projected features of every tile, (tiles, tokens, hidden)."""
     # LLaVA-1.5's own way, which takes every tile for an image and packs nothing. LLaVA-NeXT's differs in packing alone.
     stock = functools.partial(LlavaModel.get_image_features, base, pixels, return_dict=True, interpolate_pos_encoding=True)
-    with wanting_features_only():
-        output = without_unread_layers(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
+    output = without_unread_layers(stock, base.config.vision_config, base.config.vision_feature_layer, ())()
     features = torch.stack(list(output.pooler_output))
     check_finite("the vision tower's visual features", features)
     return features

@@ -5,7 +5,6 @@ pass where nothing but features is wanted, in `forward` and `generate`; the feat
 `get_image_features` returns what else stock's tower says, so there every layer runs, as it does in a compiled model.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -18,7 +17,6 @@ from .compat import encoder_layer_class
 
 # How many layers the pass runs that is under way; None for all of them.
 _num_running: ContextVar[int | None] = ContextVar("hivtp_num_running_layers", default=None)
-_features_only: ContextVar[bool] = ContextVar("hivtp_features_only", default=False)
 
 # Of these, transformers hands on each layer's output as it is. It may put the normalised last one in the place of another
 # tower's, which in a shorter pass would be the feature's.
@@ -64,7 +62,7 @@ def find_layers(encoder: nn.Module, num_layers: int) -> EncoderLayers:
 def without_unread_layers(
     stock: Callable[..., Any], vision_config: Any, vision_feature_layer: int | Sequence[int], scored_layers: Sequence[int]
 ) -> Callable[..., Any]:
-    """`stock` without the layers that nothing is read from, where only features are wanted and the tower is known.
+    """`stock` without the layers that nothing is read from, where the tower is known. For calls that want features alone.
 
     Args:
         stock: stock's `get_image_features` with its arguments; takes further keywords.
@@ -72,7 +70,7 @@ def without_unread_layers(
         vision_feature_layer: as in a configuration: which hidden states the feature is made of.
         scored_layers: encoder layers, 0-based, that attention is read from.
     """
-    if torch.compiler.is_compiling() or not _features_only.get() or vision_config.model_type not in _TOWERS:
+    if torch.compiler.is_compiling() or vision_config.model_type not in _TOWERS:
         return stock
     indices = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
     states = vision_config.num_hidden_layers + 1
@@ -93,16 +91,3 @@ def without_unread_layers(
             _num_running.reset(token)
 
     return shorter
-
-
-@contextlib.contextmanager
-def wanting_features_only() -> Iterator[None]:
-    """Within it nothing of a vision tower is wanted but features."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    token = _features_only.set(True)
-    try:
-        yield
-    finally:
-        _features_only.reset(token)

@@ -20,12 +20,10 @@ from .compat import (
     prefills_images_in_chunks,
     with_cache_named,
 )
-from .encoder_layers import wanting_features_only
 from .look import Look
 from .model import PrunedImageFeaturesOutput, PrunedModelMixin, encoded_images, has_pixels
 from .places_and_weights import PLACES_ARGUMENTS, checked_places_in_cache, refuse_places_among, remember_places
 from .pretrained import PrunedPreTrainedMixin
-from .settings import checked_ratio
 from .surplus_placeholders import (
     cached_length,
     check_cached_placeholders,
@@ -59,8 +57,8 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         if not self.config.pruning_config.exact_count:
             arguments, args = named_arguments(type(self).forward, self, args, kwargs), ()
             if arguments.get("labels") is not None:
-                encoded = self.model._encode_ahead(arguments)
-                surplus = surplus_of_features(self.model._is_placeholder(arguments), encoded)
+                encoded = self.model.encode_ahead(arguments)
+                surplus = surplus_of_features(self.model.is_placeholder(arguments), encoded)
                 arguments["labels"] = move_labels(arguments["labels"], surplus)
         return super().forward(*args, **arguments)
 
@@ -70,9 +68,6 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = with_cache_named(cache_argument(type(self).forward), kwargs)
-        ratios = kwargs.get("retention_ratio")
-        if isinstance(ratios, (list, tuple)):  # beams and several returns repeat tensors with the prompts, and nothing else
-            kwargs["retention_ratio"] = torch.tensor([checked_ratio(ratio) for ratio in ratios], dtype=torch.float64)
         generate = super().generate
         signature = parameters_of(GenerationMixin.generate)
         arguments = {"kwargs": {}, **signature.bind_partial(self, *args, **kwargs).arguments}
@@ -81,22 +76,53 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         prompt = {**inputs, **arguments}
         if prompt.get("inputs") is not None:
             prompt["input_ids"] = prompt["inputs"]
-        is_placeholder = self.model._is_placeholder(prompt)
+        is_placeholder, pruning = self.model.is_placeholder(prompt), self.config.pruning_config
         self._check_prefill_in_chunks(prompt)
         cache = cache_among(inputs)
-        if cache is None or cached_length(cache) == 0:  # else the ids name images of former calls as well
-            self.model._check_placeholders(prompt)
-        if self.config.pruning_config.places_or_weighs and is_placeholder is not None:
+        cached = 0 if cache is None else cached_length(cache)
+        if pruning.places_or_weighs and is_placeholder is not None:
             return self._generate_placed(generate, arguments, inputs, prompt)
         refuse_places_among(inputs)
-        if self.config.pruning_config.exact_count or is_placeholder is None:
+        if is_placeholder is None:
+            self.model.check_prompt(prompt)
             return generate(*args, **kwargs)
-        surplus = self._mask_surplus_of_prompt(prompt, inputs, is_placeholder)
+        encoded = self._encode_prompt(prompt, inputs, cached)
+        surplus = None if pruning.exact_count else self._mask_surplus_of_prompt(prompt, inputs, is_placeholder, encoded)
         output = generate(**arguments, **inputs)
-        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
-        returned = cache_of(output) if isinstance(output, ModelOutput) else None
-        remember_surplus(cache if returned is None else returned, surplus)
+        if surplus is not None:
+            # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
+            returned = cache_of(output) if isinstance(output, ModelOutput) else None
+            remember_surplus(cache if returned is None else returned, surplus)
         return output
+
+    def _encode_prompt(
+        self, prompt: Mapping[str, Any], inputs: dict[str, Any], cached: int
+    ) -> PrunedImageFeaturesOutput | None:
+        """The images of a prompt, encoded before generate() runs and left among the model's inputs instead of pixels.
+
+        Args:
+            prompt: all arguments of the call.
+            inputs: the model's inputs among them; changed in place.
+            cached: how many columns of the prompt the cache holds.
+
+        Returns:
+            The encoded images; None where there are none, or none that the cache does not hold.
+        """
+        # The ids of a longer prompt name images of former calls as well.
+        layouts = self.model.check_prompt(prompt) if cached == 0 else None
+        # An assistant is given its prompt's images again when its cache already holds them.
+        new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
+        if cached and not bool(self.model.is_placeholder(new).any()):
+            return None
+        given = {name: value for name, value in inputs.items() if name not in ("input_ids", "inputs_embeds")}
+        encoded = self.model.encode_ahead({**given, **new} if cached else inputs, layouts)
+        if encoded is not None:
+            for name in (*self.model.family.image_inputs, "retention_ratio"):
+                inputs.pop(name, None)
+            # Without what belongs to images alone: generate() repeats and cuts features, and tensors say the rest.
+            features_alone = {"kept_indices": None, "num_stock": None, "log_weights": None}
+            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, **features_alone})}
+        return encoded
 
     def _generate_placed(
         self, generate: Callable[..., Any], arguments: dict[str, Any], inputs: dict[str, Any], prompt: Mapping[str, Any]
@@ -115,15 +141,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         cache = cache_among(inputs)
         cached = 0 if cache is None else cached_length(cache)
         before = checked_places_in_cache(cache, cached)
-        # An assistant is given its prompt's images again when its cache already holds them.
         new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
-        is_new = cached == 0 or bool(self.model._is_placeholder(new).any())
-        encoded = self.model._encode_ahead(inputs) if is_new else None
+        encoded = self._encode_prompt(prompt, inputs, cached)
         places = self.model.places_of_prompt(new, encoded, before, cached)
-        if encoded is not None:
-            # Without what belongs to images alone: generate() repeats and cuts features, and the tensors say the rest.
-            features_alone = {"kept_indices": None, "num_stock": None, "log_weights": None}
-            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, **features_alone})}
         rows = next(columns.shape[0] for columns in new.values() if columns is not None)
         inputs.update(zip(PLACES_ARGUMENTS, places.of_rows(rows), strict=True))
         # Before anything runs: what a call that is broken off has left in the cache is then known all the same.
@@ -202,12 +222,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
                     "prompts without."
                 )
 
-    # transformers' generate() encodes images before its first step, and reads nothing but their features.
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        with wanting_features_only():
-            return super()._prepare_multimodal_encoder_kwargs_for_generation(*args, **kwargs)
-
-    def _mask_surplus_of_prompt(self, prompt: dict[str, Any], inputs: dict[str, Any], is_placeholder: Tensor) -> Tensor:
+    def _mask_surplus_of_prompt(
+        self, prompt: dict[str, Any], inputs: dict[str, Any], is_placeholder: Tensor, encoded: Any
+    ) -> Tensor:
         """Masks the surplus of a prompt: changes `inputs`, the model's inputs among a `generate`'s keywords, in place.
 
         Returns:
@@ -216,12 +233,6 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         cache = cache_among(inputs)
         cached = 0 if cache is None else cached_length(cache)
         check_cached_placeholders(is_placeholder[:, :cached], cache)
-        # An assistant is given its prompt's images again when its cache already holds them.
-        is_new = bool(is_placeholder[:, cached:].any())
-        encoded = self.model._encode_ahead(inputs) if is_new else None
-        if encoded is not None:
-            # Without the indices: generate() repeats and cuts features alone, and the mask says it all from here on.
-            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, "kept_indices": None})}
         surplus = with_cached_surplus(surplus_of_features(is_placeholder[:, cached:], encoded), cache)
         if surplus.any():
             check_sliding_window(self.config.get_text_config(), self._longest_sequence(prompt, surplus.shape[1]))

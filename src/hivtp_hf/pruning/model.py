@@ -15,7 +15,6 @@ from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 
 from .attention_interface import CollectedAttention, attach
 from .compat import cache_among, cache_of, named_arguments, take_stock_keys
-from .encoder_layers import wanting_features_only
 from .evidence import EncoderFacts, Evidence
 from .features import (
     check_placeholders,
@@ -177,16 +176,22 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
                     read.update(settings.scored_layers(encoder))
         collector = CollectedAttention(received, class_attention)
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
-        with wanting_features_only():
-            call = self.family.ending_early(call, self.config, arguments, collector.layers)
-            output = self._received_attention_tap.call(call, collector)
+        call = self.family.ending_early(call, self.config, arguments, collector.layers)
+        output = self._received_attention_tap.call(call, collector)
         return Look(self, arguments, list(output.pooler_output), *self._scores_of_cells(collector, layouts), encoder)
 
     def _image_arguments(self) -> tuple[str, ...]:
         return (*self.family.image_inputs, *self.family.feature_arguments)
 
     def _prune_image_features(
-        self, stock: Callable[..., Any], arguments: Mapping[str, Any], retention_ratio: Any, **keywords: Any
+        self,
+        stock: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        retention_ratio: Any,
+        *,
+        token_layouts: list[TokenLayout] | None = None,
+        features_only: bool = False,
+        **keywords: Any,
     ) -> PrunedImageFeaturesOutput:
         """What a family's `get_image_features` returns: stock's result, with what the method keeps of every image.
 
@@ -194,15 +199,18 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             stock: stock's `get_image_features`.
             arguments: of the call, by name.
             retention_ratio: of the call.
+            token_layouts: of every image, where the caller has asked for them already.
+            features_only: whether the caller reads nothing but features, so that encoder layers behind them need not run.
             **keywords: further ones, for stock.
         """
         refuse_budget_among(keywords)
-        layouts = self._layouts(arguments, retention_ratio)
+        layouts = self._layouts(arguments, retention_ratio) if token_layouts is None else token_layouts
         pruning, encoder = self.config.pruning_config, self.encoder_facts(arguments)
         kinds = check_pruning_fits_encoder(pruning, encoder, self.provided_evidence)
         layers = pruning.scored_layers(encoder)
         call = functools.partial(stock, **arguments, return_dict=True, **keywords)
-        call = self.family.ending_early(call, self.config, arguments, layers)
+        if features_only:
+            call = self.family.ending_early(call, self.config, arguments, layers)
         if all(layout.keeps_everything for layout in layouts):
             output = call()
             streams: dict[str, Any] = {}
@@ -284,15 +292,9 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             return super().forward(*args, **kwargs, return_dict=True)
         refuse_budget_among(kwargs)
         arguments = named_arguments(type(self).forward, self, args, kwargs)
-        self._check_placeholders(arguments)
-        surplus = None
-        if not exact:
-            surplus = self._mask_surplus(arguments)
-        elif arguments.get("retention_ratio") is not None:
-            self._encode_ahead(arguments)
-        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
-        with wanting_features_only():
-            output = super().forward(**arguments, return_dict=True)
+        encoded = self.encode_ahead(arguments)
+        surplus = None if exact else self._mask_surplus(arguments, encoded)
+        output = super().forward(**arguments, return_dict=True)
         if surplus is not None:
             remember_surplus(cache_of(output), surplus)
         return output
@@ -301,8 +303,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         """`forward` where the language model is told of kept tokens where they stand, or what they weigh."""
         # Asked here, as it is no within what a compiler leaves out.
         arguments, places = self._with_places_and_weights(args, kwargs, torch.compiler.is_compiling())
-        with wanting_features_only():
-            output = super().forward(**arguments, return_dict=True)
+        output = super().forward(**arguments, return_dict=True)
         if places is not None:
             _remember_places_of_call(output, places)
         return output
@@ -321,10 +322,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         pruning = self.config.pruning_config
         arguments = named_arguments(type(self).forward, self, args, kwargs)
         given = [arguments.pop(name, None) for name in PLACES_ARGUMENTS]
-        self._check_placeholders(arguments)
         check_language_model_can_weigh(self.config.get_text_config(), pruning)
-        encoded = self._encode_ahead(arguments)
-        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
+        encoded = self.encode_ahead(arguments)
         prompt = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if prompt is None:
             return arguments, None  # stock says what is missing
@@ -377,7 +376,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         Raises:
             ValueError: for images that came encoded without saying what was kept, and for embeddings without their images.
         """
-        is_placeholder: Any = self._is_placeholder(arguments)
+        is_placeholder: Any = self.is_placeholder(arguments)
         pruning = self.config.pruning_config
         if encoded is None:
             if arguments.get("input_ids") is None and before is None:
@@ -410,7 +409,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         told = bool(new.shifts.any()) or bool(new.log_weights.any())
         return new if told else nothing_placed(is_placeholder.device)  # what is kept whole runs as stock runs it
 
-    def _is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
+    def is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence), None for neither."""
         if arguments.get("input_ids") is not None:
             return arguments["input_ids"] == self.config.image_token_id
@@ -420,8 +419,12 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         token = torch.tensor(self.config.image_token_id, device=embeddings.device)
         return (embeddings == self.get_input_embeddings()(token)).all(-1)
 
-    def _check_placeholders(self, arguments: Mapping[str, Any]) -> None:
-        """Fails before anything runs if the prompt has other than one placeholder per kept token."""
+    def check_prompt(self, arguments: Mapping[str, Any]) -> list[TokenLayout] | None:
+        """A ValueError, before anything runs, if a prompt has other than one placeholder per kept token.
+
+        Returns:
+            The layout of every image that comes as pixels, or None where there is none.
+        """
         encoded, layouts = encoded_images(arguments), None
         if encoded is not None:
             retained = [len(features) for features in encoded.pooler_output]
@@ -429,34 +432,47 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             layouts = self._layouts(arguments, arguments.get("retention_ratio"))
             retained = [layout.num_retained for layout in layouts]
         else:
-            return
-        is_placeholder = self._is_placeholder(arguments)
+            return None
+        is_placeholder = self.is_placeholder(arguments)
         if is_placeholder is not None:  # else stock says what is missing
             check_placeholders(is_placeholder, retained, layouts, self.config.pruning_config)
+        return layouts
 
-    def _encode_ahead(self, arguments: dict[str, Any]) -> PrunedImageFeaturesOutput | None:
-        """The images of a call, encoded before the language model runs and left among its arguments instead of pixels."""
+    def encode_ahead(
+        self, arguments: dict[str, Any], layouts: list[TokenLayout] | None = None
+    ) -> PrunedImageFeaturesOutput | None:
+        """The images of a call, encoded before the language model runs and left among its arguments instead of pixels.
+
+        Args:
+            arguments: of the call, by name; changed in place. Their prompt is checked unless layouts are given.
+            layouts: of every image, as `check_prompt` returned them.
+
+        Returns:
+            The encoded images, also where they came so; None where the call has none.
+        """
+        layouts = self.check_prompt(arguments) if layouts is None else layouts
         encoded = encoded_images(arguments)
         if encoded is None and has_pixels(arguments):
-            inputs = (*self.family.image_inputs, "retention_ratio")
             names = (*self._image_arguments(), "retention_ratio")
-            with wanting_features_only():
-                encoded = self.get_image_features(
-                    **{name: arguments[name] for name in names if name in arguments}, return_dict=True
-                )
-            for name in inputs:
+            given = {name: arguments[name] for name in names if name in arguments}
+            encoded = self.get_image_features(**given, return_dict=True, token_layouts=layouts, features_only=True)
+            for name in self.family.image_inputs:
                 arguments.pop(name, None)
             arguments["mm_encoder_outputs"] = {"image": encoded}
+        arguments.pop("retention_ratio", None)  # stock knows no such argument, and goes on without
         return encoded
 
-    def _mask_surplus(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _mask_surplus(self, arguments: dict[str, Any], encoded: PrunedImageFeaturesOutput | None) -> Tensor | None:
         """Lets placeholders without a token have no effect: changes the arguments of a forward in place.
+
+        Args:
+            arguments: of the forward, by name.
+            encoded: its images, or None where it has none.
 
         Returns:
             The surplus among cached and new positions, bool (batch, cached + new), or None if there is none.
         """
-        is_placeholder = self._is_placeholder(arguments)
-        encoded = self._encode_ahead(arguments)
+        is_placeholder = self.is_placeholder(arguments)
         if is_placeholder is None:
             return None
         surplus = with_cached_surplus(surplus_of_features(is_placeholder, encoded), cache_among(arguments))
