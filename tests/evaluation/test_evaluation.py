@@ -93,7 +93,7 @@ def test_one_pass_serves_all_methods_as_their_own_would(pair):
 )
 def test_a_broken_selection_is_noticed(change):
     layout = TokenLayout.from_image_size(60, 100, {"retention_ratio": 0.5}, **GEOMETRY, pinpoints=[[56, 112]])
-    right = layout.kept_indices(layout.valid & (torch.arange(8) % 2 == 0))
+    right = layout.kept_indices(layout.valid & (torch.arange(layout.num_cells) % 2 == 0))
     assert check_kept_indices(right, layout) == sum(layout.group_totals)
     with pytest.raises(ValueError, match="selector is broken"):
         check_kept_indices(change(right), layout)

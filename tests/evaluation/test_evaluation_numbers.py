@@ -140,7 +140,7 @@ def test_values_are_read_by_their_kind():
         ("gprune.iterations=3", "'gprune' is no method with settings that is compared"),
         ("hiprune.retention_ratio=0.3", "give `--ratios`"),
         ("random.seed=5", "seeds"),
-        ("hiprune.alpha=much", "must be a number, true, false or none"),
+        ("hiprune.alpha=much", "must be a number, layers such as 7.15, true, false or none"),
         ("hiprune.alpha=3", "`alpha` is 3"),
         ("hiprune.aplha=0.3", "Did you mean `alpha`"),
     ],

@@ -97,7 +97,7 @@ OF_BOTH_FAMILIES = [
         {"vision_layers": 8},
         {"retention_ratio": 1.0},
         "layers 6 to 8, but the vision tower has 8 layers, 0 to 7.*"
-        r"`importance_start_layer` \(given: 6\), `importance_num_layers` \(given: 3\)",
+        r"`importance_start_layer` \(given: None\), `importance_num_layers` \(given: None\)",
     ),
     ({}, {"importance_num_layers": 10**30}, "10 layers"),
     (SIGLIP, {"method": "cls_attention"}, "'cls_attention' reads .* the vision tower has no class token.*'hivtp', 'hiprune'"),

@@ -72,9 +72,8 @@ def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monk
                 inputs = pair.processor(images=image, text="<image>", return_tensors="pt")
                 pair.pruned.model.get_image_features(**image_inputs(inputs))
         valid = torch.cat([views(layout) for evidence in seen for layout in evidence.layouts])
-        scores = {
-            layer: torch.cat([evidence.received[layer] for evidence in seen]).view_as(valid) for layer in seen[0].received
-        }
+        kinds = [evidence.received or evidence.class_attention for evidence in seen]
+        scores = {layer: torch.cat([kind[layer] for kind in kinds]).view_as(valid) for layer in kinds[0]}
         seen.clear()
         return valid, scores
 

@@ -212,7 +212,7 @@ def test_scoring_reads_nothing_that_is_not_needed(next_pair, method, monkeypatch
     calls = []
     tap = next_pair.pruned.model._received_attention_tap
     monkeypatch.setattr(
-        tap, "call", lambda stock, collector: calls.append(collector.layers) or type(tap).call(tap, stock, collector)
+        tap, "call", lambda stock, collector: calls.extend(collector.layers) or type(tap).call(tap, stock, collector)
     )
     pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-1], **TESTED[method].small)
     features(pair, batch(pair))

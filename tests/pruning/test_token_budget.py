@@ -36,9 +36,8 @@ def totals_of_ratios(method, layout, ratios):
     """Cells that every ratio keeps, counted apart from the package: (ratios,)."""
     tiles = [int(view.sum()) for view in layout.by_view(layout.valid)]
     if method == "gprune":
-        rows = layout.row_range[1] - layout.row_range[0]
-        columns = layout.column_range[1] - layout.column_range[0]
-        return np.floor(ratios * tiles[0]) + np.floor(ratios * rows * columns)
+        crops = [np.floor(ratios * len(part.used_rows) * len(part.used_columns)) for part in layout.parts[1:]]
+        return np.floor(ratios * tiles[0]) + sum(crops)
     return sum(np.minimum(n, np.floor(ratios * n + 0.5)) for n in tiles)
 
 

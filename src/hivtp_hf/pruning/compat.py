@@ -27,7 +27,7 @@ OLDEST_TRANSFORMERS = (5, 19)
 # What transformers calls itself, by these names, and our classes override. A release that renames one would no longer call
 # ours, without a word, so a test holds each to the installed release.
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
-    "GenerationMixin": ("_get_candidate_generator", "_prepare_multimodal_encoder_kwargs_for_generation"),
+    "GenerationMixin": ("_get_candidate_generator",),
     "PreTrainedModel": ("_from_config", "initialize_weights"),
     "PreTrainedConfig": ("_upload_modified_files",),
     "ProcessorMixin": ("_get_arguments_from_pretrained", "_load_tokenizer_from_pretrained", "_upload_modified_files"),

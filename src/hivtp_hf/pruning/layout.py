@@ -213,6 +213,7 @@ class TokenLayout:
             raise ValueError("`has_class_token` and `skips_first_cell` are both True; stock drops one of the two, or none.")
         if image_size is not None:
             image_size = checked_image_size(image_size)
+            view = (0, 0, image_size[1], image_size[0]) if view is None else view
         return _single_tile_layout(
             grid,
             VisualTokenPruningConfig.coerce(pruning),
