@@ -83,7 +83,7 @@ def _alone_rows(bench: Bench, size: tuple[int, int], batch: int, ours: list[Vari
             del query, key, read
         features = [torch.randn(layouts[0].num_stock, width, device=device, dtype=dtype) for _ in range(batch)]
         of_tokens = {layer: torch.rand(tiles, cells + 1, device=device) for layer in layers}
-        scores = {layer: family.cell_scores([found], layouts) for layer, found in of_tokens.items()}
+        scores = {layer: family.cell_scores(bench.models.pruned.model, [found], layouts) for layer, found in of_tokens.items()}
         of_kinds = ({}, scores) if reads_class_attention else (scores, {})
         evidence = gather_evidence(features, layouts, *of_kinds, encoder)
         chosen = peak_memory(device, functools.partial(evidence.ask, method, method.select, pruning))

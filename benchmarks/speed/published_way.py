@@ -60,7 +60,7 @@ def select_from_scores(
     features: Sequence[Tensor], layouts: Sequence[Any], scores: Mapping[int, Tensor], encoder: EncoderFacts
 ) -> tuple[list[Tensor], list[Tensor]]:
     """hivtp_hf's own selection of packed features by these scores."""
-    of_cells = {layer: _FAMILY.cell_scores([found], layouts) for layer, found in scores.items()}
+    of_cells = {layer: _FAMILY.cell_scores(None, [found], layouts) for layer, found in scores.items()}
     kinds = pruning_method(layouts[0].pruning.method).reads(layouts[0].pruning)[0]
     of_kinds = ({}, of_cells) if Evidence.CLASS_ATTENTION in kinds else (of_cells, {})
     kept = choose(gather_evidence(features, layouts, *of_kinds, encoder))

@@ -111,7 +111,6 @@ class InventedFamily(Family):
     provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES})
     image_inputs = ("pixel_values", "grids")
     streams = ("pooler_output", "deepstack_features")
-    default_layers: ClassVar[Mapping[str, Any]] = {"importance_layers": (1, 3), "object_layer": 1}
 
     @property
     def classes(self) -> FamilyClasses:
@@ -130,6 +129,9 @@ class InventedFamily(Family):
     def feature_layer(self, config: Any, arguments: Mapping[str, Any]) -> int:
         return DEPTH - 1
 
+    def default_layers(self, config: Any) -> Mapping[str, Any]:
+        return {"importance_layers": (1, 3), "object_layer": 1}
+
     def comparable_layers(self, config: Any) -> list[int]:
         return [layer for layer in range(DEPTH) if layer not in WINDOW_LAYERS]
 
@@ -143,7 +145,7 @@ class InventedFamily(Family):
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
         assert len(arguments["pixel_values"]) == sum(layout.num_cells for layout in layouts)
 
-    def cell_scores(self, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
+    def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
         assert [of_image.shape for of_image in scores] == [(1, layout.num_cells) for layout in layouts]
         return torch.cat(list(scores), dim=1)[0]
 

@@ -63,8 +63,6 @@ class Family(ABC):
         feature_arguments: the arguments that say how features are made of them.
         streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
             are cut together.
-        default_layers: what settings that name encoder layers mean in this family where nothing is given, by their names;
-            methods know what they mean elsewhere.
     """
 
     name: ClassVar[str]
@@ -73,7 +71,6 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
-    default_layers: ClassVar[Mapping[str, Any]] = {}
 
     # What it is made of.
 
@@ -105,10 +102,17 @@ class Family(ABC):
         """The encoder layers whose attention compares cells of a whole image; None, the default, for all."""
         return None
 
+    def default_layers(self, config: Any) -> Mapping[str, Any]:
+        """What settings that name encoder layers mean in this family where nothing is given, by their names.
+
+        By default nothing: methods then go by the layers that their papers name.
+        """
+        return {}
+
     def encoder_facts(self, config: Any, arguments: Mapping[str, Any]) -> EncoderFacts:
         """What methods must know of the encoder to say which layers they read."""
         layer = self.feature_layer(config, arguments)
-        return EncoderFacts(self.num_layers(config), layer, self.default_layers, self.comparable_layers(config))
+        return EncoderFacts(self.num_layers(config), layer, self.default_layers(config), self.comparable_layers(config))
 
     def provided_by(self, model: Any) -> frozenset[Evidence]:
         """The kinds of evidence that this very model has; towers of one family may differ."""
@@ -149,10 +153,11 @@ class Family(ABC):
         """A ValueError where the pixels of a call are not those of images that lie so."""
 
     @abstractmethod
-    def cell_scores(self, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
+    def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
         """The attention of the tokens of an encoder as that of cells: float32 (cells of all images,), in the order of views.
 
         Args:
+            model: a base model, stock's or ours.
             scores: of every call of the layer in one pass float32 (sequences, tokens). An encoder that packs images into one
                 sequence calls it for each segment.
             layouts: of every image.

@@ -92,7 +92,7 @@ class LlavaFamily(LlavaTowersFamily):
         return {"image_processor_type": "SiglipImageProcessor", "size": square}
 
 
-def first_tokens(num_class_tokens: int, strategy: str) -> dict[str, bool]:
+def first_tokens(num_class_tokens: int, strategy: str) -> dict[str, Any]:
     """How stock's packed sequence begins, as keywords of `TokenLayout.single_tile`.
 
     Args:
@@ -178,7 +178,7 @@ class HIVTPLlavaProcessor(LlavaTowersProcessorMixin, LlavaProcessor):
             )
         return TokenLayout.single_tile(grid, pruning, **first)
 
-    def first_tokens(self) -> dict[str, bool]:
+    def first_tokens(self) -> dict[str, Any]:
         """How the packed sequence begins, as keywords of `TokenLayout.single_tile`."""
         return first_tokens(self.num_additional_image_tokens, self.vision_feature_select_strategy)
 

@@ -46,7 +46,7 @@ class LlavaTowersFamily(Family):
         feature_layer = feature_argument(config, arguments, "vision_feature_layer")
         return without_unread_layers(stock, config.vision_config, feature_layer, layers)
 
-    def cell_scores(self, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
+    def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
         of_tiles = torch.cat(list(scores)) if len(scores) > 1 else scores[0]
         cells, tiles = math.prod(layouts[0].view_shapes[0]), sum(layout.num_views for layout in layouts)
         class_tokens = of_tiles.shape[1] - cells

@@ -183,6 +183,19 @@ def encoder_layer_class() -> type:
     return GradientCheckpointingLayer
 
 
+def take_stock_keys_of_classes(classes: Mapping[str, str]) -> None:
+    """Lets checkpoints of our classes rename their keys as those of the stock classes that they are named with.
+
+    A class without rules of its own in this release goes by those of no one: stock reads its keys as they are.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+    for ours, stock in classes.items():
+        rules = get_checkpoint_conversion_mapping(stock)
+        if rules:
+            register_checkpoint_conversion_mapping(ours, rules, overwrite=True)
+
+
 @functools.cache
 def take_stock_keys(model_type: str, stock_type: str) -> None:
     """Lets checkpoints of `model_type` rename their keys as those of the stock `stock_type`.

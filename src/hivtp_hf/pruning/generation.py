@@ -86,14 +86,38 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         if is_placeholder is None:
             self.model.check_prompt(prompt)
             return generate(*args, **kwargs)
+        given = dict(inputs)
         encoded = self._encode_prompt(prompt, inputs, cached)
+        placed = self._place_prompt(prompt, inputs, given, encoded, cached)
+        self._remember_placed(cache, placed)
         surplus = None if pruning.exact_count else self._mask_surplus_of_prompt(prompt, inputs, is_placeholder, encoded)
         output = generate(**arguments, **inputs)
+        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
+        returned = cache_of(output) if isinstance(output, ModelOutput) else None
+        self._remember_placed(returned, placed)
         if surplus is not None:
-            # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
-            returned = cache_of(output) if isinstance(output, ModelOutput) else None
             remember_surplus(cache if returned is None else returned, surplus)
         return output
+
+    def _place_prompt(
+        self, prompt: dict[str, Any], inputs: dict[str, Any], given: Mapping[str, Any], encoded: Any, cached: int
+    ) -> Any:
+        """Puts positions of a prompt's tokens among the model's inputs, where a family has positions of its own.
+
+        Args:
+            prompt: all arguments of the call.
+            inputs: the model's inputs among them, with encoded images; changed in place.
+            given: the model's inputs as they came.
+            encoded: the images, as `get_image_features` returned them, or None where there are none.
+            cached: how many columns of the prompt the cache holds.
+
+        Returns:
+            What the cache is to remember; None for nothing.
+        """
+        return None
+
+    def _remember_placed(self, cache: Any, placed: Any) -> None:
+        """Lets a cache remember what `_place_prompt` returned."""
 
     def _encode_prompt(
         self, prompt: Mapping[str, Any], inputs: dict[str, Any], cached: int

@@ -112,13 +112,16 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
     def _start_pruning(self) -> None:
         """Called by a family's constructor once the vision encoder stands; ValueError where settings do not fit it."""
         # Weights are loaded and saved after a model is built, so that importing need not wait for transformers' rules.
-        take_stock_keys(self.config.model_type, self.config.stock_model_type)
+        self._take_stock_keys()
         self.provided_evidence = self.family.provided_by(self)
         pruning = self.config.pruning_config
         check_pruning_fits_encoder(pruning, self.encoder_facts(), self.provided_evidence)
         # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
         self.token_layout(1, 1, pruning.replace(retention_ratio=1.0))
         self._received_attention_tap = attach(self.family.encoder(self), self.family.num_layers(self.config))
+
+    def _take_stock_keys(self) -> None:
+        take_stock_keys(self.config.model_type, self.config.stock_model_type)
 
     def encoder_facts(self, arguments: Mapping[str, Any] | None = None) -> EncoderFacts:
         """What methods must know of the vision encoder to say which layers they read.
@@ -235,7 +238,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Of every layer that reported what cells receive, and what the class token gives them, float32 (cells of images,)."""
         received, class_attention = (
-            {layer: self.family.cell_scores(found, layouts) for layer, found in of_kind.items()}
+            {layer: self.family.cell_scores(self, found, layouts) for layer, found in of_kind.items()}
             for of_kind in (collector.received(), collector.class_attention())
         )
         return received, class_attention

@@ -1,0 +1,183 @@
+"""Qwen3-VL with visual token pruning: what is particular to it, and thin subclasses of transformers' classes."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
+from transformers.utils import can_return_tuple
+
+from ..pruning.compat import with_stock_signature
+from ..pruning.configuration import PrunedConfigMixin
+from ..pruning.model import PrunedImageFeaturesOutput
+from .base import Family, FamilyClasses
+from .qwen_vl import QwenVLFamily, QwenVLGenerationMixin, QwenVLModelMixin
+from .qwen_vl_processing import QwenVLProcessorMixin
+
+
+class Qwen3VLFamily(QwenVLFamily):
+    """Qwen3-VL: every block of the tower attends over the whole image, and the language model takes features of several."""
+
+    name = "qwen3_vl"
+    title = "Qwen3-VL"
+    streams = ("pooler_output", "deepstack_features")
+
+    @property
+    def classes(self) -> FamilyClasses:
+        return FamilyClasses(
+            HIVTPQwen3VLConfig,
+            HIVTPQwen3VLModel,
+            HIVTPQwen3VLForConditionalGeneration,
+            HIVTPQwen3VLProcessor,
+        )
+
+    @property
+    def stock_classes(self) -> FamilyClasses:
+        return FamilyClasses(Qwen3VLConfig, Qwen3VLModel, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+
+    def default_layers(self, config: Any) -> Mapping[str, Any]:
+        """Where the layers published for 24 blocks lie in a tower of this depth; of 27 blocks, all full, 7 to 9 and 9."""
+        depth = config.vision_config.depth
+        middle = tuple(sorted({round(layer * depth / 24) for layer in (6, 7, 8)}))
+        return {"importance_layers": middle, "object_layer": middle[-1]}
+
+
+class HIVTPQwen3VLConfig(PrunedConfigMixin, Qwen3VLConfig):
+    r"""
+    Configuration of [`HIVTPQwen3VLForConditionalGeneration`]: Qwen3-VL's own, and how to prune visual tokens.
+
+    Args:
+        pruning_config (`VisualTokenPruningConfig`, `dict` or `None`, *optional*):
+            As for [`HIVTPLlavaNextConfig`]. `exact_count` must be True, and `positions` and `token_weights` the defaults.
+        base_model (`dict` or `None`, *optional*):
+            As for [`HIVTPLlavaNextConfig`].
+        **kwargs:
+            As for [`~transformers.Qwen3VLConfig`].
+
+    Raises:
+        ValueError: for settings out of range, naming field, value and range.
+
+    A stock checkpoint ("qwen3_vl") loads directly, and prunes at the defaults.
+    """
+
+    model_type = "hivtp_qwen3_vl"
+    stock_model_type: ClassVar[str] = Qwen3VLConfig.model_type
+    family: ClassVar[Family] = Qwen3VLFamily()
+
+    pruning_config: Any = None
+    base_model: Any = None
+
+
+class HIVTPQwen3VLProcessor(QwenVLProcessorMixin, Qwen3VLProcessor):
+    r"""
+    Qwen3-VL's processor, except that an image gets as many placeholders as the model keeps of it.
+
+    Args:
+        pruning_config (`VisualTokenPruningConfig`, `dict` or `None`, *optional*):
+            As for [`HIVTPLlavaNextProcessor`].
+        image_processor, tokenizer, video_processor, chat_template:
+            As for [`~transformers.Qwen3VLProcessor`]. Without torchvision there is no video processor; what was stored of it
+            is kept.
+
+    A call takes `retention_ratio` or `token_budget` as that of [`HIVTPLlavaNextProcessor`].
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    family: ClassVar[Any] = HIVTPQwen3VLConfig.family
+
+
+class HIVTPQwen3VLModel(QwenVLModelMixin, Qwen3VLModel):
+    r"""
+    The Qwen3-VL model without a language modelling head, pruning its visual tokens by `config.pruning_config`.
+
+    Args:
+        config ([`HIVTPQwen3VLConfig`]): the configuration.
+
+    Raises:
+        ValueError: where the settings do not fit the vision tower: layers beyond its depth, and a
+            method that needs a class token.
+
+    Source: the methods that `VisualTokenPruningConfig` names.
+    """
+
+    config: HIVTPQwen3VLConfig
+    config_class = HIVTPQwen3VLConfig
+    family: ClassVar[Any] = HIVTPQwen3VLConfig.family
+
+    def __init__(self, config: HIVTPQwen3VLConfig):
+        super().__init__(config)
+        self._start_pruning()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor | None = None,
+        retention_ratio: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> tuple | PrunedImageFeaturesOutput:
+        r"""
+        The visual tokens that are kept of every image, after the merger.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_patches, channels * temporal_patch_size * patch_size**2)`):
+                The patches of all images, as the processor returns them.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
+                The patches of every image in time, height and width.
+            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
+                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
+                of float64 values), or a number for all images.
+
+        Returns:
+            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
+
+        Raises:
+            ValueError: for inputs that do not fit each other or the pruning settings.
+        """
+        arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
+
+    # Stock's takes the way of images, which prunes.
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
+        """As stock: videos are not pruned."""
+        return super().get_image_features(pixel_values_videos, video_grid_thw, **{**kwargs, "return_dict": True})
+
+    @with_stock_signature(Qwen3VLModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class HIVTPQwen3VLForConditionalGeneration(QwenVLGenerationMixin, Qwen3VLForConditionalGeneration):
+    r"""
+    Qwen3-VL with a language modelling head, pruning its visual tokens by `config.pruning_config`.
+
+    Loads pruned and stock Qwen3-VL checkpoints; `from_pretrained(stock, pruning_config={...})` sets the pruning.
+
+    Args:
+        config ([`HIVTPQwen3VLConfig`]): the configuration.
+
+    Raises:
+        ValueError: as [`HIVTPQwen3VLModel`].
+
+    Source: the methods that `VisualTokenPruningConfig` names.
+    """
+
+    config: HIVTPQwen3VLConfig
+    config_class = HIVTPQwen3VLConfig
+
+    def __init__(self, config: HIVTPQwen3VLConfig):
+        # Past the stock class's own constructor, which would build the stock model inside.
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)
+        self._build_on(HIVTPQwen3VLModel(config))
+
+    @functools.wraps(HIVTPQwen3VLModel.get_image_features)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_image_features(*args, **kwargs)
+
+    @with_stock_signature(Qwen3VLForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)

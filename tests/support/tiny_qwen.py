@@ -1,0 +1,190 @@
+"""Tiny Qwen-VL models of true geometry, prompts made by hand, and what stock makes of a pruned prompt."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration
+from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
+
+IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
+_TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": PAD,
+    "max_position_embeddings": 2048,
+}
+_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text_config": {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1, 2, 3],
+        },
+        **_TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [1, 2],
+        },
+        **_TOKENS,
+    },
+}
+STOCK = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
+OURS = {
+    "qwen2_5_vl": (HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration),
+}
+
+
+class Twins(NamedTuple):
+    """A stock model and ours with its weights."""
+
+    family: str
+    stock: Any
+    pruned: Any
+
+
+def qwen_twins(family: str, pruning: Any = None) -> Twins:
+    """The tiny models of a family, random but far from zero, so that what is wrong shows."""
+    torch.manual_seed(0)
+    config, model = STOCK[family]
+    stock = model(config(**CONFIGS[family])).eval()
+    for name, parameter in stock.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2 if "embed" not in name else 1.0)
+    config, model = OURS[family]
+    pruned = model(config(**CONFIGS[family], pruning_config=pruning)).eval()
+    pruned.load_state_dict(stock.state_dict())
+    for one in (stock, pruned):
+        one.generation_config.eos_token_id = one.generation_config.pad_token_id = None
+        one.generation_config.pad_token_id = PAD
+    return Twins(family, stock, pruned)
+
+
+def images_of(grids: list[tuple[int, int]], model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Random images of (height, width) patches."""
+    vision = model.config.vision_config
+    generator = torch.Generator().manual_seed(seed)
+    patches = sum(height * width for height, width in grids)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "pixel_values": torch.randn(patches, width, generator=generator),
+        "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+    }
+
+
+def prompt_of(rows: list[list[Any]], side: str = "left") -> dict[str, Tensor]:
+    """Ids, mask and token types of some rows: a number is so many text tokens, a list [n] an image of n placeholders."""
+    generator = torch.Generator().manual_seed(1)
+    ids = []
+    for row in rows:
+        of_row: list[int] = []
+        for part in row:
+            if isinstance(part, list):
+                of_row += [START, *[IMAGE] * part[0], END]
+            else:
+                of_row += torch.randint(3, 80, (part,), generator=generator).tolist()
+        ids.append(of_row)
+    longest = max(map(len, ids))
+    padding = [[PAD] * (longest - len(row)) for row in ids]
+    padded = [pad + row if side == "left" else row + pad for row, pad in zip(ids, padding, strict=True)]
+    ones = [
+        [0] * len(pad) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(pad)
+        for row, pad in zip(ids, padding, strict=True)
+    ]
+    input_ids = torch.tensor(padded)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.tensor(ones),
+        "mm_token_type_ids": (input_ids == IMAGE).long(),
+    }
+
+
+def inputs_of(twins: Twins, rows: list[list[Any]], side: str = "left", ratio: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs of both models for rows of text lengths and image grids (height, width): of stock, and of ours."""
+    grids = [part for row in rows for part in row if isinstance(part, tuple)]
+    images = images_of(grids, twins.stock)
+    merged = iter([height * width // 4 for height, width in grids])
+    kept = iter([layout.num_retained for layout in twins.pruned.model._layouts(images, ratio)])
+    stock_rows = [[[next(merged)] if isinstance(part, tuple) else part for part in row] for row in rows]
+    pruned_rows = [[[next(kept)] if isinstance(part, tuple) else part for part in row] for row in rows]
+    given = {} if ratio is None else {"retention_ratio": ratio}
+    return {**prompt_of(stock_rows, side), **images}, {**prompt_of(pruned_rows, side), **images, **given}
+
+
+@torch.no_grad()
+def oracle(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, Any]) -> dict[str, Any]:
+    """What stock's language model is given of the pruned prompt: embeddings, positions and DeepStack rows of tokens that stay.
+
+    Stock encodes all images and computes positions of the whole prompt; then everything is indexed by what is kept.
+    """
+    model = twins.stock.model
+    names = ("pixel_values", "image_grid_thw", "retention_ratio")
+    kept = twins.pruned.get_image_features(**{name: pruned_inputs[name] for name in names if name in pruned_inputs}).kept_indices
+    encoded = model.get_image_features(stock_inputs["pixel_values"], stock_inputs["image_grid_thw"], return_dict=True)
+    positions, deltas = model.get_rope_index(
+        stock_inputs["input_ids"],
+        mm_token_type_ids=stock_inputs["mm_token_type_ids"],
+        image_grid_thw=stock_inputs["image_grid_thw"],
+        attention_mask=stock_inputs["attention_mask"],
+    )
+    stays = (stock_inputs["input_ids"] != IMAGE) & stock_inputs["attention_mask"].bool()
+    where = (stock_inputs["input_ids"] == IMAGE).nonzero()
+    for of_image, indices in zip(where.split([len(features) for features in encoded.pooler_output]), kept, strict=True):
+        row, column = of_image[indices].unbind(1)
+        stays[row, column] = True
+    is_token = pruned_inputs["attention_mask"].bool()
+    of_rows = positions.new_zeros(3, *is_token.shape)
+    for row in range(len(is_token)):
+        of_rows[:, row, is_token[row]] = positions[:, row, stays[row]]
+    embeddings = model.get_input_embeddings()(pruned_inputs["input_ids"])
+    features = torch.cat([of_image[indices] for of_image, indices in zip(encoded.pooler_output, kept, strict=True)])
+    embeddings[pruned_inputs["input_ids"] == IMAGE] = features.to(embeddings.dtype)
+    given = {"inputs_embeds": embeddings, "attention_mask": pruned_inputs["attention_mask"], "position_ids": of_rows}
+    if twins.family == "qwen3_vl":
+        given["visual_pos_masks"] = pruned_inputs["input_ids"] == IMAGE
+        given["deepstack_visual_embeds"] = [
+            torch.cat([of_image[indices] for of_image, indices in zip(layer, kept, strict=True)])
+            for layer in encoded.deepstack_features
+        ]
+    return given
+
+
+@torch.no_grad()
+def oracle_logits(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, Any]) -> Tensor:
+    """The logits of stock's language model of the pruned prompt."""
+    given = oracle(twins, stock_inputs, pruned_inputs)
+    return twins.stock.lm_head(twins.stock.model.language_model(**given).last_hidden_state)
