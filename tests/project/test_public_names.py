@@ -12,6 +12,7 @@ from hivtp_hf.pruning.settings import SHARED_SETTINGS
 pytestmark = pytest.mark.once
 
 PUBLIC = [
+    "EncoderFacts",
     "Evidence",
     "HIVTPLlavaConfig",
     "HIVTPLlavaForConditionalGeneration",
@@ -23,7 +24,9 @@ PUBLIC = [
     "HIVTPLlavaProcessor",
     "PruningMethod",
     "Setting",
+    "StitchedViews",
     "TokenLayout",
+    "ViewEvidence",
     "VisualEvidence",
     "VisualTokenPruningConfig",
     "register_method",
@@ -54,5 +57,5 @@ def test_every_setting_and_method_is_documented():
     for method in METHODS.values():
         assert f'"{method.name}": ' in documentation
     for setting in (*SHARED_SETTINGS.values(), *(setting for method in METHODS.values() for setting in method.settings)):
-        assert f"{setting.name} ({setting.kind.__name__}, {setting.default}" in documentation
+        assert f"{setting.name} ({setting.kind_name}, {setting.default}" in documentation
         assert setting.meaning in documentation

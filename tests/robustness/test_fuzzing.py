@@ -85,6 +85,8 @@ def values_of(setting):
         values = st.booleans()
     elif setting.kind is str:
         values = st.sampled_from(setting.choices)
+    elif setting.kind is tuple:
+        values = st.lists(st.integers(0, 30), min_size=1, max_size=4) | st.just("3+9") | st.just(np.uint8(4))
     elif setting.kind is int:
         values = st.integers(low, high or 10**100) | st.integers(low, low + 30) | st.just(np.uint8(low + 3))
     else:
@@ -102,6 +104,8 @@ def good_settings(draw, methods=tuple(METHODS)):
     optional["keep_newlines"] = st.booleans()
     optional["weight_strength"] = values_of(SHARED_SETTINGS["weight_strength"])
     settings = draw(st.fixed_dictionaries({}, optional=optional))
+    if settings.get("importance_layers") is not None:  # in place of these
+        settings |= {name: None for name in ("importance_start_layer", "importance_num_layers") if name in settings}
     if settings.get("exact_count", True) and draw(st.booleans()):
         weights = ["none", "cluster_size"] + ["inclusion"] * method.knows_inclusion
         settings |= {
@@ -133,6 +137,8 @@ SAYINGS = [
     "does not divide",
     "are allowed",
     "give one of them",
+    "give the layers themselves",
+    "at most one of them may be True",
     "keeps every token",
     "stay whatever",
     "must be 'none'",
@@ -166,6 +172,10 @@ def check_pruning(pruning, given_settings):
         if value is None:
             assert setting.default is None
             continue
+        if setting.kind is tuple:
+            assert value == sorted(set(value))
+            assert all(type(layer) is int and layer >= 0 for layer in value)
+            continue
         assert type(value) is setting.kind
         assert value >= setting.minimum
         assert setting.maximum is None or value <= setting.maximum
@@ -173,6 +183,8 @@ def check_pruning(pruning, given_settings):
     for field, value in given_settings.items():
         defaults = {"retention_ratio": None if budget else method.default_retention_ratio}
         wanted = defaults.get(field) if value is None else value
+        if field == "importance_layers" and value is not None:
+            wanted = list(getattr(VisualTokenPruningConfig(importance_layers=value), field))
         assert stored[field] == wanted or math.isclose(stored[field], wanted)
     layers = pruning.scored_layers(ENCODER)
     if method.name == "hivtp":

@@ -10,7 +10,9 @@ from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLF
 from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
-_TEXT = {
+# Ids from here on are no text, and are not generated.
+TEXT_TOKENS = 80
+_TEXT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -91,6 +93,7 @@ def qwen_twins(family: str, pruning: Any = None) -> Twins:
     for one in (stock, pruned):
         one.generation_config.eos_token_id = one.generation_config.pad_token_id = None
         one.generation_config.pad_token_id = PAD
+        one.generation_config.suppress_tokens = list(range(TEXT_TOKENS, _TEXT["vocab_size"]))
     return Twins(family, stock, pruned)
 
 
@@ -116,7 +119,7 @@ def prompt_of(rows: list[list[Any]], side: str = "left") -> dict[str, Tensor]:
             if isinstance(part, list):
                 of_row += [START, *[IMAGE] * part[0], END]
             else:
-                of_row += torch.randint(3, 80, (part,), generator=generator).tolist()
+                of_row += torch.randint(3, TEXT_TOKENS, (part,), generator=generator).tolist()
         ids.append(of_row)
     longest = max(map(len, ids))
     padding = [[PAD] * (longest - len(row)) for row in ids]
@@ -133,7 +136,9 @@ def prompt_of(rows: list[list[Any]], side: str = "left") -> dict[str, Tensor]:
     }
 
 
-def inputs_of(twins: Twins, rows: list[list[Any]], side: str = "left", ratio: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def inputs_of(
+    twins: Twins, rows: list[list[Any]], side: str = "left", ratio: Any = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The inputs of both models for rows of text lengths and image grids (height, width): of stock, and of ours."""
     grids = [part for row in rows for part in row if isinstance(part, tuple)]
     images = images_of(grids, twins.stock)
@@ -153,9 +158,11 @@ def oracle(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, 
     """
     model = twins.stock.model
     names = ("pixel_values", "image_grid_thw", "retention_ratio")
-    kept = twins.pruned.get_image_features(**{name: pruned_inputs[name] for name in names if name in pruned_inputs}).kept_indices
+    kept = twins.pruned.get_image_features(
+        **{name: pruned_inputs[name] for name in names if name in pruned_inputs}
+    ).kept_indices
     encoded = model.get_image_features(stock_inputs["pixel_values"], stock_inputs["image_grid_thw"], return_dict=True)
-    positions, deltas = model.get_rope_index(
+    positions, _ = model.get_rope_index(
         stock_inputs["input_ids"],
         mm_token_type_ids=stock_inputs["mm_token_type_ids"],
         image_grid_thw=stock_inputs["image_grid_thw"],
@@ -188,3 +195,24 @@ def oracle_logits(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dic
     """The logits of stock's language model of the pruned prompt."""
     given = oracle(twins, stock_inputs, pruned_inputs)
     return twins.stock.lm_head(twins.stock.model.language_model(**given).last_hidden_state)
+
+
+@torch.no_grad()
+def oracle_greedy(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, Any], number: int) -> list[list[int]]:
+    """So many greedy tokens of every row, each from the whole sequence anew, without a cache. Rows are padded on the left."""
+    given = oracle(twins, stock_inputs, pruned_inputs)
+    answers: list[list[int]] = [[] for _ in pruned_inputs["input_ids"]]
+    for _ in range(number):
+        states = twins.stock.model.language_model(**given).last_hidden_state
+        new = twins.stock.lm_head(states[:, -1])[:, :TEXT_TOKENS].argmax(-1)
+        for answer, token in zip(answers, new.tolist(), strict=True):
+            answer.append(token)
+        rows = len(new)
+        embedded = twins.stock.model.get_input_embeddings()(new)[:, None]
+        given["inputs_embeds"] = torch.cat((given["inputs_embeds"], embedded), dim=1)
+        given["attention_mask"] = torch.cat((given["attention_mask"], torch.ones(rows, 1, dtype=torch.int64)), dim=1)
+        given["position_ids"] = torch.cat((given["position_ids"], given["position_ids"][..., -1:] + 1), dim=2)
+        if "visual_pos_masks" in given:
+            is_text = torch.zeros(rows, 1, dtype=torch.bool)
+            given["visual_pos_masks"] = torch.cat((given["visual_pos_masks"], is_text), dim=1)
+    return answers

@@ -207,7 +207,8 @@ class QwenVLModelMixin(PrunedModelMixin):
         rows, new = prompt.shape[:2]
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        types, grids = arguments.get("mm_token_type_ids"), arguments.get("image_grid_thw")
+        types: Any = arguments.get("mm_token_type_ids")
+        grids: Any = arguments.get("image_grid_thw")
         has_video = (arguments.get("mm_encoder_outputs") or {}).get("video") is not None
         if types is None and (encoded is not None or has_video):
             raise ValueError(
@@ -277,7 +278,7 @@ class QwenVLModelMixin(PrunedModelMixin):
             for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             if name in parameters_of(type(self).get_rope_index).parameters
         }
-        full_positions, deltas = super().get_rope_index(  # type: ignore[misc]
+        full_positions, deltas = super().get_rope_index(
             torch.zeros_like(padded),
             mm_token_type_ids=padded,
             attention_mask=(torch.arange(longest, device=types.device) < lengths).long(),
@@ -291,6 +292,8 @@ class QwenVLModelMixin(PrunedModelMixin):
 
 class QwenVLGenerationMixin(PrunedGenerationMixin):
     """A model with a language modelling head of these families. Comes before the stock class."""
+
+    _encodes_later_turns = True
 
     def _place_prompt(
         self, prompt: dict[str, Any], inputs: dict[str, Any], given: Mapping[str, Any], encoded: Any, cached: int

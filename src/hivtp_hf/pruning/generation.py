@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -38,6 +38,9 @@ from .weighted_attention import check_language_model_can_weigh
 
 class PrunedGenerationMixin(PrunedPreTrainedMixin):
     """A model with a language modelling head over a `PrunedModelMixin`, in `self.model`. Comes before the stock class."""
+
+    # Whether images of a later turn must be known before transformers' generate() runs, for the places of their tokens.
+    _encodes_later_turns: ClassVar[bool] = False
 
     def _build_on(self, base_model: Any) -> None:
         """Called by a family's constructor: what stock's does, on a base model of ours."""
@@ -86,8 +89,10 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         if is_placeholder is None:
             self.model.check_prompt(prompt)
             return generate(*args, **kwargs)
-        given = dict(inputs)
-        encoded = self._encode_prompt(prompt, inputs, cached)
+        given, encoded = dict(inputs), None
+        # Of a later turn stock encodes the images itself, and the model holds them against their placeholders.
+        if cached == 0 or self._encodes_later_turns or not pruning.exact_count:
+            encoded = self._encode_prompt(prompt, inputs, cached)
         placed = self._place_prompt(prompt, inputs, given, encoded, cached)
         self._remember_placed(cache, placed)
         surplus = None if pruning.exact_count else self._mask_surplus_of_prompt(prompt, inputs, is_placeholder, encoded)
@@ -138,14 +143,17 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
         if cached and not bool(self.model.is_placeholder(new).any()):
             return None
-        given = {name: value for name, value in inputs.items() if name not in ("input_ids", "inputs_embeds")}
-        encoded = self.model.encode_ahead({**given, **new} if cached else inputs, layouts)
+        of_prompt = {"input_ids", "inputs_embeds"}
+        part = {name: value for name, value in {**inputs, **new}.items() if name not in of_prompt or value is not None}
+        encoded = self.model.encode_ahead(part, layouts)
+        for name in inputs.keys() - part.keys() - of_prompt:
+            del inputs[name]
+        inputs.update({name: value for name, value in part.items() if name not in of_prompt})
         if encoded is not None:
-            for name in (*self.model.family.image_inputs, "retention_ratio"):
-                inputs.pop(name, None)
             # Without what belongs to images alone: generate() repeats and cuts features, and tensors say the rest.
             features_alone = {"kept_indices": None, "num_stock": None, "log_weights": None}
-            inputs["mm_encoder_outputs"] = {"image": PrunedImageFeaturesOutput(**{**encoded, **features_alone})}
+            features = PrunedImageFeaturesOutput(**{**encoded, **features_alone})
+            inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": features}
         return encoded
 
     def _generate_placed(

@@ -210,7 +210,10 @@ class TokenLayout:
         if grid * grid > MOST_CELLS:
             raise ValueError(f"`grid` is {grid}; {grid * grid} cells are too many, {MOST_CELLS} are allowed.")
         if checked_flag("has_class_token", has_class_token) and checked_flag("skips_first_cell", skips_first_cell):
-            raise ValueError("`has_class_token` and `skips_first_cell` are both True; stock drops one of the two, or none.")
+            raise ValueError(
+                "`has_class_token` and `skips_first_cell` are both True; at most one of them may be True. Stock packs the "
+                "class token, or drops the first token, or neither."
+            )
         if image_size is not None:
             image_size = checked_image_size(image_size)
             view = (0, 0, image_size[1], image_size[0]) if view is None else view
