@@ -1,8 +1,12 @@
-"""The model families, as tests are parametrised over them: stock's classes and ours."""
+"""The LLaVA families, as the tests that they share are parametrised over them: stock's classes and ours.
+
+Qwen-VL's prompts, sizes and positions are others; its tests are in files of their own.
+"""
 
 from typing import Any, NamedTuple
 
 from hivtp_hf.families import FAMILIES as REGISTERED
+from hivtp_hf.families.llava_towers import LlavaTowersFamily
 
 
 class Family(NamedTuple):
@@ -25,7 +29,11 @@ class Family(NamedTuple):
     processor: Any
 
 
-FAMILIES = {family.name: Family(family.name, *family.stock_classes, *family.classes) for family in REGISTERED}
+FAMILIES = {
+    family.name: Family(family.name, *family.stock_classes, *family.classes)
+    for family in REGISTERED
+    if isinstance(family, LlavaTowersFamily)
+}
 
 
 def family_of(config: Any) -> Family:

@@ -8,8 +8,10 @@ from ..pruning.checked_values import shown
 from .base import Family
 from .llava import LlavaFamily
 from .llava_next import LlavaNextFamily
+from .qwen2_5_vl import Qwen2_5_VLFamily
+from .qwen3_vl import Qwen3VLFamily
 
-FAMILIES: tuple[Family, ...] = (LlavaNextFamily(), LlavaFamily())
+FAMILIES: tuple[Family, ...] = (LlavaNextFamily(), LlavaFamily(), Qwen2_5_VLFamily(), Qwen3VLFamily())
 
 
 def register_auto_classes() -> None:

@@ -121,6 +121,9 @@ class Family(ABC):
     def check_config(self, config: Any) -> None:  # noqa: B027  (most families take every configuration)
         """Refuses, before a model is built, what the family cannot prune: a ValueError."""
 
+    def check_pruning(self, pruning: VisualTokenPruningConfig) -> None:  # noqa: B027  (most families take all settings)
+        """Refuses, where they are set, settings that the family cannot follow, whatever the model: a ValueError."""
+
     def ending_early(
         self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
     ) -> Callable[..., Any]:

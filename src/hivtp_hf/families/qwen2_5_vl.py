@@ -103,6 +103,7 @@ class HIVTPQwen2_5_VLProcessor(QwenVLProcessorMixin, Qwen2_5_VLProcessor):
     """
 
     family: ClassVar[Any] = HIVTPQwen2_5_VLConfig.family
+    video_processor_type = "Qwen2VLVideoProcessor"
 
 
 class HIVTPQwen2_5_VLModel(QwenVLModelMixin, Qwen2_5_VLModel):

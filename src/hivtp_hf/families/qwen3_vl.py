@@ -87,6 +87,7 @@ class HIVTPQwen3VLProcessor(QwenVLProcessorMixin, Qwen3VLProcessor):
     """
 
     family: ClassVar[Any] = HIVTPQwen3VLConfig.family
+    video_processor_type = "Qwen3VLVideoProcessor"
 
 
 class HIVTPQwen3VLModel(QwenVLModelMixin, Qwen3VLModel):

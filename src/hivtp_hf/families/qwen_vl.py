@@ -8,6 +8,7 @@ How far positions run ahead of the tokens is state of stock's model (`rope_delta
 cache remembers it: one conversation, one cache.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
 
+from ..pruning.checked_values import MOST_CELLS, positive_integer
 from ..pruning.compat import cache_among, cache_of, named_arguments, parameters_of, take_stock_keys_of_classes
 from ..pruning.evidence import Evidence
 from ..pruning.generation import PrunedGenerationMixin
@@ -65,7 +67,7 @@ class QwenVLFamily(Family):
         if len(size) == 2:
             side = vision.patch_size * merge
             size = (1, *(max(1, round(pixels / side)) * merge for pixels in size))
-        return qwen_vl_layout(size, pruning, merge)
+        return self.layout_of_grid(size, pruning, merge)
 
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
         patches, expected = len(arguments["pixel_values"]), int(arguments["image_grid_thw"].prod(1).sum())
@@ -95,15 +97,42 @@ class QwenVLFamily(Family):
         return of_cells
 
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
+        height, width = positive_integer("height", height), positive_integer("width", width)
         grid = processor.grid_of_image(height, width)
-        return qwen_vl_layout(grid, pruning, processor.image_processor.merge_size)
+        return self.layout_of_grid(grid, pruning, processor.image_processor.merge_size, (height, width))
 
     def layouts_of_inputs(
         self, processor: Any, inputs: Mapping[str, Any], prunings: Sequence[VisualTokenPruningConfig]
     ) -> list[TokenLayout]:
         grids = inputs["image_grid_thw"]
         merge_size = processor.image_processor.merge_size
-        return [qwen_vl_layout(grid, pruning, merge_size) for grid, pruning in zip(grids.tolist(), prunings, strict=True)]
+        return [
+            self.layout_of_grid(tuple(grid), pruning, merge_size)
+            for grid, pruning in zip(torch.as_tensor(grids).tolist(), prunings, strict=True)
+        ]
+
+    def layout_of_grid(
+        self,
+        grid: tuple[int, int, int],
+        pruning: VisualTokenPruningConfig,
+        merge_size: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> TokenLayout:
+        """As `qwen_vl_layout`."""
+        return qwen_vl_layout(grid, pruning, merge_size, image_size)
+
+    def check_pruning(self, pruning: VisualTokenPruningConfig) -> None:
+        if not pruning.exact_count:
+            raise ValueError(
+                "`exact_count` is False; Qwen-VL computes positions from runs of placeholders, which some without a token "
+                "would break. It must be True."
+            )
+        if pruning.token_weights != "none" or pruning.positions != "packed":
+            raise ValueError(
+                f"`token_weights` is {pruning.token_weights!r} and `positions` {pruning.positions!r}; in Qwen-VL kept tokens "
+                "stand at their original places already, and weights are not supported there. They must be 'none' and "
+                "'packed', the defaults."
+            )
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}
@@ -120,10 +149,38 @@ class QwenVLFamily(Family):
         }
 
 
-def qwen_vl_layout(grid: Sequence[int], pruning: VisualTokenPruningConfig, merge_size: int) -> TokenLayout:
-    """The layout of an image of (1, height, width) patches."""
-    rows, columns = (side // merge_size for side in grid[1:])
-    return TokenLayout(None, pruning, [StitchedViews(rows, columns)])
+@functools.lru_cache(maxsize=1024)
+def qwen_vl_layout(
+    grid: tuple[int, int, int],
+    pruning: VisualTokenPruningConfig,
+    merge_size: int,
+    image_size: tuple[int, int] | None = None,
+) -> TokenLayout:
+    """The layout of an image, remembered for repeated arguments. At least one token is kept of it, at any ratio.
+
+    Args:
+        grid: its patches in time, height and width.
+        pruning: which tokens to keep.
+        merge_size: how many patches a side become one token.
+        image_size: (height, width) of the original image in pixels.
+
+    Raises:
+        ValueError: for patches of several times, as a video has, for sides that do not merge, and for more than 2**17 cells.
+    """
+    times, *sides = grid
+    if times != 1 or any(side < 1 or side % merge_size for side in sides):
+        raise ValueError(
+            f"an image has {times} x {sides[0]} x {sides[1]} patches in time, height and width; it must have one in time, and "
+            f"multiples of {merge_size} in height and width. Make images by the processor, and give videos as `videos`."
+        )
+    rows, columns = (side // merge_size for side in sides)
+    if rows * columns > MOST_CELLS:
+        raise ValueError(
+            f"an image has {rows} x {columns} visual tokens; {MOST_CELLS} are allowed. Lower the image processor's budget of "
+            "pixels (`size`)."
+        )
+    # Without any token, stock's positions would lose step with the images.
+    return TokenLayout(image_size, pruning, [StitchedViews(rows, columns)], at_least_one=True)
 
 
 class QwenVLModelMixin(PrunedModelMixin):

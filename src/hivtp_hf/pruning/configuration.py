@@ -77,6 +77,7 @@ class PrunedConfigMixin(RemoteCodeMixin, _StockConfig):
         # on the finished object.
         if key == "pruning_config":
             value = VisualTokenPruningConfig.coerce(value)
+            self.family.check_pruning(value)
         elif key == "base_model":
             value = BaseCheckpoint.coerce(value)
         elif key in SHARED_SETTINGS:

@@ -115,6 +115,8 @@ class TokenLayout:
         num_class_tokens: class tokens kept, 0 or 1.
         num_retained: placeholders of this image: `sum(group_totals) + num_newlines + num_class_tokens`.
         keeps_everything: whether the kept sequence is the stock one, so that there is nothing to select.
+
+    With `at_least_one`, a ratio that keeps no cell of the image becomes the smallest one that does.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class TokenLayout:
         *,
         has_class_token: bool = False,
         skips_first_cell: bool = False,
+        at_least_one: bool = False,
     ):
         self.image_size = image_size
         self.parts = tuple(parts)
@@ -143,6 +146,8 @@ class TokenLayout:
         # the CPU, each by itself, as a device context would double what counting takes.
         with torch.inference_mode(False):
             self.pruning = self._with_ratio(pruning)
+            if at_least_one:
+                self.pruning = self._with_a_cell(self.pruning)
             self.group_totals: tuple[int, ...] = self._count(self.pruning)
         self.num_retained = sum(self.group_totals) + self.num_newlines + self.num_class_tokens
         # Without an exact count the number kept may stay below that of the placeholders, except at a ratio of 1.
@@ -341,6 +346,20 @@ class TokenLayout:
             middle = (fits + too_large) // 2
             fits, too_large = (fits, middle) if exceeds(ratio_of_bits(middle)) else (middle, too_large)
         return pruning.replace(retention_ratio=ratio_of_bits(fits))
+
+    def _with_a_cell(self, pruning: VisualTokenPruningConfig) -> VisualTokenPruningConfig:
+        """`pruning`, with the smallest ratio that keeps a cell of the image where its own keeps none."""
+        ratio = pruning.retention_ratio
+        if ratio is None or any(self._count(pruning)):
+            return pruning
+        keeps_none, keeps_some = bits_of_ratio(ratio), bits_of_ratio(1.0)
+        while keeps_some - keeps_none > 1:
+            middle = (keeps_none + keeps_some) // 2
+            if any(self._count(pruning.replace(retention_ratio=ratio_of_bits(middle)))):
+                keeps_some = middle
+            else:
+                keeps_none = middle
+        return pruning.replace(retention_ratio=ratio_of_bits(keeps_some))
 
     def _count(self, pruning: VisualTokenPruningConfig) -> tuple[int, ...]:
         return tuple(pruning_method(pruning.method).count(self, pruning))

@@ -28,6 +28,7 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning_config":
             value = VisualTokenPruningConfig.coerce(value)
+            self.family.check_pruning(value)
         super().__setattr__(name, value)
 
     def __call__(self, images=None, text=None, *args, **kwargs):
@@ -45,15 +46,23 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
             raise ValueError("an image has a height or a width of 0 pixels; images need at least one pixel.") from None
         finally:
             _call.reset(token)
-        pixel_values = inputs.get("pixel_values")
-        budget.check_number(0 if pixel_values is None else len(pixel_values))
-        if budget.is_given and pixel_values is not None:
-            prunings = [budget.of_image(image) for image in range(len(pixel_values))]
+        number = self._num_images(inputs)
+        budget.check_number(number)
+        if budget.is_given and number:
+            prunings = [budget.of_image(image) for image in range(number)]
             layouts = self.family.layouts_of_inputs(self, inputs, prunings)
             # The settings of a layout hold the ratio that a token budget means for its image.
             ratios = [layout.pruning.retention_ratio or 1.0 for layout in layouts]
-            inputs["retention_ratio"] = as_model_input(ratios, like=pixel_values)
+            inputs["retention_ratio"] = as_model_input(ratios, like=inputs["pixel_values"])
         return inputs
+
+    def _num_images(self, inputs: Any) -> int:
+        """How many images a finished call has."""
+        return len(inputs.get("pixel_values", ()))
+
+    def _changed_image_processing(self, given: Any) -> dict[str, Any]:
+        """Attributes of the image processor that the keywords of a call stand for, as far as counts depend on them."""
+        return {name: given[name] for name in ("size", "crop_size") if given.get(name)}
 
     def _next_pruning(self) -> VisualTokenPruningConfig:
         """The settings of the image that stock asks about; it asks for each in turn."""
@@ -93,7 +102,7 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
         # read.
         asked = self
         given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
-        changed = {name: given[name] for name in ("size", "crop_size") if given.get(name)}
+        changed = self._changed_image_processing(given)
         if changed:
             asked = copy.copy(self)
             asked.image_processor = copy.copy(self.image_processor)
