@@ -1,10 +1,12 @@
 """Qwen2.5-VL and Qwen3-VL against stock's language model on what is left of embeddings, positions and DeepStack rows."""
 
 import copy
+import sys
 import threading
 
 import pytest
 import torch
+from transformers.vision_utils import get_vision_window_index
 
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.families.qwen2_5_vl import Qwen2_5_VLFamily
@@ -299,3 +301,56 @@ def test_default_layers():
     facts = config.family.encoder_facts(config(), {})
     assert VisualTokenPruningConfig().scored_layers(facts) == (7, 8, 9)
     assert VisualTokenPruningConfig("hiprune").scored_layers(facts) == [9, 26]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_stocks_own_maps(family, monkeypatch):
+    """In the order of cells, which the tower of Qwen2.5-VL has in the order of its windows."""
+    twins = qwen_twins(family)
+    module = sys.modules[type(twins.stock.model.visual).__module__]
+    maps, eager = {}, module.eager_attention_forward
+
+    def recording(attention, *args, **kwargs):
+        output, weights = eager(attention, *args, **kwargs)
+        maps.setdefault(attention, []).append(weights)
+        return output, weights
+
+    given = images_of([(8, 12), (20, 6), (4, 4), (26, 30)], twins.stock)
+    monkeypatch.setattr(module, "eager_attention_forward", recording)
+    twins.stock.model.visual.set_attn_implementation("eager")
+    with torch.no_grad():
+        twins.stock.get_image_features(**given, return_dict=True)
+    look = twins.pruned.look(given, layers=[1, 3])
+    layouts = look.layouts({"method": "none"})
+    for layer, found in look.received.items():
+        received = torch.cat([of_image.mean((0, 1, 2)) for of_image in maps[twins.stock.model.visual.blocks[layer].attn]])
+        expected = received.view(-1, 4).mean(1)
+        if family == "qwen2_5_vl":
+            vision = twins.stock.config.vision_config
+            window_index, _ = get_vision_window_index(
+                given["image_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size
+            )
+            expected = expected[window_index.argsort()]
+        assert len(found) == sum(layout.num_cells for layout in layouts)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_positions_of_a_pruned_prompt_need_its_images(twins):
+    stock, pruned = inputs_of(twins, ONE)
+    names = ("mm_token_type_ids", "image_grid_thw")
+    positions, _ = twins.pruned.model.get_rope_index(stock["input_ids"], **{name: stock[name] for name in names})
+    expected, _ = twins.stock.model.get_rope_index(stock["input_ids"], **{name: stock[name] for name in names})
+    assert torch.equal(positions, expected)
+    with pytest.raises(ValueError, match="Where kept tokens stand is known once images are encoded"):
+        twins.pruned.model.get_rope_index(pruned["input_ids"], **{name: pruned[name] for name in names})
+
+
+def test_layouts_are_asked_for_once_a_call(twins, monkeypatch):
+    _, pruned = inputs_of(twins, BATCH)
+    asked, family = [], type(twins.pruned.model.family)
+    original = family.layout
+    monkeypatch.setattr(family, "layout", lambda self, *args: asked.append(args[1]) or original(self, *args))
+    greedy(twins, pruned)
+    assert len(asked) == 3
+    logits(twins.pruned, pruned)
+    assert len(asked) == 6

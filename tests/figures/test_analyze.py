@@ -87,7 +87,7 @@ def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monk
     assert found.received == pytest.approx([expected_curve(valid, scores[layer]) for layer in range(LAYERS)])
     at_random = [pairwise(tile.nonzero().tolist()) for tile in valid if tile.sum() > 1]
     assert found.at_random == pytest.approx(statistics.fmean(at_random))
-    assert (found.feature_layer, found.top_share, found.num_tiles) == (FEATURE_LAYER, 0.3, len(at_random))
+    assert (found.feature_layer, found.top_share, found.num_views) == (FEATURE_LAYER, 0.3, len(at_random))
     assert (len(at_random) < len(valid)) == ("NeXT" in tower)  # tiles of which un-padding leaves nothing
     if "SigLIP" in tower:
         assert found.class_token is None
@@ -115,7 +115,7 @@ def test_what_has_no_dispersion():
 
 def test_the_figure_shows_the_curves():
     received, class_token = [float(layer) for layer in range(10, 20)], [float(layer) for layer in range(20, 10, -1)]
-    (axes,) = plot_dispersion(Dispersion(received, class_token, 4.0, FEATURE_LAYER, 0.2, 7), [6, 7, 8]).axes
+    (axes,) = plot_dispersion(Dispersion(list(range(len(received))), received, class_token, 4.0, FEATURE_LAYER, 0.2, 7), [6, 7, 8]).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["attention received"] == received
     assert lines["attention of the class token"] == class_token
@@ -137,7 +137,7 @@ def test_the_command(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     table = run(checkpoint, *images, "-o", folder).output
     report = json.loads(run(checkpoint, *images, "--json", "--device", "cpu").stdout)
-    assert (report["scored_layers"], report["feature_layer"], report["num_tiles"]) == ([6], 5, 2)
+    assert (report["scored_layers"], report["feature_layer"], report["num_views"]) == ([6], 5, 2)
     for layer, distances in enumerate(zip(report["received"], report["class_token"], strict=True)):
         mark = {5: ["feature"], 6: ["scored"]}.get(layer, [])
         assert [str(layer), *(f"{distance:.2f}" for distance in distances), *mark] in map(str.split, table.splitlines())

@@ -299,6 +299,23 @@ def peak_allocation(call):
     return max(np.cumsum(sizes))
 
 
+def test_large_graphs_are_formed_in_bands(monkeypatch):
+    features = random_features([TokenLayout.single_tile(24, VisualTokenPruningConfig("gprune"))] * 2)
+    features = torch.stack(features)
+    for iterations in (0, 1, 5):
+        pruning = VisualTokenPruningConfig("gprune", iterations=iterations)
+        mass, degree = propagated_mass(features, pruning)
+        with monkeypatch.context() as patched:
+            patched.setattr(selectors_gprune, "_MOST_TOKENS_AT_ONCE", 100)
+            patched.setattr(selectors_gprune, "_WORKING_BYTES", 2 * 2 * 4 * 576 * 77)
+            found = propagated_mass(features, pruning)
+        torch.testing.assert_close(found[0], mass, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[1], degree)
+    tokens = 6000
+    peak = peak_allocation(lambda: propagated_mass(torch.rand(1, tokens, 16), VisualTokenPruningConfig("gprune", iterations=1)))
+    assert peak < 192 * 2**20 < 2 * 4 * tokens**2  # bytes: bands, and what whole buffers would take
+
+
 def three_buffers(tokens):
     similarity = torch.rand(tokens, tokens)
     edges = similarity / 2

@@ -47,6 +47,24 @@ def test_published_borders_are_reproduced(released):
         assert ours == theirs
 
 
+def test_published_selections_on_rectangles(released):
+    """The released code for Qwen2.5-VL re-selects anchors, and so keeps fewer than its budget in 14 of 32 cases."""
+    cases = zip(released["qwen_case"], released["qwen_case_alpha"], released["qwen_kept"], strict=True)
+    filled = 0
+    for (row, _, budget, _, number), alpha, kept in cases:
+        _, height, width = released["qwen_score_grid"][row]
+        shape = (1, height // 2, width // 2)
+        cells = height * width // 4
+        scores = (torch.from_numpy(released[f"qwen_{name}_score"][row][:cells]).view(shape) for name in ("obj", "deep"))
+        pruning = VisualTokenPruningConfig("hiprune", budget / cells, alpha=alpha, published_borders=True)
+        selected = select_hiprune(*scores, torch.ones(shape, dtype=torch.bool), pruning).flatten().nonzero()[:, 0].tolist()
+        assert len(selected) == budget
+        assert set(kept[kept >= 0].tolist()) <= set(selected)
+        filled += number == budget
+        assert (number == budget) == (selected == kept[kept >= 0].tolist())
+    assert filled == 18
+
+
 @pytest.mark.parametrize(
     ("published_borders", "expected"),
     [

@@ -58,8 +58,7 @@ def analyze(
     keep_all = {"method": "none"}
     processor, model = source.load_processor(keep_all), source.load_model(keep_all, **placed)
     found = dispersion_by_layer(model, processor, (read_image(path, _UNDONE) for path in images), top_share)
-    layers = range(len(found.received))
-    scored = [layer for layer in layers if layer in settings.scored_layers(model.model.encoder_facts())]
+    scored = [layer for layer in found.layers if layer in settings.scored_layers(model.model.encoder_facts())]
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -71,8 +70,8 @@ def analyze(
     table = Table(box=box.SIMPLE, caption=f"Mean distance in cells; of cells at random {found.at_random:.2f}.")
     for heading in ("layer", "attention received", *["of the class token"] * (found.class_token is not None), ""):
         table.add_column(heading, justify="right")
-    for layer in layers:
-        distances = [curve[layer] for curve in (found.received, found.class_token) if curve is not None]
+    for place, layer in enumerate(found.layers):
+        distances = [curve[place] for curve in (found.received, found.class_token) if curve is not None]
         marks = ["scored"] * (layer in scored) + ["feature"] * (layer == found.feature_layer)
         table.add_row(str(layer), *(f"{distance:.2f}" for distance in distances), " ".join(marks))
     Console().print(table)

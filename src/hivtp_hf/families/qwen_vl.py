@@ -242,6 +242,26 @@ class QwenVLModelMixin(PrunedModelMixin):
             arguments["mm_encoder_outputs"] = {**(arguments.get("mm_encoder_outputs") or {}), "video": videos}
         return encoded
 
+    def get_rope_index(self, input_ids: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As stock, of unpruned prompts; positions of pruned ones follow from what is kept, which their ids do not say.
+
+        Raises:
+            ValueError: for a prompt with other than one placeholder per token of an unpruned image.
+        """
+        stock_method = self.family.stock_classes.base_model.get_rope_index
+        given = parameters_of(stock_method).bind(self, input_ids, *args, **kwargs).arguments
+        types, grids = given.get("mm_token_type_ids"), given.get("image_grid_thw")
+        if types is not None and grids is not None:
+            found = int((types == _IMAGE_TYPE).sum())
+            unpruned = int(grids.prod(1).sum()) // self.config.vision_config.spatial_merge_size**2
+            if found != unpruned:
+                raise ValueError(
+                    f"the prompt has {found} image placeholders, and its unpruned images {unpruned} tokens. Where kept tokens "
+                    "stand is known once images are encoded: call `forward` or `generate`, which see to that, or "
+                    "`positions_of_prompt` with what `get_image_features` returned."
+                )
+        return super().get_rope_index(input_ids, *args, **kwargs)
+
     def positions_of_prompt(
         self, arguments: Mapping[str, Any], prompt: Tensor, encoded: Any, before: Tensor, cached: int
     ) -> tuple[Tensor | None, Tensor]:
@@ -333,7 +353,7 @@ class QwenVLModelMixin(PrunedModelMixin):
         given = {
             name: arguments.get(name)
             for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-            if name in parameters_of(type(self).get_rope_index).parameters
+            if name in parameters_of(self.family.stock_classes.base_model.get_rope_index).parameters
         }
         full_positions, deltas = super().get_rope_index(
             torch.zeros_like(padded),

@@ -26,23 +26,25 @@ _SIZE = (6.4, 4.2)
 
 
 class Dispersion(NamedTuple):
-    """The dispersion of every encoder layer, the first layer first; each value the mean over all tiles.
+    """The dispersion of encoder layers, ascending; each value the mean over all views.
 
     Attributes:
+        layers: which encoder layers, 0-based: all whose attention compares cells of a whole view.
         received: of the cells that receive most attention from all tokens.
         class_token: of those that the class token attends to most; None where the encoder has none.
         at_random: in expectation, if cells were chosen at random.
         feature_layer: the encoder layer, 0-based, whose output is the visual feature; -1 for what enters the first.
         top_share: the share of a tile's valid cells that count as the most attended.
-        num_tiles: how many tiles have two valid cells or more, and so a dispersion.
+        num_views: how many views have two valid cells or more, and so a dispersion.
     """
 
+    layers: list[int]
     received: list[float]
     class_token: list[float] | None
     at_random: float
     feature_layer: int
     top_share: float
-    num_tiles: int
+    num_views: int
 
 
 def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_share: float = 0.2) -> Dispersion:
@@ -59,11 +61,12 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
         ValueError: for a share out of range, where there is no image, and where no tile has two valid cells.
     """
     top_share = checked_share(top_share)
-    found, depth = [], model.config.family.num_layers(model.config)
+    found, encoder = [], model.model.encoder_facts()
+    layers = sorted(range(encoder.num_layers) if encoder.comparable_layers is None else encoder.comparable_layers)
     for image in images:
         # At a ratio of 1, as a token budget among the settings may be too small for an image.
         inputs = processor(images=image, text=processor.image_token, retention_ratio=1.0, return_tensors="pt").to(model.device)
-        look = model.look(inputs, layers=range(depth))
+        look = model.look(inputs, layers=layers)
         (layout,) = look.layouts({"method": "none"})
         scores = [kind[layer].cpu() for kind in (look.received, look.class_attention) for layer in sorted(kind)]
         for valid, *of_layers in zip(*map(layout.by_view, (layout.valid, *scores)), strict=True):
@@ -73,14 +76,15 @@ def dispersion_by_layer(model: Any, processor: Any, images: Iterable[Any], top_s
         raise ValueError("`images` holds no image; give at least one.")
     distances = torch.cat(found, dim=1)
     distances = distances[:, distances[0].isfinite()]
-    num_tiles = distances.shape[1]
-    if not num_tiles:
+    num_views = distances.shape[1]
+    if not num_views:
         raise ValueError(
             "no tile has two cells, so there is no distance to measure. Use a checkpoint whose vision tower has smaller "
             "patches."
         )
     at_random, *means = distances.mean(1).tolist()
-    return Dispersion(means[:depth], means[depth:] or None, at_random, look.encoder.feature_layer, top_share, num_tiles)
+    of_class = means[len(layers) :] or None
+    return Dispersion(layers, means[: len(layers)], of_class, at_random, look.encoder.feature_layer, top_share, num_views)
 
 
 def checked_share(value: Any) -> float:
@@ -133,7 +137,7 @@ def plot_dispersion(dispersion: Dispersion, scored: Collection[int] = ()) -> "Fi
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layers = range(len(dispersion.received))
+    layers = dispersion.layers
     figure = Figure(figsize=_SIZE, dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     # Curves are told apart by markers and lines as well as by colours.
@@ -149,6 +153,6 @@ def plot_dispersion(dispersion: Dispersion, scored: Collection[int] = ()) -> "Fi
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("encoder layer, from 0")
     axes.set_ylabel("mean distance in cells")
-    axes.set_title(f"The {dispersion.top_share:.3g} of cells with most attention; tiles: {dispersion.num_tiles}")
+    axes.set_title(f"The {dispersion.top_share:.3g} of cells with most attention; views: {dispersion.num_views}")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure

@@ -54,9 +54,10 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
 
 def panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
     """The titles and tiles of an image's panels: the base tile, and the crops where there are any."""
+    if len(layout.parts) == 1:
+        return [("Whole image", range(layout.num_views))]
     crops = layout.num_views - 1
-    of_crops = ("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_views))
-    return [("Base tile", range(1))] + [of_crops] * (crops > 0)
+    return [("Base tile", range(1)), ("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_views))]
 
 
 def draw_tiles(

@@ -26,6 +26,8 @@ from .ranking import descending_rank
 # What one step over several images of a shape may take: of each image, the similarities and their softmax, and two float32
 # copies of its features; masks and the stacked features come on top. A single image may take more.
 _WORKING_BYTES = 128 * 2**20
+# Above so many tokens a graph is never held as a whole: two buffers of it would take more than that.
+_MOST_TOKENS_AT_ONCE = 4096
 
 
 class GPrune(PruningMethod):
@@ -162,7 +164,8 @@ def gprune_scores(features: Tensor, pruning: VisualTokenPruningConfig | Mapping[
 def propagated_mass(features: Tensor, pruning: VisualTokenPruningConfig | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The two parts of `gprune_scores`, of the same arguments.
 
-    Forms two (graphs, tokens, tokens) buffers at a time: the similarities and their softmax.
+    Forms two (graphs, tokens, tokens) buffers at a time: the similarities and their softmax. Of more than 4,096 tokens, bands
+    of rows are formed one after another, in every round anew.
 
     Returns:
         mass: float32 (graphs, tokens), what each token has after `iterations` rounds that begin with the features' lengths.
@@ -178,7 +181,10 @@ def propagated_mass(features: Tensor, pruning: VisualTokenPruningConfig | Mappin
         # In float16, weak edges would underflow and change the graph.
         features = features.float()
         length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-        transition = _transition(features / length.clamp(min=1e-12), pruning)
+        directions = features / length.clamp(min=1e-12)
+        if features.shape[1] > _MOST_TOKENS_AT_ONCE:
+            return _propagated_in_bands(directions, length, pruning)
+        transition = _transition(directions, directions, pruning)
         # The number of entries above 0, without a mask: its sum would form an int64 copy, twice as large as the matrix.
         degree = torch.linalg.vector_norm(transition, ord=0, dim=-1)
         mass = length.mT
@@ -187,9 +193,26 @@ def propagated_mass(features: Tensor, pruning: VisualTokenPruningConfig | Mappin
         return mass[:, 0], degree
 
 
-def _transition(directions: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
-    """The share of its mass that each token (row) hands to each other (column), for `directions` of length 1."""
-    similarity = torch.bmm(directions, directions.mT)
+def _propagated_in_bands(directions: Tensor, length: Tensor, pruning: VisualTokenPruningConfig) -> tuple[Tensor, Tensor]:
+    """As `propagated_mass`, of graphs too large to be held: bands of rows are made anew in every round."""
+    tokens = directions.shape[1]
+    # A band lives three times at once: its similarities, their softmax, and that of the band before.
+    band = max(1, _WORKING_BYTES // (3 * 4 * tokens * len(directions)))
+    mass, degree = length.mT, directions.new_ones(directions.shape[:2])
+    for round_ in range(max(1, pruning.iterations)):
+        gathered = torch.zeros_like(mass)
+        for first in range(0, tokens, band):
+            transition = _transition(directions[:, first : first + band], directions, pruning)
+            if round_ == 0:
+                degree[:, first : first + band] = torch.linalg.vector_norm(transition, ord=0, dim=-1)
+            gathered += torch.bmm(mass[:, :, first : first + band], transition)
+        mass = gathered if pruning.iterations else mass
+    return mass[:, 0], degree
+
+
+def _transition(rows: Tensor, directions: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
+    """The share of its mass that each token (row) hands to each other (column), for directions of length 1."""
+    similarity = torch.bmm(rows, directions.mT)
     # In place: such buffers are the largest of the method by far. A mask of one takes a quarter, and is gone at once.
     similarity.masked_fill_(similarity < pruning.similarity_threshold, 0.0)
     similarity.div_(pruning.temperature)
