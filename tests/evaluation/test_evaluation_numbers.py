@@ -209,17 +209,18 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
     write_metrics(tmp_path / "metrics.csv", metrics)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0] == (
-        "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,prefill_ms"
+        "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,"
+        "prefill_ms,weights_and_positions"
     )
     low, high = wilson_interval(3, 4)
-    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6"
+    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6,published"
     assert len(lines) == 1 + 9
     write_predictions(tmp_path / "predictions.csv", *four_rows)
     with open(tmp_path / "predictions.csv", newline="") as file:
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 16
     assert list(predictions[6].values()) == [
-        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7")
+        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7", "published")
     ]
     by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))
