@@ -24,6 +24,7 @@ from hivtp_hf.evaluation.variants import (
     DEFAULT_RATIOS,
     Variant,
     chosen_methods,
+    chosen_weights_and_positions,
     parsed_ratios,
     planned_variants,
     settings_of_methods,
@@ -102,6 +103,37 @@ def test_a_plan_has_every_method_and_ratio():
     assert len(plan) == 1 + 2 * len(pruning) + 6 + 2 + 1
     # At a ratio of 1 every method is the unpruned model.
     assert len(planned_variants(COMPARED, parsed_ratios("1"), settings, grid=12)) == 2
+
+
+def test_a_plan_varies_weights_and_positions():
+    names = chosen_weights_and_positions("both, positions,published,weights")
+    assert names == ("published", "weights", "positions", "both")
+    changes = ["uniform.token_weights=inclusion", "uniform.weight_strength=0.5"]
+    settings = settings_of_methods(("none", "uniform", "random"), VisualTokenPruningConfig(), changes, names)
+    plan = planned_variants(("none", "uniform", "random", "base-only"), (HALF,), settings, 12, names)
+    uniform = [variant for variant in plan if variant.method == "uniform"]
+    # The weights that the settings name, and else "cluster_size".
+    assert [(one.settings.token_weights, one.settings.positions) for one in uniform] == [
+        *(("none", "packed"), ("inclusion", "packed"), ("none", "original"), ("inclusion", "original"))
+    ]
+    assert {one.settings.weight_strength for one in uniform} == {0.5}
+    assert [one.weights_and_positions for one in uniform] == list(names)
+    assert str(uniform[3]) == "method uniform, ratio 0.5, weights and positions: both"
+    random = [(one.settings.token_weights, one.settings.positions, one.seed) for one in plan if one.method == "random"]
+    told = [("none", "packed"), ("cluster_size", "packed"), ("none", "original"), ("cluster_size", "original")]
+    assert random == [(*pair, seed) for pair in told for seed in (0, 1, 2)]
+    assert len({variant.group for variant in plan}) == 1 + 4 + 4 + 1
+    assert [variant.weights_and_positions for variant in plan if variant.settings is None] == ["published"]
+
+
+def test_weights_and_positions_that_cannot_be_are_refused():
+    assert chosen_weights_and_positions(None) is None
+    with pytest.raises(ValueError, match="`--weights-and-positions` is 'both,packed', in which 'packed' is unknown"):
+        chosen_weights_and_positions("both,packed")
+    changes = ["uniform.positions=original"]
+    assert settings_of_methods(("uniform",), VisualTokenPruningConfig(), changes)["uniform"].positions == "original"
+    with pytest.raises(ValueError, match="the run itself varies 'positions'; give `--weights-and-positions`"):
+        settings_of_methods(("uniform",), VisualTokenPruningConfig(), changes, ("both",))
 
 
 @given(st.integers(1, 60), st.fractions(0, 1).filter(lambda ratio: 0 < ratio < 1))
