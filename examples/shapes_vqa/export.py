@@ -15,9 +15,9 @@ from hivtp_hf.files import staged_folder
 
 from .held_out import held_out_questions
 from .scenes import draw
-from .splits import CALIBRATION, TEST, VALIDATION
+from .splits import CALIBRATION, CONFIRMATION, TEST, VALIDATION
 
-SPLITS = {"test": TEST, "validation": VALIDATION, "calibration": CALIBRATION}
+SPLITS = {"test": TEST, "validation": VALIDATION, "calibration": CALIBRATION, "confirmation": CONFIRMATION}
 Split = enum.StrEnum("Split", list(SPLITS))
 
 

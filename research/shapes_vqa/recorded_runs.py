@@ -58,6 +58,11 @@ class RecordedRun:
             ) from error
         if config["data"]["name"] != "shapes-vqa":
             raise ValueError(f"{folder} is a run on {config['data']['name']!r}; give one on shapes-vqa, without `--data`.")
+        if any(len(told) > 1 for told in config.get("weights_and_positions", {}).values()):
+            raise ValueError(
+                f"{folder} is a run with several `--weights-and-positions`, whose answers method and ratio do not tell apart. "
+                "Give a run without."
+            )
         self.settings = {
             Chosen(method, ratio): VisualTokenPruningConfig(method=method, retention_ratio=ratio, **settings)
             for method, settings in config["settings"].items()

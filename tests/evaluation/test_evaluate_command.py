@@ -47,6 +47,17 @@ def test_it_prints_a_table_and_the_folder(stock, tmp_path):
     assert "3 questions" in done.stdout
 
 
+def test_its_table_names_weights_and_positions(stock, tmp_path):
+    data_folder(tmp_path / "data")
+    arguments = arguments_of(stock, tmp_path, "--methods", "uniform", "--ratios", "1/2", "--questions", "2", "--device", "cpu")
+    arguments += ["--max-new-tokens", "2", "--weights-and-positions", "published,both"]
+    lines = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout.splitlines()
+    first, second = (number for number, line in enumerate(lines) if line.strip().startswith("uniform"))
+    assert second == first + 1
+    assert lines[second + 1].strip() == "+ both"
+    assert "…" not in "".join(lines)
+
+
 def test_its_defaults_are_the_librarys(stock, tmp_path, monkeypatch):
     given = {}
 

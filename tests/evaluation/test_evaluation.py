@@ -10,6 +10,7 @@ from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table
 from families import FAMILIES
 from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
+from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation.prompts import embedded, prompt_of
 from hivtp_hf.evaluation.tower_pass import (
     base_tile_tokens,
@@ -143,6 +144,29 @@ def test_answers_are_told_of_weights_and_places(stock, tmp_path):
         assert line["prediction"] == answers[0]
         different += answers[0] != answers[1]
     assert different > len(ROWS)  # or equal answers would prove nothing
+
+
+def test_one_run_has_the_answers_of_several_and_one_tower_pass(stock, tmp_path, monkeypatch):
+    data, options = data_folder(tmp_path / "data"), {"methods": "hivtp,uniform", "ratios": "1/4", "batch_size": 3}
+    named = {"published": {}, "weights": {"token_weights": "cluster_size"}, "positions": {"positions": "original"}}
+    named["both"] = {**named["weights"], **named["positions"]}
+    apart = {}
+    for name, told in named.items():
+        changes = [f"{method}.{setting}={value}" for method in ("hivtp", "uniform") for setting, value in told.items()]
+        run = evaluated(stock, data, tmp_path / "apart", changes=changes, **options)
+        for line in table_of(run.folder / "predictions.csv"):
+            if line["method"] != "none":
+                assert line["weights_and_positions"] == name
+                apart[line["row"], line["method"], name] = line
+    passes, see_images = [], answering.see
+    monkeypatch.setattr(answering, "see", lambda *args: passes.append(args) or see_images(*args))
+    run = evaluated(stock, data, tmp_path / "together", weights_and_positions=",".join(named), **options)
+    assert len(passes) == 1  # of three images at once
+    together = [line for line in table_of(run.folder / "predictions.csv") if line["method"] != "none"]
+    assert {(line["row"], line["method"], line["weights_and_positions"]): line for line in together} == apart
+    assert len({tuple(line["prediction"] for line in together if line["weights_and_positions"] == name) for name in named}) == 4
+    rows = [(row.method, row.weights_and_positions) for row in run.metrics if row.question_type == "all"]
+    assert rows == [("none", "published"), *((method, name) for method in ("hivtp", "uniform") for name in named)]
 
 
 def test_prompts_are_the_processors():

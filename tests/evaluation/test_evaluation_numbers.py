@@ -24,6 +24,7 @@ from hivtp_hf.evaluation.variants import (
     DEFAULT_RATIOS,
     Variant,
     chosen_methods,
+    chosen_weights_and_positions,
     parsed_ratios,
     planned_variants,
     settings_of_methods,
@@ -102,6 +103,37 @@ def test_a_plan_has_every_method_and_ratio():
     assert len(plan) == 1 + 2 * len(pruning) + 6 + 2 + 1
     # At a ratio of 1 every method is the unpruned model.
     assert len(planned_variants(COMPARED, parsed_ratios("1"), settings, grid=12)) == 2
+
+
+def test_a_plan_varies_weights_and_positions():
+    names = chosen_weights_and_positions("both, positions,published,weights")
+    assert names == ("published", "weights", "positions", "both")
+    changes = ["uniform.token_weights=inclusion", "uniform.weight_strength=0.5"]
+    settings = settings_of_methods(("none", "uniform", "random"), VisualTokenPruningConfig(), changes, names)
+    plan = planned_variants(("none", "uniform", "random", "base-only"), (HALF,), settings, 12, names)
+    uniform = [variant for variant in plan if variant.method == "uniform"]
+    # The weights that the settings name, and else "cluster_size".
+    assert [(one.settings.token_weights, one.settings.positions) for one in uniform] == [
+        *(("none", "packed"), ("inclusion", "packed"), ("none", "original"), ("inclusion", "original"))
+    ]
+    assert {one.settings.weight_strength for one in uniform} == {0.5}
+    assert [one.weights_and_positions for one in uniform] == list(names)
+    assert str(uniform[3]) == "method uniform, ratio 0.5, weights and positions: both"
+    random = [(one.settings.token_weights, one.settings.positions, one.seed) for one in plan if one.method == "random"]
+    told = [("none", "packed"), ("cluster_size", "packed"), ("none", "original"), ("cluster_size", "original")]
+    assert random == [(*pair, seed) for pair in told for seed in (0, 1, 2)]
+    assert len({variant.group for variant in plan}) == 1 + 4 + 4 + 1
+    assert [variant.weights_and_positions for variant in plan if variant.settings is None] == ["published"]
+
+
+def test_weights_and_positions_that_cannot_be_are_refused():
+    assert chosen_weights_and_positions(None) is None
+    with pytest.raises(ValueError, match="`--weights-and-positions` is 'both,packed', in which 'packed' is unknown"):
+        chosen_weights_and_positions("both,packed")
+    changes = ["uniform.positions=original"]
+    assert settings_of_methods(("uniform",), VisualTokenPruningConfig(), changes)["uniform"].positions == "original"
+    with pytest.raises(ValueError, match="the run itself varies 'positions'; give `--weights-and-positions`"):
+        settings_of_methods(("uniform",), VisualTokenPruningConfig(), changes, ("both",))
 
 
 @given(st.integers(1, 60), st.fractions(0, 1).filter(lambda ratio: 0 < ratio < 1))
@@ -209,17 +241,18 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
     write_metrics(tmp_path / "metrics.csv", metrics)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0] == (
-        "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,prefill_ms"
+        "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,"
+        "prefill_ms,weights_and_positions"
     )
     low, high = wilson_interval(3, 4)
-    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6"
+    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6,published"
     assert len(lines) == 1 + 9
     write_predictions(tmp_path / "predictions.csv", *four_rows)
     with open(tmp_path / "predictions.csv", newline="") as file:
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 16
     assert list(predictions[6].values()) == [
-        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7")
+        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7", "published")
     ]
     by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))

@@ -281,6 +281,7 @@ def test_layers_that_a_tower_has_not_can_be_set(tmp_path, data):
         ({"questions": 9}, "has 4 rows"),
         ({"changes": ["hivtp=3"]}, "METHOD.NAME=VALUE"),
         ({"output": Path(__file__, "runs")}, "is no folder"),
+        ({"weights_and_positions": "all"}, "`--weights-and-positions` is 'all'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(stock, data, tmp_path, monkeypatch, options, message):
@@ -316,6 +317,11 @@ def test_the_figure_shows_every_method(stock, data, tmp_path, monkeypatch):
         ]
         assert sorted(points) == sorted(zip(*lines["uniform"].get_data(), strict=True))
         assert axes.get_xscale() == "log"
+    # A line for each of weights and positions, which its stroke tells.
+    told = {"weights_and_positions": "published,both", "methods": "uniform", "ratios": "1/2,1/4"}
+    evaluated(stock, data, tmp_path / "runs", **{**QUICK, **told})
+    strokes = {line.get_label(): line.get_linestyle() for line in drawn.pop().axes[0].lines}
+    assert (strokes["uniform"], strokes["uniform, both"]) == ("-", "-.")
     # Where nothing is kept, there is no logarithm.
     none_kept = [row._replace(patch_tokens=0.0, newline_tokens=0.0) if row.method == "uniform" else row for row in run.metrics]
     draw_accuracy(tmp_path / "other.png", none_kept, "title")

@@ -3,16 +3,20 @@
 import copy
 import importlib
 import threading
+import types
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
+import flash_stand_in
 from families import FAMILIES
-from hivtp_hf.pruning import token_weights
+from flash_stand_in import FLASH, stand_in
+from hivtp_hf.pruning import token_weights, weighted_attention
 from hivtp_hf.pruning.compat import cache_of, prefills_images_in_chunks
 from hivtp_hf.remote_code import bundle
 from nightly import mostly_nightly
@@ -116,12 +120,47 @@ def test_forward_and_loss_are_the_references(pair, told, side):
         assert_forward_is_the_references(pair, processed(pair, side=side))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention", FLASH])
 def test_forward_under_other_implementations(pair, implementation):
     pair = copy.deepcopy(pair)
     pair.pruned.set_attn_implementation({"text_config": implementation})
     with torch.compiler.set_stance("force_eager"):  # torch's compiler fails on a CPU, stock's batches included
         assert_forward_is_the_references(pair, processed(pair))
+
+
+@pytest.mark.parametrize("told", TELLING)
+@pytest.mark.parametrize("side", ["left", "right", "no padding"])
+def test_flash_attention_is_told_by_further_dimensions(pair, told, side):
+    pair = copy.deepcopy(pair)
+    pair.processor.pruning_config = pair.pruned.config.pruning_config = TELLING[told]
+    pair.pruned.set_attn_implementation({"text_config": FLASH})
+    inputs = processed(pair, TEXTS[:1], SIZES[:1]) if side == "no padding" else processed(pair, side=side)
+    flash_stand_in.calls.clear()
+    assert_forward_is_the_references(pair, inputs)
+    head = pair.pruned.config.text_config.head_dim
+    # The last is that without weights and places. Gaps in positions are no ends of packed sequences; padding is left out.
+    (told_width, is_packed), *_, (untold_width, _) = flash_stand_in.calls
+    assert (told_width, untold_width, is_packed) == (head + 8, head, side != "no padding")
+
+
+def test_flash_attention_in_bfloat16_knows_weights_exactly():
+    """What bfloat16 drops of a weight's logarithm is in a dimension of its own."""
+    random = torch.Generator().manual_seed(2)
+    heads = torch.randn(3, 1, 2, 40, 24, generator=random).bfloat16()
+    log_weights = torch.rand(1, 40, generator=random) * 6
+    module = nn.Linear(1, 1, dtype=torch.bfloat16)
+    module.is_causal, module.config = True, types.SimpleNamespace(_attn_implementation=FLASH)
+    planes = weighted_attention.mask_with_weights(None, log_weights, None, 0, 40, torch.bfloat16, module.config, False)
+    output, _ = weighted_attention._flash_attention(stand_in, module, *heads, planes, scaling=0.3)
+    query, key, value = heads.double()
+    logits = query @ key.mT * 0.3 + log_weights.double()[:, None, None]
+    expected = logits.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1) @ value
+    # The output alone is rounded.
+    torch.testing.assert_close(output.transpose(1, 2), expected.bfloat16(), atol=1e-3, rtol=2**-7)
+    apart = (output.transpose(1, 2).double() - expected).abs().mean()
+    rounded = log_weights.bfloat16().double()[:, None, None] + query @ key.mT * 0.3
+    by_mask = (rounded.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1) @ value).bfloat16()
+    assert apart < (by_mask.double() - expected).abs().mean() * 0.9
 
 
 def test_ratios_of_a_call_have_weights_of_their_own(pair):
@@ -194,6 +233,12 @@ GENERATE = {
     "greedy": ({}, {}),
     "eager": ({}, {}),
     "flex_attention": ({}, {}),
+    "flash": ({}, {}),
+    "flash, beams": ({"num_beams": 3}, None),
+    "flash, static cache": ({"cache_implementation": "static"}, {}),
+    "flash, no cache": ({"use_cache": False}, {}),
+    "flash, chunks": ({"prefill_chunk_size": 16}, {}),
+    "flash, look-up": ({"prompt_lookup_num_tokens": 3}, {}),
     "beams": ({"num_beams": 3}, None),
     "beams with returns": ({"num_beams": 3, "num_return_sequences": 2}, None),
     "sampling": ({"do_sample": True, "top_k": 5, "num_return_sequences": 3}, None),
@@ -216,11 +261,13 @@ def test_answers_are_the_references(pair, how, told):
     for_reference = changes if for_reference is None else for_reference
     pair = copy.deepcopy(pair)
     pair.processor.pruning_config = pair.pruned.config.pruning_config = TELLING[told]
-    alone = "assistant" in how or how == "look-up"  # stock takes one prompt there
+    alone = "assistant" in how or "look-up" in how  # stock takes one prompt there
     inputs = processed(pair, TEXTS[1:], SIZES[1:]) if alone else processed(pair)
     if how in ("eager", "flex_attention"):
         pair.pruned.set_attn_implementation({"text_config": how})
-    if how == "chunks" and not prefills_images_in_chunks():
+    elif "flash" in how:
+        pair.pruned.set_attn_implementation({"text_config": FLASH})
+    if "chunks" in how and not prefills_images_in_chunks():
         pytest.skip("this release drops images from a prefill in chunks")
     expected = expected_of(pair, inputs, **for_reference)
     assistants = {}
@@ -424,10 +471,22 @@ def test_what_cannot_be_right_is_refused_before_anything_runs(monkeypatch, next_
             model.generate(**given, max_new_tokens=2)
 
     config = model.config.text_config
-    for implementation in ("flash_attention_2", "another"):
+    for implementation in ("flash_attention_4", "another"):
         with monkeypatch.context() as patch:
             patch.setattr(config, "_attn_implementation_internal", implementation)
             both_refuse(rf"{implementation}.*neither a weight .*set_attn_implementation\('sdpa'\)", **inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+        patch.setattr(config, "head_dim", 256)
+        both_refuse(
+            "under 'flash_attention_2', and heads of 256 dimensions.*they have 264, and flash attention takes 256", **inputs
+        )
+        patch.setattr(config, "head_dim", 128)
+        patch.setattr(config, "attn_logit_softcapping", 50.0, raising=False)
+        both_refuse(r"capped at 50.0: flash attention would cap them with their weights.*\('eager'\)", **inputs)
+        patch.undo()
+        patch.setattr(config, "_attn_implementation_internal", FLASH)
+        refused("has 4 axes; .* under flash attention", **{**inputs, "attention_mask": torch.ones(2, 1, 3, 3)})
     with monkeypatch.context() as patch:
         patch.setattr(config, "sliding_window", 64, raising=False)
         both_refuse("`sliding_window` of 64, which would be counted in kept tokens", **inputs)

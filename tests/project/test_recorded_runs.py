@@ -104,6 +104,9 @@ def test_what_is_no_such_run_is_refused(folder, tmp_path, run_main):
     assert "it lacks predictions.csv" in run_main(kept_shapes.main, tmp_path).stderr
     (tmp_path / "predictions.csv").write_bytes((folder / "predictions.csv").read_bytes())
     assert "a run on 'mine'" in run_main(failures.main, tmp_path, tmp_path / "new").stderr
+    config["data"]["name"], config["weights_and_positions"] = "shapes-vqa", {"hivtp": ["published", "both"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "a run with several `--weights-and-positions`" in run_main(kept_shapes.main, tmp_path).stderr
     ended = run_main(failures.main, folder, tmp_path / "new", "--method", "hivtp", "--ratio", 0.3)
     assert ended.returncode == 1
     assert "it has hivtp at 0.5, hivtp at 0.05556, random at" in ended.stderr

@@ -30,7 +30,7 @@ def answers(*shapes):
 def test_a_seed_is_a_scene_and_splits_never_meet():
     assert make_scene((1, 7)) == make_scene((1, 7))
     assert np.array_equal(draw(make_scene((1, 7))), draw(make_scene((1, 7))))
-    assert len({splits.TRAINING, splits.VALIDATION, splits.TEST, splits.PRACTICE, splits.CALIBRATION}) == 5
+    assert len({splits.TRAINING, splits.VALIDATION, splits.TEST, splits.PRACTICE, splits.CALIBRATION, splits.CONFIRMATION}) == 6
     assert len({make_scene((split, index)).shapes for split in range(3) for index in range(20)}) == 60
 
 

@@ -44,6 +44,13 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A setting of a method, as in `inspect`; may be repeated."),
     ] = None,
+    weights_and_positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Run every method with each of these, with commas between: published, weights, positions, both. By default "
+            "with what its settings say."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
 ) -> None:
@@ -70,6 +77,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         output=output,
         changes=changes or (),
+        weights_and_positions=weights_and_positions,
         revision=revision,
         cache_dir=cache_dir,
         say=say,
@@ -87,7 +95,7 @@ def _print_table(metrics: Sequence["MetricsRow"]) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.method,
+            row.method if row.weights_and_positions == "published" else f"{row.method}\n+ {row.weights_and_positions}",
             f"{row.ratio:.3f}",
             f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}",
             f"{row.accuracy:.3f}",

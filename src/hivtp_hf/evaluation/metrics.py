@@ -15,7 +15,7 @@ from .variants import Variant
 _Z = statistics.NormalDist().inv_cdf((1 + 0.95) / 2)
 _PREDICTION_COLUMNS = (
     *("row", "image", "question_type", "question", "answer", "method", "ratio", "seed"),
-    *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens"),
+    *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens", "weights_and_positions"),
 )
 
 
@@ -76,6 +76,8 @@ class MetricsRow(NamedTuple):
             class token, which LLaVA-1.5 may keep, is neither.
         agreement: the share of answers that are the unpruned model's to the same question.
         prefill_ms: milliseconds of the language model's layers on the whole prompt, per question: the median over batches.
+        weights_and_positions: which of the two the language model was told of: "published" (neither), "weights", "positions" or
+            "both".
     """
 
     method: str
@@ -90,6 +92,7 @@ class MetricsRow(NamedTuple):
     newline_tokens: float
     agreement: float
     prefill_ms: float
+    weights_and_positions: str
 
 
 def metrics_rows(data: EvaluationData, plan: Sequence[Variant], table: Sequence[VariantAnswers]) -> list[MetricsRow]:
@@ -103,12 +106,12 @@ def metrics_rows(data: EvaluationData, plan: Sequence[Variant], table: Sequence[
     right = [normalised(row.answer) for row in data.rows]
     unpruned = [normalised(answer) for answer in table[0].answers]
     ratios = ratios_of_variants(data, plan, table)
-    pooled: dict[tuple[str, Fraction | None], list[int]] = {}
+    pooled: dict[tuple[str, Fraction | None, str], list[int]] = {}
     for number, variant in enumerate(plan):
         pooled.setdefault(variant.group, []).append(number)
 
     metrics = []
-    for (method, _), members in pooled.items():
+    for (method, _, weights_and_positions), members in pooled.items():
         prefill = statistics.median(seconds for number in members for seconds in table[number].prefill_seconds)
         for question_type in (ALL, *data.question_types):
             rows = [index for index, row in enumerate(data.rows) if question_type in (ALL, row.question_type)]
@@ -129,6 +132,7 @@ def metrics_rows(data: EvaluationData, plan: Sequence[Variant], table: Sequence[
                     statistics.fmean(table[number].newlines[row] for number in members for row in rows),
                     sum(answer == unpruned[row] for answer, row in answers) / len(answers),
                     1000 * prefill,
+                    weights_and_positions,
                 )
             )
     return metrics
@@ -170,7 +174,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def write_metrics(path: Path, metrics: Sequence[MetricsRow]) -> None:
-    """Writes a line for every method, ratio and type of question."""
+    """Writes a line for every method, ratio, choice of weights and positions, and type of question."""
     _write(path, MetricsRow._fields, metrics)
 
 
@@ -186,7 +190,7 @@ def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant],
                     *(index + 1, row.image_name, row.question_type, row.question, row.answer),
                     *(variant.method, ratios[variant], "" if variant.seed is None else variant.seed, answers.answers[index]),
                     *(int(answer == normalised(row.answer)), int(answer == normalised(table[0].answers[index]))),
-                    *(answers.patches[index], answers.newlines[index]),
+                    *(answers.patches[index], answers.newlines[index], variant.weights_and_positions),
                 )
 
     _write(path, _PREDICTION_COLUMNS, lines())

@@ -8,9 +8,10 @@ from typing import Any
 from ..figures.plotting import OTHER_COLOUR, method_colours
 from .data import ALL
 from .metrics import MetricsRow
-from .variants import BASE_ONLY, DOWNSAMPLE, UNPRUNED
+from .variants import BASE_ONLY, BOTH, DOWNSAMPLE, POSITIONS, PUBLISHED, UNPRUNED, WEIGHTS
 
 _COLOURS = {**method_colours(), UNPRUNED: "#000000", BASE_ONLY: "#999999", DOWNSAMPLE: "#D55E00"}
+_STROKES = {PUBLISHED: "-", WEIGHTS: "--", POSITIONS: ":", BOTH: "-."}
 _COLUMNS = 3
 
 
@@ -18,7 +19,8 @@ def draw_accuracy(path: Path, metrics: Sequence[MetricsRow], title: str) -> None
     """Writes the figure: a large panel for all questions, and a small one for each type.
 
     Bands, and bars where a method has one point alone, are the intervals. Every line ends in the unpruned model, which all
-    methods are at a ratio of 1. Tokens are patch tokens and newlines together, on a logarithmic scale.
+    methods are at a ratio of 1. Its stroke tells what the language model was told of weights and positions. Tokens are patch
+    tokens and newlines together, on a logarithmic scale.
 
     Args:
         path: of the file.
@@ -50,9 +52,9 @@ def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) ->
     rows = [row for row in metrics if row.question_type == question_type]
     unpruned = next(row for row in rows if row.method == UNPRUNED)
     axes.axhline(unpruned.accuracy, color=_COLOURS[UNPRUNED], linestyle=":", linewidth=0.8)
-    for method in dict.fromkeys(row.method for row in rows):
-        colour = _COLOURS.get(method, OTHER_COLOUR)
-        points = [row for row in rows if row.method == method]
+    for method, told in dict.fromkeys((row.method, row.weights_and_positions) for row in rows):
+        colour, label = _COLOURS.get(method, OTHER_COLOUR), method if told == PUBLISHED else f"{method}, {told}"
+        points = [row for row in rows if (row.method, row.weights_and_positions) == (method, told)]
         # What the base tile alone leaves out is not a matter of a ratio.
         if method not in (UNPRUNED, BASE_ONLY):
             points.append(unpruned)
@@ -61,9 +63,10 @@ def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) ->
         low, high = [row.ci_low for row in points], [row.ci_high for row in points]
         if len(points) == 1:
             length = [[accuracy[0] - low[0]], [high[0] - accuracy[0]]]
-            axes.errorbar(tokens, accuracy, yerr=length, color=colour, marker="o", markersize=4, linewidth=1, label=method)
+            axes.errorbar(tokens, accuracy, yerr=length, color=colour, marker="o", markersize=4, linewidth=1, label=label)
         else:
-            axes.plot(tokens, accuracy, color=colour, marker="o", markersize=3, linewidth=1.2, label=method)
+            style = {"color": colour, "linestyle": _STROKES[told], "linewidth": 1.2}
+            axes.plot(tokens, accuracy, marker="o", markersize=3, label=label, **style)
             axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
     # Where nothing is kept there is no logarithm.
     axes.set_xscale("symlog" if min(map(_tokens, rows)) < 1 else "log")

@@ -28,6 +28,7 @@ from .variants import (
     SEEDS,
     Variant,
     chosen_methods,
+    chosen_weights_and_positions,
     parsed_ratios,
     planned_variants,
     settings_of_methods,
@@ -58,6 +59,7 @@ def evaluate_checkpoint(
     max_new_tokens: int = 8,
     output: Path = Path("evaluation_output"),
     changes: Sequence[str] = (),
+    weights_and_positions: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: Path | None = None,
@@ -89,6 +91,9 @@ def evaluate_checkpoint(
         max_new_tokens: per answer.
         output: where folders of runs lie.
         changes: settings "METHOD.NAME=VALUE" on top of the defaults, or of the checkpoint's own for its own method.
+        weights_and_positions: some of "published", "weights", "positions" and "both", separated by commas: every method runs
+            with each, so that they can be compared. "weights" are "cluster_size" unless the settings name others. None for what
+            the settings say of `token_weights` and `positions`.
         revision, token, cache_dir: for a checkpoint on the Hub, as for `huggingface_hub.snapshot_download`.
         say: told what a person should know.
 
@@ -99,6 +104,7 @@ def evaluate_checkpoint(
         OSError, huggingface_hub.errors.HfHubHTTPError: where the checkpoint cannot be downloaded.
     """
     asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
+    told = chosen_weights_and_positions(weights_and_positions)
     place = checked_device(device, timed=True)
     if dtype not in DTYPES:
         raise ValueError(f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own.")
@@ -111,10 +117,10 @@ def evaluate_checkpoint(
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
     base = source.base_without_weights(_UNPRUNED)
     chosen = _that_fit(asked_methods, base, methods is None, say)
-    settings = settings_of_methods(chosen, source.settings(), changes)
+    settings = settings_of_methods(chosen, source.settings(), changes, told)
     _check_settings(base, settings)
     vision = base.config.vision_config
-    plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size)
+    plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size, told)
     processor = source.load_processor(_UNPRUNED)
     prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
 
@@ -186,6 +192,11 @@ def _config(
     """All that decides what comes out of a run, as JSON types; a run goes on only where all of it is the same."""
     # Ratios and seeds are others in every variant.
     varied = ("method", "retention_ratio", "token_budget", "seed")
+    # Of every method of the registry, in the order of the plan: what its variants have of weights and positions.
+    told = {
+        method: list(dict.fromkeys(variant.weights_and_positions for variant in plan if variant.method == method))
+        for method in settings
+    }
     of_methods = {
         method: {name: value for name, value in pruning.to_dict().items() if name not in varied}
         for method, pruning in settings.items()
@@ -201,6 +212,7 @@ def _config(
         "methods": list(dict.fromkeys(variant.method for variant in plan)),
         "ratios": ratios,
         "settings": of_methods,
+        "weights_and_positions": told,
         "seeds": {"random": list(SEEDS)},
         "downsample_cells": [variant.grid for variant in plan if variant.grid is not None],
         "answers": {"decoding": "greedy", "max_new_tokens": max_new_tokens, "compared": RULE},

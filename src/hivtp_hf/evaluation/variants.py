@@ -16,6 +16,8 @@ COMPARED = (UNPRUNED, *(name for name in METHODS if name != UNPRUNED), BASE_ONLY
 # Of the method "random", whose results are pooled over them.
 SEEDS = (0, 1, 2)
 DEFAULT_RATIOS = "1,1/2,2/9,1/9,1/18"
+# What the language model is told of kept tokens beside their features, by the settings `token_weights` and `positions`.
+PUBLISHED, WEIGHTS, POSITIONS, BOTH = WEIGHTS_AND_POSITIONS = ("published", "weights", "positions", "both")
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 # What the run itself varies.
@@ -45,9 +47,17 @@ class Variant:
     grid: int | None = None
 
     @property
-    def group(self) -> tuple[str, Fraction | None]:
+    def group(self) -> tuple[str, Fraction | None, str]:
         """What results are pooled by: draws of one ratio belong together."""
-        return self.method, self.ratio
+        return self.method, self.ratio, self.weights_and_positions
+
+    @property
+    def weights_and_positions(self) -> str:
+        """One of `WEIGHTS_AND_POSITIONS`: which of the two the settings have, whatever the weights are."""
+        if self.settings is None:
+            return PUBLISHED
+        weighs, is_original = self.settings.token_weights != "none", self.settings.positions == "original"
+        return WEIGHTS_AND_POSITIONS[weighs + 2 * is_original]
 
     @property
     def ratio_is_measured(self) -> bool:
@@ -56,7 +66,8 @@ class Variant:
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f", ratio {float(self.ratio):.6g}"
-        return f"method {self.method}{ratio}" + ("" if self.seed is None else f", seed {self.seed}")
+        told = "" if self.weights_and_positions == PUBLISHED else f", weights and positions: {self.weights_and_positions}"
+        return f"method {self.method}{ratio}{told}" + ("" if self.seed is None else f", seed {self.seed}")
 
 
 def chosen_methods(text: str | None) -> tuple[str, ...]:
@@ -74,8 +85,30 @@ def chosen_methods(text: str | None) -> tuple[str, ...]:
     return tuple(name for name in COMPARED if name in (UNPRUNED, *names))
 
 
+def chosen_weights_and_positions(text: str | None) -> tuple[str, ...] | None:
+    """The names of a list such as "published,both", in the order of `WEIGHTS_AND_POSITIONS`; None stays None.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in WEIGHTS_AND_POSITIONS:
+            raise ValueError(
+                f"`--weights-and-positions` is {text!r}, in which {name!r} is unknown; give some of "
+                f"{', '.join(WEIGHTS_AND_POSITIONS)}, or leave it out for what the settings say."
+            )
+    return tuple(name for name in WEIGHTS_AND_POSITIONS if name in names)
+
+
 def planned_variants(
-    methods: Sequence[str], ratios: Sequence[Fraction], settings: Mapping[str, VisualTokenPruningConfig], grid: int
+    methods: Sequence[str],
+    ratios: Sequence[Fraction],
+    settings: Mapping[str, VisualTokenPruningConfig],
+    grid: int,
+    weights_and_positions: Sequence[str] | None = None,
 ) -> list[Variant]:
     """All that a run compares, the unpruned model first.
 
@@ -84,6 +117,11 @@ def planned_variants(
         ratios: above 0 and at most 1, largest first; at 1 every method is the unpruned model, which runs once.
         settings: of every method of the registry among them.
         grid: cells per side of a tile.
+        weights_and_positions: of `WEIGHTS_AND_POSITIONS`, each of which every method of the registry runs with; None for what
+            its settings say.
+
+    Raises:
+        ValueError: for settings that cannot be had together.
     """
     pruned = [ratio for ratio in ratios if ratio < 1]
     plan = [Variant(UNPRUNED, Fraction(1), VisualTokenPruningConfig(method=UNPRUNED))]
@@ -100,10 +138,25 @@ def planned_variants(
             for ratio in pruned:
                 of_ratio = settings[method].replace(retention_ratio=float(ratio))
                 seeds = SEEDS if method == RANDOM else (None,)
-                for seed in seeds:
-                    drawn = of_ratio if seed is None else of_ratio.replace(seed=seed)
-                    plan.append(Variant(method, ratio, drawn, seed))
+                for told in _told(of_ratio, weights_and_positions):
+                    for seed in seeds:
+                        drawn = told if seed is None else told.replace(seed=seed)
+                        plan.append(Variant(method, ratio, drawn, seed))
     return plan
+
+
+def _told(settings: VisualTokenPruningConfig, names: Sequence[str] | None) -> list[VisualTokenPruningConfig]:
+    """Settings with each of some of `WEIGHTS_AND_POSITIONS`: the weights are their own, or "cluster_size" if they have none."""
+    if names is None:
+        return [settings]
+    own = "cluster_size" if settings.token_weights == "none" else settings.token_weights
+    return [
+        settings.replace(
+            token_weights=own if name in (WEIGHTS, BOTH) else "none",
+            positions="original" if name in (POSITIONS, BOTH) else "packed",
+        )
+        for name in names
+    ]
 
 
 def shrunken_grid(grid: int, ratio: Fraction) -> int:
@@ -140,7 +193,10 @@ def parsed_ratios(text: str) -> tuple[Fraction, ...]:
 
 
 def settings_of_methods(
-    methods: Sequence[str], own: VisualTokenPruningConfig, changes: Sequence[str]
+    methods: Sequence[str],
+    own: VisualTokenPruningConfig,
+    changes: Sequence[str],
+    weights_and_positions: Sequence[str] | None = None,
 ) -> dict[str, VisualTokenPruningConfig]:
     """The settings of every method of the registry but "none": the checkpoint's where it is its own method, else the defaults.
 
@@ -148,6 +204,8 @@ def settings_of_methods(
         methods: that are compared.
         own: the checkpoint's settings.
         changes: "METHOD.NAME=VALUE", on top of these.
+        weights_and_positions: which of `WEIGHTS_AND_POSITIONS` the run varies, or None. Where it does, changes may say which
+            weights a method has, and not its positions.
 
     Raises:
         ValueError: for a change that cannot be read, of a method that is not compared, and of what the run itself varies; and
@@ -158,12 +216,12 @@ def settings_of_methods(
         for name in methods
         if name in METHODS and name != UNPRUNED
     }
-    for method, changed in _by_method(changes, settings).items():
+    for method, changed in _by_method(changes, settings, weights_and_positions is not None).items():
         settings[method] = settings[method].replace(**changed)
     return settings
 
 
-def _by_method(changes: Sequence[str], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _by_method(changes: Sequence[str], known: Mapping[str, Any], varies_positions: bool) -> dict[str, dict[str, Any]]:
     by_method: dict[str, dict[str, Any]] = {}
     for text in changes:
         place, equals, value = text.partition("=")
@@ -176,7 +234,11 @@ def _by_method(changes: Sequence[str], known: Mapping[str, Any]) -> dict[str, di
                 f"`--set` is {text!r}, but {method!r} is no method with settings that is compared here; such are: {compared}. "
                 "Leave it out, or name the method with `--methods`."
             )
-        varied = dict(_NOT_TO_BE_SET, seed=f"leave it out: seeds {SEEDS} are pooled") if method == RANDOM else _NOT_TO_BE_SET
+        varied = dict(_NOT_TO_BE_SET)
+        if method == RANDOM:
+            varied["seed"] = f"leave it out: seeds {SEEDS} are pooled"
+        if varies_positions:
+            varied["positions"] = "give `--weights-and-positions`"
         if name in varied:
             raise ValueError(f"`--set` is {text!r}, but the run itself varies {name!r}; {varied[name]}.")
         by_method.setdefault(method, {})[name] = _value(text, name, value.strip())

@@ -33,7 +33,7 @@ from .surplus_placeholders import (
     surplus_of_features,
     with_cached_surplus,
 )
-from .weighted_attention import check_language_model_can_weigh
+from .weighted_attention import check_language_model_can_weigh, needs_own_mask
 
 
 class PrunedGenerationMixin(PrunedPreTrainedMixin):
@@ -196,9 +196,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
     # transformers makes masks of four dimensions for compiled steps. Of a prefill the model makes what it needs itself.
     def create_masks_for_generate(self, config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         """As stock, for caches of a fixed size; with `token_weights` the mask of several queries stays as it is."""
-        weighs = self.config.pruning_config.weighs_tokens
-        implementation = config.get_text_config()._attn_implementation
-        if weighs and (inputs_embeds.shape[1] > 1 or implementation == "flex_attention"):
+        weighs = needs_own_mask(config.get_text_config(), self.config.pruning_config)
+        adds_by_query = config.get_text_config()._attn_implementation in ("eager", "sdpa")
+        if weighs and (inputs_embeds.shape[1] > 1 or not adds_by_query):
             return attention_mask
         return create_masks_for_generate(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 

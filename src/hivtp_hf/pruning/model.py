@@ -48,7 +48,7 @@ from .surplus_placeholders import (
     surplus_of_features,
     with_cached_surplus,
 )
-from .weighted_attention import check_language_model_can_weigh, let_keys_weigh, mask_with_weights
+from .weighted_attention import check_language_model_can_weigh, let_keys_weigh, mask_with_weights, needs_own_mask
 
 
 @dataclass
@@ -350,8 +350,8 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             # With neither a mask nor a cache, stock would take gaps in positions for the ends of sequences packed into a row.
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones(rows, cached + new, dtype=torch.int64, device=prompt.device)
-        if pruning.weighs_tokens:
-            text_config = self.config.get_text_config()
+        text_config = self.config.get_text_config()
+        if needs_own_mask(text_config, pruning):
             let_keys_weigh(self.language_model, text_config.num_hidden_layers)
             arguments["attention_mask"] = mask_with_weights(
                 arguments.get("attention_mask"),

@@ -7,6 +7,8 @@ mask, which transformers hands on to the layers as it is once it has four dimens
 * (batch, keys, 1, 1) for a prefill under sdpa: a shape of ours, at which stock would stop. The attention modules find our
   function, which adds it by key and leaves the causal part to sdpa.
 * stock's own mask of blocks under flex_attention, which our function finds the weights beside, and adds them by key.
+* (batch, keys, 1, 1 or 2) under flash attention, again a shape of ours: flash takes no numbers that are added to logits, so
+  our function writes them into further dimensions of queries and keys. The second plane, where there is padding, says so.
 * (batch, 1, queries, keys) in all else: eager, which holds as many scores anyway; several queries behind a filled cache;
   compiled prefills; and dropout, under which sdpa has no kernel for both.
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_interface import eager_attention_of
 from .compat import cache_argument
@@ -30,6 +33,10 @@ from .config_views import ConfigView, ModuleView
 _WEIGHTED_NAME = f"hivtp_weighted_attention_{uuid.uuid4().hex}"
 # With others it was not tried, or it is known to read positions in another way.
 WEIGHTED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+# The width of a head that flash attention takes at most, and what it must be a multiple of.
+_WIDEST_FLASH_HEAD, _FLASH_HEAD_STEP = 256, 8
+# Two further dimensions hold the weights: what bfloat16 keeps of them, and the rest.
+_WEIGHT_DIMENSIONS = 2
 _attaching = threading.Lock()
 
 
@@ -41,19 +48,25 @@ def check_language_model_can_weigh(text_config: Any, pruning: Any) -> None:
         pruning: settings with weights or places.
 
     Raises:
-        ValueError: for attention implementations other than eager, sdpa and flex_attention, and for layers that see a window
+        ValueError: for attention implementations other than eager, sdpa, flex_attention and flash attention 2 and 3; under
+            flash attention for heads that have no room for weights, and for capped logits; and for layers that see a window
             alone, whose edge would be counted among kept tokens.
     """
     wanted = f"`token_weights` is {pruning.token_weights!r} and `positions` {pruning.positions!r}"
     back = "or set `token_weights='none'` and `positions='packed'`"
-    implementation = text_config._attn_implementation
     # Continuous batching wraps the implementation, and takes no images.
-    if str(implementation).removeprefix("paged|") not in WEIGHTED_IMPLEMENTATIONS:
+    implementation = str(text_config._attn_implementation).removeprefix("paged|")
+    is_flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    # Version 4 has kernels for some widths alone.
+    is_newer = is_flash_attention_requested(requested_attention_implementation=implementation, version=4)
+    if implementation not in WEIGHTED_IMPLEMENTATIONS and (not is_flash or is_newer):
         raise ValueError(
-            f"{wanted}, and the language model's attention implementation {implementation!r}, which takes neither a weight for "
-            f"each key nor positions with gaps. Call `model.set_attn_implementation('sdpa')` (allowed: "
-            f"{', '.join(WEIGHTED_IMPLEMENTATIONS)}), {back}."
+            f"{wanted}, and the language model's attention implementation {text_config._attn_implementation!r}, which takes "
+            f"neither a weight for each key nor positions with gaps. Call `model.set_attn_implementation('sdpa')` (allowed: "
+            f"{', '.join(WEIGHTED_IMPLEMENTATIONS)}, flash_attention_2, flash_attention_3), {back}."
         )
+    if is_flash:
+        _check_flash_can_weigh(text_config, f"{wanted} under {implementation!r}", back)
     for name in ("sliding_window", "attention_chunk_size"):
         size = getattr(text_config, name, None)
         kinds = getattr(text_config, "layer_types", None)
@@ -62,6 +75,35 @@ def check_language_model_can_weigh(text_config: Any, pruning: Any) -> None:
                 f"{wanted}, and the language model has a `{name}` of {size}, which would be counted in kept tokens. Use a "
                 f"checkpoint whose layers see everything, {back}."
             )
+
+
+def _check_flash_can_weigh(text_config: Any, wanted: str, back: str) -> None:
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    if _weighted_width(head) > _WIDEST_FLASH_HEAD:
+        raise ValueError(
+            f"{wanted}, and heads of {head} dimensions. With those for weights they have {_weighted_width(head)}, and flash "
+            f"attention takes {_WIDEST_FLASH_HEAD}. Call `model.set_attn_implementation('sdpa')`, {back}."
+        )
+    cap = getattr(text_config, "attn_logit_softcapping", None)
+    if cap is not None:
+        raise ValueError(
+            f"{wanted}, and logits that are capped at {cap}: flash attention would cap them with their weights. Call "
+            f"`model.set_attn_implementation('eager')`, {back}."
+        )
+
+
+def _weighted_width(head: int) -> int:
+    """The width of a head of so many dimensions with those for weights."""
+    return -(-(head + _WEIGHT_DIMENSIONS) // _FLASH_HEAD_STEP) * _FLASH_HEAD_STEP
+
+
+def needs_own_mask(text_config: Any, pruning: Any) -> bool:
+    """Whether a call under these settings takes the mask of `mask_with_weights`.
+
+    Flash attention would take original positions by themselves for the ends of sequences packed into a row. Our function,
+    which that mask leads to, does not hand them on.
+    """
+    return pruning.weighs_tokens or (pruning.positions != "packed" and is_flash_attention_requested(config=text_config))
 
 
 class _WeightedConfigView(ConfigView):
@@ -119,6 +161,8 @@ def mask_with_weights(
     """
     keys = new if cache is None else cache.get_mask_sizes(new, 0)[0]
     by_key = torch.nn.functional.pad(log_weights, (0, max(0, keys - log_weights.shape[1])))[:, :keys].to(dtype)
+    if is_flash_attention_requested(config=text_config):
+        return _planes_of_keys(mask, log_weights, cached + new)
     if text_config._attn_implementation == "flex_attention":
         return _blocks_with_weights(mask, by_key, cache, new, text_config)
     if isinstance(mask, dict):
@@ -128,11 +172,7 @@ def mask_with_weights(
     lowest = torch.finfo(dtype).min
     if isinstance(mask, Tensor) and mask.ndim == 2:
         seen = mask.shape[1]
-        if seen != cached + new:
-            raise ValueError(
-                f"`attention_mask` has {seen} columns; with `token_weights` it must have {cached + new}, for {cached} cached "
-                f"and {new} new positions."
-            )
+        _check_columns(seen, cached + new)
         is_padding = torch.nn.functional.pad(mask == 0, (0, max(0, keys - seen)))[:, :keys].to(by_key.device)
         # Half of it, so that nothing overflows where a logit is added.
         by_key = by_key.masked_fill(is_padding, lowest / 2)
@@ -146,6 +186,30 @@ def mask_with_weights(
     places = torch.arange(keys, device=by_key.device)
     last_seen = torch.arange(new, device=by_key.device)[:, None] + cached
     return torch.where(places <= last_seen, by_key[:, None, None], lowest)
+
+
+def _check_columns(given: int, wanted: int) -> None:
+    if given != wanted:
+        raise ValueError(
+            f"`attention_mask` has {given} columns; with `token_weights` or original `positions` it must have {wanted}, one "
+            "for each position that is cached or new."
+        )
+
+
+def _planes_of_keys(mask: Any, log_weights: Tensor, keys: int) -> Tensor:
+    """What `_flash_attention` reads: float32 (batch, keys, 1, 1 or 2), log weights and, where there is padding, 0 at it."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        found = f"{mask.ndim} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
+        raise ValueError(
+            f"`attention_mask` has {found}; with `token_weights` or original `positions` under flash attention give one of 2, "
+            "(batch, positions), None, or call `model.set_attn_implementation('sdpa')`."
+        )
+    planes = [torch.nn.functional.pad(log_weights, (0, max(0, keys - log_weights.shape[1])))[:, :keys].float()]
+    if mask is not None:
+        _check_columns(mask.shape[1], keys)
+        if not bool(mask.all()):
+            planes.append(mask.to(planes[0]))
+    return torch.stack(planes, dim=-1)[:, :, None]
 
 
 def _blocks_with_weights(mask: Any, by_key: Tensor, cache: Any, new: int, text_config: Any) -> Any:
@@ -180,6 +244,9 @@ def _attention_by_key(
     view = module.config
     config = view._hivtp_config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
+    if is_flash_attention_requested(config=config):
+        shown = ModuleView(module, config)
+        return _flash_attention(implementation, shown, query, key, value, attention_mask, *args, **kwargs)
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(query.dtype)  # which autocast may have changed
     beside = getattr(attention_mask, "hivtp_by_key", None)
@@ -214,6 +281,37 @@ def _attention_by_key(
         dense = torch.where(is_seen, by_key, torch.finfo(query.dtype).min)
         return implementation(ModuleView(module, config), query, key, value, dense, *args, **kwargs)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flash_attention(
+    implementation: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, planes: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Flash attention with the weights in further dimensions: 1 in queries, the weight over `scaling` in keys, 0 in values."""
+    if not (isinstance(planes, Tensor) and planes.ndim == 4):
+        return implementation(module, query, key, value, planes, *args, **kwargs)
+    keys, head = planes.shape[1], query.shape[-1]
+    key, value = key[:, :, :keys], value[:, :, :keys]  # a static cache has room behind
+    scaling = kwargs.get("scaling")
+    kwargs["scaling"] = scaling = head**-0.5 if scaling is None else scaling
+    # At batch 1 it would take gaps in positions for the ends of sequences packed into a row.
+    kwargs.pop("position_ids", None)
+    bonus = planes[:, :, 0, 0].to(key.device)[:, None].expand(-1, key.shape[1], -1) / scaling
+    # In two parts, as one number in bfloat16 would be off by up to 0.4 %. Queries may be cast to it behind this, too.
+    coarse = bonus.bfloat16().float()
+    empty = _weighted_width(head) - head - _WEIGHT_DIMENSIONS
+    weights = nn.functional.pad(torch.stack((coarse, bonus - coarse), dim=-1), (0, empty))
+    ones = nn.functional.pad(query.new_ones(*query.shape[:-1], _WEIGHT_DIMENSIONS), (0, empty))
+    mask = planes[:, :, 0, 1].bool() if planes.shape[-1] > 1 else None
+    output, _ = implementation(
+        module,
+        torch.cat((query, ones), dim=-1),
+        torch.cat((key, weights.to(key.dtype)), dim=-1),
+        nn.functional.pad(value, (0, _weighted_width(head) - head)),
+        mask,
+        *args,
+        **kwargs,
+    )
+    return output[..., :head].contiguous(), None
 
 
 def _is_by_key(attention_mask: Any, query: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""What `hivtp evaluate` found, and what is worked out from it."""
