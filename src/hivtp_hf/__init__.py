@@ -20,6 +20,18 @@ from .families.llava_next import (
     HIVTPLlavaNextModel,
     HIVTPLlavaNextProcessor,
 )
+from .families.qwen2_5_vl import (
+    HIVTPQwen2_5_VLConfig,
+    HIVTPQwen2_5_VLForConditionalGeneration,
+    HIVTPQwen2_5_VLModel,
+    HIVTPQwen2_5_VLProcessor,
+)
+from .families.qwen3_vl import (
+    HIVTPQwen3VLConfig,
+    HIVTPQwen3VLForConditionalGeneration,
+    HIVTPQwen3VLModel,
+    HIVTPQwen3VLProcessor,
+)
 from .methods.base import PruningMethod
 from .pruning.evidence import EncoderFacts, Evidence, ViewEvidence, VisualEvidence
 from .pruning.layout import StitchedViews, TokenLayout
@@ -37,6 +49,14 @@ __all__ = [
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
     "HIVTPLlavaProcessor",
+    "HIVTPQwen2_5_VLConfig",
+    "HIVTPQwen2_5_VLForConditionalGeneration",
+    "HIVTPQwen2_5_VLModel",
+    "HIVTPQwen2_5_VLProcessor",
+    "HIVTPQwen3VLConfig",
+    "HIVTPQwen3VLForConditionalGeneration",
+    "HIVTPQwen3VLModel",
+    "HIVTPQwen3VLProcessor",
     "PruningMethod",
     "Setting",
     "StitchedViews",

@@ -15,7 +15,7 @@ from hivtp_hf.pruning.checked_values import MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence, methods_of
 from hivtp_hf.pruning.registry import METHODS
 from tiny_models import photo
-from tiny_qwen import OURS, qwen_processor, save_qwen_checkpoint
+from tiny_qwen import OURS, qwen_processor, save_qwen_checkpoint, save_stock_qwen_checkpoint
 
 FAMILIES = tuple(OURS)
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is shown?"
@@ -147,6 +147,17 @@ def test_saved_and_loaded(saved, family, tmp_path):
         type(processor).from_pretrained(copy).save_pretrained(tmp_path / f"{name}, again")
         found = json.loads((tmp_path / f"{name}, again" / "processor_config.json").read_text())
         assert found["video_processor"] == video
+
+
+def test_stock_folders_load(family, tmp_path):
+    folder = save_stock_qwen_checkpoint(tmp_path / "stock", family)
+    entry = OURS[family][0].family
+    processor = entry.classes.processor.from_pretrained(folder, pruning_config={"token_budget": 9})
+    model, report = OURS[family][1].from_pretrained(folder, pruning_config={"token_budget": 9}, output_loading_info=True)
+    assert not any(report.values())
+    inputs = processor(images=photo(200, 300), text=PROMPT, return_tensors="pt")
+    assert written(processor, inputs) == 9
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 def test_through_auto_classes_and_a_pipeline(saved, family):

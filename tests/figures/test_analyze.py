@@ -115,7 +115,9 @@ def test_what_has_no_dispersion():
 
 def test_the_figure_shows_the_curves():
     received, class_token = [float(layer) for layer in range(10, 20)], [float(layer) for layer in range(20, 10, -1)]
-    (axes,) = plot_dispersion(Dispersion(list(range(len(received))), received, class_token, 4.0, FEATURE_LAYER, 0.2, 7), [6, 7, 8]).axes
+    (axes,) = plot_dispersion(
+        Dispersion(list(range(len(received))), received, class_token, 4.0, FEATURE_LAYER, 0.2, 7), [6, 7, 8]
+    ).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["attention received"] == received
     assert lines["attention of the class token"] == class_token

@@ -11,12 +11,14 @@ from checkpoints import GEOMETRY, build_pruned_checkpoint
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
+from tiny_qwen import save_stock_qwen_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 # What a reader replaces by their own, and so do we.
 STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
 STOCK_LLAVA_NAME = "llava-hf/llava-1.5-7b-hf"
+STOCK_QWEN_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
 PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
 # What lies in a clone, for a reader in its folder.
 IN_A_CLONE = ("examples/shapes_vqa/shapes-llava-next", "examples/shapes_vqa/scene.png")
@@ -87,7 +89,9 @@ def checkpoints(tmp_path_factory):
     stock = build_stock_checkpoint(folder / "stock", **GEOMETRY)
     llava = build_stock_checkpoint(folder / "llava", family="llava", **GEOMETRY)
     ours = {name: str(ROOT / name) for name in IN_A_CLONE}
-    return {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), PRUNED_NAME: str(build_pruned_checkpoint(folder, {})), **ours}
+    qwen = save_stock_qwen_checkpoint(folder / "qwen", "qwen2_5_vl")
+    stocks = {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), STOCK_QWEN_NAME: str(qwen)}
+    return {**stocks, PRUNED_NAME: str(build_pruned_checkpoint(folder, {})), **ours}
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

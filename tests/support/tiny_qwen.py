@@ -292,3 +292,20 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None) -> tuple
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
+
+
+def save_stock_qwen_checkpoint(folder: Any, family: str) -> Any:
+    """A stock checkpoint in files as the Hub has them; returns its folder."""
+    model, processor = save_qwen_checkpoint(folder, family)
+    stock_config, stock_model = STOCK[family]
+    values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "auto_map")}
+    stock = stock_model(stock_config(**{name: value for name, value in values.items() if name != "pruning_config"}))
+    stock.load_state_dict(model.state_dict())
+    stock.generation_config = model.generation_config
+    for file in folder.iterdir():
+        file.unlink()
+    stock.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return folder

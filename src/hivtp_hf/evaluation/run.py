@@ -115,6 +115,12 @@ def evaluate_checkpoint(
     asked = load_data(data, questions, split)
 
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
+    if not source.family.features_say_all:
+        raise ValueError(
+            f"{checkpoint} is of the family {source.family.title}, whose language model also takes places of visual tokens; "
+            "`hivtp evaluate` answers from features alone. Give a LLaVA checkpoint, or evaluate this one by lmms-eval with "
+            f"`--model {source.family.classes.config.model_type}`."
+        )
     base = source.base_without_weights(_UNPRUNED)
     chosen = _that_fit(asked_methods, base, methods is None, say)
     settings = settings_of_methods(chosen, source.settings(), changes, told)

@@ -17,6 +17,7 @@ from families import FAMILIES
 from hivtp_hf.lmms_eval.run_failure import RunFailure
 from lmms_eval_runs import EXACT
 from tiny_checkpoint import build_stock_checkpoint
+from tiny_qwen import save_qwen_checkpoint
 
 # Of which llava_hf hands over a text, where the processor's own template takes parts.
 TEMPLATE_OF_TEXTS = "USER: {{ messages[0]['content'] }} ASSISTANT:"
@@ -179,3 +180,21 @@ def test_models_that_cannot_be_built_end_the_run():
     ):
         with pytest.raises(RunFailure, match=message):
             get_model("hivtp_llava_next").create_from_arg_string(arguments)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_qwen_vl(family, rows, tmp_path):
+    """Rows of a batch are answered as one by one, by the checkpoint's own processor and template."""
+    folder = tmp_path / family
+    own, processor = save_qwen_checkpoint(folder, family, {"retention_ratio": 0.3})
+    docs = docs_of(rows[:3])
+    model = model_of(f"pretrained={folder},dtype=float32", name=f"hivtp_{family}", batch_size=2)
+    expected = []
+    for question, images in docs:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=images, text=text, return_tensors="pt")
+        ids = own.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
+        answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(answer.split("\n\n")[0].strip())
+    assert [result.text.strip() for result in asked(model, docs)] == expected
