@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from transformers import QuantoConfig
 from transformers.vision_utils import get_vision_window_index
 
 from hivtp_hf import VisualTokenPruningConfig
@@ -354,3 +355,41 @@ def test_layouts_are_asked_for_once_a_call(twins, monkeypatch):
     assert len(asked) == 3
     logits(twins.pruned, pruned)
     assert len(asked) == 6
+
+
+def test_an_adapter_is_trained(twins):
+    """On the language model and in the tower, whose scores it changes."""
+    peft = pytest.importorskip("peft", reason="the adapter tests need peft")
+    _, pruned = inputs_of(twins, BATCH)
+    labels = pruned["input_ids"].masked_fill(pruned["attention_mask"] == 0, -100)
+    before = logits(twins.pruned, pruned)
+    settings = peft.LoraConfig(target_modules=r".*(language_model.*(q|v)_proj|visual\.blocks\.[0-2]\.attn\.qkv)", r=4)
+    model = peft.get_peft_model(copy.deepcopy(twins.pruned), settings)
+    model(**pruned, labels=labels).loss.backward()
+    adapters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all("lora" in name and weight.grad is not None for name, weight in adapters.items())
+    torch.optim.SGD(adapters.values(), lr=1.0).step()
+    model.eval()
+    after = logits(model, pruned)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(logits(model.merge_and_unload(), pruned), after, atol=1e-3, rtol=1e-3)
+
+
+def test_weights_on_disk_and_quantised_weights(twins, tmp_path):
+    stock, pruned = inputs_of(twins, ONE)
+    expected = logits(twins.pruned, pruned)
+    twins.pruned.save_pretrained(tmp_path / "ours")
+    twins.stock.save_pretrained(tmp_path / "stock")
+    size = (tmp_path / "ours" / "model.safetensors").stat().st_size
+    load = type(twins.pruned).from_pretrained
+    offloaded = load(
+        tmp_path / "ours", device_map="auto", max_memory={"cpu": int(0.4 * size)}, offload_folder=tmp_path / "offloaded"
+    )
+    assert "disk" in offloaded.hf_device_map.values()
+    torch.testing.assert_close(logits(offloaded, pruned), expected, atol=1e-5, rtol=1e-5)
+    config = QuantoConfig(weights="int8")
+    quantised = load(tmp_path / "ours", quantization_config=config)
+    assert type(quantised.model.visual.blocks[1].attn.qkv) is not torch.nn.Linear
+    of_stock = type(twins.stock).from_pretrained(tmp_path / "stock", quantization_config=config)
+    again = twins._replace(stock=of_stock, pruned=quantised)
+    torch.testing.assert_close(logits(quantised, pruned), oracle_logits(again, stock, pruned), atol=1e-3, rtol=1e-3)
