@@ -30,6 +30,8 @@ from hivtp_hf import (
     HIVTPLlavaNextForConditionalGeneration,
     HIVTPLlavaNextProcessor,
     HIVTPLlavaProcessor,
+    HIVTPQwen2_5_VLForConditionalGeneration,
+    HIVTPQwen2_5_VLProcessor,
 )
 from hivtp_hf.figures import draw_comparison, draw_kept_cells
 from hivtp_hf.pruning.compat import cache_of
@@ -37,6 +39,7 @@ from hivtp_hf.pruning.registry import METHODS
 
 from .shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from .tiny_checkpoint import build_stock_checkpoint
+from .tiny_qwen_checkpoint import build_qwen_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
@@ -99,6 +102,14 @@ def load_pair(stock_name: str, pruned_name: str) -> tuple:
     return load(stock_name, *family[0]), pruned
 
 
+def load_qwen_pair(name: str) -> tuple:
+    """Pipelines of a Qwen2.5-VL at a ratio of 1, which is stock's result bit for bit, and of the same weights pruned."""
+    classes = (HIVTPQwen2_5_VLForConditionalGeneration, HIVTPQwen2_5_VLProcessor)
+    unpruned = load(name, *classes)
+    unpruned.model.config.pruning_config = unpruned.processor.pruning_config = {"method": "none"}
+    return unpruned, load(name, *classes)
+
+
 def load_photographs(image_path: str | None) -> dict[str, Image.Image]:
     """By name the user's image, or those of scikit-image's photographs that its wheel carries."""
     if image_path is not None:
@@ -145,8 +156,9 @@ def measure(pipes: list, messages: list[dict], repeats: int) -> list[Prefill]:
 
 def encode(pipe, image: Image.Image) -> tuple:
     """The layout of an image under the model's settings, and the indices of the tokens that the model keeps."""
-    inputs = pipe.processor(images=image, text="<image>", return_tensors="pt").to(pipe.device, dtype=pipe.model.dtype)
-    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    inputs = pipe.processor(images=image, text=pipe.processor.image_token, return_tensors="pt")
+    inputs = inputs.to(pipe.device, dtype=pipe.model.dtype)
+    images = {name: inputs[name] for name in pipe.processor.family.image_inputs if name in inputs}
     with torch.inference_mode():
         kept_indices = pipe.model.get_image_features(**images).kept_indices[0]
     return pipe.processor.token_layout(image.height, image.width), kept_indices
@@ -197,8 +209,17 @@ def report_answers(stock, pruned, folder: Path) -> None:
     print(f"\nThe kept cells are drawn in {folder / 'test-*_kept.png'}, and what all methods keep of one scene in {methods}.")
 
 
-def report(stock, pruned, photographs: dict[str, Image.Image], question: str, folder: Path, repeats: int, sees: bool) -> None:
-    """Prints the table and, of models that see, the answers of both; saves the pictures."""
+def report(
+    stock,
+    pruned,
+    photographs: dict[str, Image.Image],
+    question: str,
+    folder: Path,
+    repeats: int,
+    sees: bool,
+    prefix: str = "",
+) -> None:
+    """Prints the table and, of models that see, the answers of both; saves the pictures, under names with the prefix."""
     print("\nPrefill is one forward pass over image and question (vision tower, projector, language model), the median of")
     print(f"{repeats} after a warm-up, stock and pruned in turn. KV cache is the size of its tensors after that pass.\n")
     print(f"{'':23}{'image tokens':>17}{'prefill':>23}{'KV cache':>24}")
@@ -210,15 +231,16 @@ def report(stock, pruned, photographs: dict[str, Image.Image], question: str, fo
         row = f"{name[:12]:12}{f'{image.width}x{image.height}':>11}{before.image_tokens:9}{after.image_tokens:8}"
         row += "".join(f"{run.seconds * 1e3:{width}.0f} ms" for run, width in ((before, 9), (after, 8)))
         print(row + "".join(f"{run.cache_bytes / 2**20:8.2f} MiB" for run in (before, after)), flush=True)
-        draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{name}_kept.png")
+        draw_kept_cells(image, *encode(pruned, image)).save(folder / f"{prefix}{name}_kept.png")
         if sees:
             answers.append(f"  {name}: stock {answer(stock, messages)!r}, pruned {answer(pruned, messages)!r}")
     if answers:
         print(f"\n{question}", *answers, sep="\n")
-    print(f"\nThe kept cells are drawn in {folder / '*_kept.png'}.")
+    print(f"\nThe kept cells are drawn in {folder / f'{prefix}*_kept.png'}.")
     name, image = next(iter(photographs.items()))
-    compare_methods(pruned, image).save(folder / f"{name}_methods.png")
-    print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {folder / f'{name}_methods.png'}.")
+    methods = folder / f"{prefix}{name}_methods.png"
+    compare_methods(pruned, image).save(methods)
+    print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {methods}.")
 
 
 def main(
@@ -260,6 +282,13 @@ def main(
     for pipe in (stock, pruned):
         print(f"{type(pipe.model).__name__} from {type(pipe.model).__module__}")
     report(stock, pruned, photographs, question, output, repeats, model is not None)
+    if model is None:
+        print(
+            "\nA tiny Qwen2.5-VL of real geometry, with random weights as well, whole (which is stock bit for bit) and pruned."
+        )
+        qwen = load_qwen_pair(str(build_qwen_checkpoint(output / "qwen_checkpoint")))
+        some = dict(list(photographs.items())[:3])
+        report(*qwen, some, question, output, repeats, sees=False, prefix="qwen_")
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 

@@ -26,6 +26,12 @@ from .families.qwen2_5_vl import (
     HIVTPQwen2_5_VLModel,
     HIVTPQwen2_5_VLProcessor,
 )
+from .families.qwen2_vl import (
+    HIVTPQwen2VLConfig,
+    HIVTPQwen2VLForConditionalGeneration,
+    HIVTPQwen2VLModel,
+    HIVTPQwen2VLProcessor,
+)
 from .families.qwen3_vl import (
     HIVTPQwen3VLConfig,
     HIVTPQwen3VLForConditionalGeneration,
@@ -49,6 +55,10 @@ __all__ = [
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
     "HIVTPLlavaProcessor",
+    "HIVTPQwen2VLConfig",
+    "HIVTPQwen2VLForConditionalGeneration",
+    "HIVTPQwen2VLModel",
+    "HIVTPQwen2VLProcessor",
     "HIVTPQwen2_5_VLConfig",
     "HIVTPQwen2_5_VLForConditionalGeneration",
     "HIVTPQwen2_5_VLModel",

@@ -248,8 +248,8 @@ def test_compiled(twins):
 def test_videos_pass_whole(twins):
     """By tensors made by hand, as a video processor needs torchvision."""
     _, pruned = inputs_of(twins, ONE)
-    grid = (2, 4, 8) if twins.family == "qwen2_5_vl" else (1, 4, 8)
-    video = images_of([(8, 8)] if twins.family == "qwen2_5_vl" else [(4, 8)], twins.stock, seed=5)["pixel_values"]
+    grid = (1, 4, 8) if twins.family == "qwen3_vl" else (2, 4, 8)
+    video = images_of([(4, 8)] if twins.family == "qwen3_vl" else [(8, 8)], twins.stock, seed=5)["pixel_values"]
     number = grid[0] * 8
 
     def with_video(inputs):
@@ -298,10 +298,11 @@ def test_default_layers():
     facts = config.family.encoder_facts(config(), {})
     assert VisualTokenPruningConfig().scored_layers(facts) == (15, 23)
     assert VisualTokenPruningConfig("hiprune").scored_layers(facts) == [15, 31]
-    config, _ = OURS["qwen3_vl"]
-    facts = config.family.encoder_facts(config(), {})
-    assert VisualTokenPruningConfig().scored_layers(facts) == (7, 8, 9)
-    assert VisualTokenPruningConfig("hiprune").scored_layers(facts) == [9, 26]
+    for family, layers, of_hiprune in (("qwen3_vl", (7, 8, 9), [9, 26]), ("qwen2_vl", (8, 9, 10), [11, 31])):
+        config, _ = OURS[family]
+        facts = config.family.encoder_facts(config(), {})
+        assert VisualTokenPruningConfig().scored_layers(facts) == layers
+        assert VisualTokenPruningConfig("hiprune").scored_layers(facts) == of_hiprune
 
 
 @pytest.mark.parametrize("family", FAMILIES)

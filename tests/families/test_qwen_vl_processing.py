@@ -40,7 +40,7 @@ def written(processor, inputs):
 
 def test_layouts_announced_counts_and_prompts_agree(family):
     """Over sizes and budgets of pixels; the images themselves of a part of them, as drawing them takes most of the time."""
-    generator, side = random.Random(0), 28 if family == "qwen2_5_vl" else 32
+    generator, side = random.Random(0), 32 if family == "qwen3_vl" else 28
     for number in range(2000):
         lowest = generator.randint(1, 60)
         limits = lowest * side**2, (lowest + generator.randint(3, 300)) * side**2
@@ -67,7 +67,7 @@ def test_a_budget_of_tokens_for_any_photograph(family):
     for size in ((30, 40), (300, 400), (2000, 3000), (700, 100)):
         layout = processor.token_layout(*size)
         assert layout.num_retained == min(64, layout.num_stock)
-    side = 28 if family == "qwen2_5_vl" else 32
+    side = 32 if family == "qwen3_vl" else 28
     for given in (
         {"max_pixels": 100 * side**2},
         {"size": {"shortest_edge": 4 * side**2, "longest_edge": 100 * side**2}},

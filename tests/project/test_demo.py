@@ -44,9 +44,14 @@ def layout(height: int, width: int, **pruning) -> TokenLayout:
     return TokenLayout.from_image_size(height, width, settings, pinpoints=PINPOINTS, **GEOMETRY)
 
 
+def rows_of(name: str, output: str) -> list[list[str]]:
+    """The words of the rows of a photograph, table by table."""
+    return [line.split() for line in output.splitlines() if line.startswith(name)]
+
+
 def row_of(name: str, output: str) -> list[str]:
-    """The words of a row of the table."""
-    (row,) = (line.split() for line in output.splitlines() if line.startswith(name))
+    """The words of the one row of a photograph."""
+    (row,) = rows_of(name, output)
     return row
 
 
@@ -54,8 +59,11 @@ def test_tiny_model_on_a_photograph(tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(demo, "PHOTOGRAPHS", ("chelsea",))
     monkeypatch.setattr(demo, "TINY_MODEL", GEOMETRY)
     output = run_main(demo.main, "--output", tmp_path, "--repeats", 1).stdout
-    expected = layout(300, 451)
-    assert row_of("chelsea", output)[:4] == ["chelsea", "451x300", str(expected.num_stock), str(expected.num_retained)]
+    expected, (of_llava, of_qwen) = layout(300, 451), rows_of("chelsea", output)
+    assert of_llava[:4] == ["chelsea", "451x300", str(expected.num_stock), str(expected.num_retained)]
+    # Of 11 x 16 cells a quarter of each quadrant (5 or 6 rows of 8), rounded down, and one of each of 6 x 8 windows.
+    assert of_qwen[:4] == ["chelsea", "451x300", "176", str(sum([5 * 8 // 4] * 2 + [6 * 8 // 4] * 2) + 6 * 8)]
+    assert (tmp_path / "qwen_chelsea_methods.png").exists()
     assert "nonsense" in output
     assert Image.open(tmp_path / "chelsea_kept.png").format == "PNG"
     assert Image.open(tmp_path / "chelsea_methods.png").width > 300 * len(METHODS)

@@ -2,21 +2,22 @@
 
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration
+from hivtp_hf.families.qwen2_vl import HIVTPQwen2VLConfig, HIVTPQwen2VLForConditionalGeneration
 from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
+from tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_ids
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 # Ids from here on are no text, and are not generated.
@@ -35,7 +36,6 @@ _TEXT: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 _TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-_TOKEN_NAMES = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
         "text_config": {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
@@ -47,6 +47,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "out_hidden_size": 64,
             "fullatt_block_indexes": [1, 2, 3],
         },
+        **_TOKENS,
+    },
+    "qwen2_vl": {
+        "text_config": {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": {"depth": 4, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64},
         **_TOKENS,
     },
     "qwen3_vl": {
@@ -74,10 +79,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 STOCK = {
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
 }
 OURS = {
     "qwen2_5_vl": (HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration),
+    "qwen2_vl": (HIVTPQwen2VLConfig, HIVTPQwen2VLForConditionalGeneration),
 }
 
 
@@ -228,39 +235,9 @@ def oracle_greedy(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dic
     return answers
 
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with Qwen's special tokens."""
-    tokenizer = Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["What is shown in this image?"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_start_token": "<|vision_start|>",
-            "vision_end_token": "<|vision_end|>",
-        },
-    )
-
-
 def qwen_processor(family: str, pruning: Any = None, **image_processing: Any) -> Any:
     """Our processor of a family, of the geometry of the tiny models; images have 4 to 400 tokens unless `size` is given."""
-    patch = CONFIGS[family]["vision_config"].get("patch_size", 14 if family == "qwen2_5_vl" else 16)
+    patch = CONFIGS[family]["vision_config"].get("patch_size", 16 if family == "qwen3_vl" else 14)
     size = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": 400 * (2 * patch) ** 2}
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch, **{"size": size, **image_processing})
     return OURS[family][0].family.classes.processor(
@@ -275,7 +252,7 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None) -> tuple
     """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both."""
     processor = qwen_processor(family, pruning)
     config, model = OURS[family]
-    ids = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in zip(_TOKENS, _TOKEN_NAMES, strict=True)}
+    ids = token_ids(processor.tokenizer)
     values = {**CONFIGS[family], **ids}
     end = processor.tokenizer.eos_token_id
     values["text_config"] = {

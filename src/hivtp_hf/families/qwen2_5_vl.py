@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
-from transformers.utils import can_return_tuple
 
 from ..pruning.compat import with_stock_signature
 from ..pruning.configuration import PrunedConfigMixin
 from ..pruning.layout import TokenLayout
-from ..pruning.model import PrunedImageFeaturesOutput
 from .base import Family, FamilyClasses
 from .qwen_vl import QwenVLFamily, QwenVLGenerationMixin, QwenVLModelMixin
 from .qwen_vl_processing import QwenVLProcessorMixin
@@ -127,35 +125,6 @@ class HIVTPQwen2_5_VLModel(QwenVLModelMixin, Qwen2_5_VLModel):
     def __init__(self, config: HIVTPQwen2_5_VLConfig):
         super().__init__(config)
         self._start_pruning()
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_grid_thw: Tensor | None = None,
-        retention_ratio: Tensor | float | None = None,
-        **kwargs: Any,
-    ) -> tuple | PrunedImageFeaturesOutput:
-        r"""
-        The visual tokens that are kept of every image, after the merger.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_patches, channels * temporal_patch_size * patch_size**2)`):
-                The patches of all images, as the processor returns them.
-            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
-                The patches of every image in time, height and width.
-            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
-                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
-                of float64 values), or a number for all images.
-
-        Returns:
-            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
-
-        Raises:
-            ValueError: for inputs that do not fit each other or the pruning settings.
-        """
-        arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-        return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
 
     @with_stock_signature(Qwen2_5_VLModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:

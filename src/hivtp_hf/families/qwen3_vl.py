@@ -1,7 +1,6 @@
 """Qwen3-VL with visual token pruning: what is particular to it, and thin subclasses of transformers' classes."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,7 +9,6 @@ from transformers.utils import can_return_tuple
 
 from ..pruning.compat import with_stock_signature
 from ..pruning.configuration import PrunedConfigMixin
-from ..pruning.model import PrunedImageFeaturesOutput
 from .base import Family, FamilyClasses
 from .qwen_vl import QwenVLFamily, QwenVLGenerationMixin, QwenVLModelMixin
 from .qwen_vl_processing import QwenVLProcessorMixin
@@ -35,12 +33,6 @@ class Qwen3VLFamily(QwenVLFamily):
     @property
     def stock_classes(self) -> FamilyClasses:
         return FamilyClasses(Qwen3VLConfig, Qwen3VLModel, Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
-
-    def default_layers(self, config: Any) -> Mapping[str, Any]:
-        """Where the layers published for 24 blocks lie in a tower of this depth; of 27 blocks, all full, 7 to 9 and 9."""
-        depth = config.vision_config.depth
-        middle = tuple(sorted({round(layer * depth / 24) for layer in (6, 7, 8)}))
-        return {"importance_layers": middle, "object_layer": middle[-1]}
 
 
 class HIVTPQwen3VLConfig(PrunedConfigMixin, Qwen3VLConfig):
@@ -112,40 +104,11 @@ class HIVTPQwen3VLModel(QwenVLModelMixin, Qwen3VLModel):
         super().__init__(config)
         self._start_pruning()
 
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_grid_thw: Tensor | None = None,
-        retention_ratio: Tensor | float | None = None,
-        **kwargs: Any,
-    ) -> tuple | PrunedImageFeaturesOutput:
-        r"""
-        The visual tokens that are kept of every image, after the merger.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_patches, channels * temporal_patch_size * patch_size**2)`):
-                The patches of all images, as the processor returns them.
-            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
-                The patches of every image in time, height and width.
-            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
-                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
-                of float64 values), or a number for all images.
-
-        Returns:
-            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
-
-        Raises:
-            ValueError: for inputs that do not fit each other or the pruning settings.
-        """
-        arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-        return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
-
     # Stock's takes the way of images, which prunes.
     @can_return_tuple
     def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
         """As stock: videos are not pruned."""
-        return super().get_image_features(pixel_values_videos, video_grid_thw, **{**kwargs, "return_dict": True})
+        return Qwen3VLModel.get_image_features(self, pixel_values_videos, video_grid_thw, **{**kwargs, "return_dict": True})
 
     @with_stock_signature(Qwen3VLModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:

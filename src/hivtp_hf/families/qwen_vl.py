@@ -50,6 +50,15 @@ class QwenVLFamily(Family):
     def feature_layer(self, config: Any, arguments: Mapping[str, Any]) -> int:
         return config.vision_config.depth - 1
 
+    def default_layers(self, config: Any) -> Mapping[str, Any]:
+        """Where the layers published for 24 blocks lie in a tower of this depth, all of whose blocks see the whole image.
+
+        Of 27 blocks these are 7 to 9 for HIVTP and 9 for HiPrune.
+        """
+        depth = config.vision_config.depth
+        first = round(6 * depth / 24)
+        return {"importance_layers": tuple(range(first, min(first + 3, depth))), "object_layer": round(8 * depth / 24)}
+
     def image_sizes(self, model: Any, arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         grids = arguments.get("image_grid_thw")
         if grids is None:
@@ -192,6 +201,35 @@ class QwenVLModelMixin(PrunedModelMixin):
         take_stock_keys_of_classes(
             {ours.base_model.__name__: stocks.base_model.__name__, ours.model.__name__: stocks.model.__name__}
         )
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor | None = None,
+        retention_ratio: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> tuple | PrunedImageFeaturesOutput:
+        r"""
+        The visual tokens that are kept of every image, after the merger.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_patches, channels * temporal_patch_size * patch_size**2)`):
+                The patches of all images, as the processor returns them.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
+                The patches of every image in time, height and width.
+            retention_ratio (`torch.LongTensor` of shape `(num_images,)` or `float`, *optional*):
+                Prunes this call at these ratios, whatever the configuration says: as the processor returns it (the bits
+                of float64 values), or a number for all images.
+
+        Returns:
+            [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
+
+        Raises:
+            ValueError: for inputs that do not fit each other or the pruning settings.
+        """
+        arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
