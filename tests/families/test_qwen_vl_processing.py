@@ -4,13 +4,15 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
 
+from hivtp_hf.families import qwen_vl_processing
 from hivtp_hf.pruning.checked_values import MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence, methods_of
 from hivtp_hf.pruning.registry import METHODS
@@ -224,5 +226,28 @@ def test_images_that_cannot_be(family):
         entry.layout_of_grid((1, 4, 5), processor.pruning_config, 2)
     with pytest.raises(ValueError, match=f"{MOST_CELLS} are allowed"):
         entry.layout_of_grid((1, 2000, 2000), processor.pruning_config, 2)
-    with pytest.raises(ValueError, match="`videos` needs a video processor"):
+    with pytest.raises(ValueError, match=r"`videos` was given\. Videos need a video processor"):
         processor(videos=[[photo(60, 60)] * 4], text="<|video_pad|>")
+    with pytest.raises(ValueError, match=r"`video_sizes` was given\..*pip install torchvision"):
+        processor._get_num_multimodal_tokens(video_sizes=[(4, 60, 60)])
+
+
+def test_videos_are_counted_as_stock_counts_them(family):
+    """Beside images, whose counts stay ours. The part stands in for transformers' own, which needs torchvision."""
+    processor = qwen_processor(family, {"retention_ratio": 0.5})
+    processor.video_processor = SimpleNamespace(
+        merge_size=2, get_num_of_video_patches=lambda frames, height, width, kwargs: frames * 100
+    )
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(200, 300)], video_sizes=[(4, 60, 60), (2, 60, 60)])
+    assert counted.num_video_tokens == [100, 50]
+    assert counted.num_image_tokens == [processor.token_layout(200, 300).num_retained]
+
+
+def test_settings_of_videos_are_looked_for_where_the_call_says(monkeypatch):
+    """Without the network where that is what was asked for, as all other files."""
+    asked = {}
+    monkeypatch.setattr(qwen_vl_processing, "found_file", lambda name, file, where: asked.update(where))
+    monkeypatch.setattr(ProcessorMixin, "get_processor_dict", classmethod(lambda cls, name, **kwargs: ({}, kwargs)))
+    given = {"local_files_only": True, "cache_dir": "here", "revision": "main", "subfolder": "part"}
+    OURS["qwen2_5_vl"][0].family.classes.processor.get_processor_dict("owner/name", **given)
+    assert asked == given

@@ -1,5 +1,6 @@
 """What the processors of Qwen-VL families share: counts from grids of patches, and a video part that may be missing."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,12 +9,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_torchvision_available
 
+from ..pruning.base_checkpoint import ACCESS
 from ..pruning.compat import found_file, side_of
 from ..pruning.processing import PrunedProcessorMixin
 from ..pruning.settings import check_no_setting_among
 
 # Where older releases store the settings of a video processor; before that file was, they took those of the image processor.
 _VIDEO_FILE, _IMAGE_FILE = "video_preprocessor_config.json", "preprocessor_config.json"
+_NO_VIDEOS = (
+    "Videos need a video processor, and that of transformers needs torchvision, which is not installed: "
+    "`pip install torchvision`, in the version that fits torch. Images go without."
+)
 
 
 class QwenVLProcessorMixin(PrunedProcessorMixin):
@@ -57,7 +63,7 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        where = {key: value for key, value in kwargs.items() if key in ("cache_dir", "token", "revision", "subfolder")}
+        where = {key: value for key, value in kwargs.items() if key in (*ACCESS, "revision", "subfolder")}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not is_torchvision_available() and "video_processor" not in processor_dict:
             files = (found_file(pretrained_model_name_or_path, name, where) for name in (_VIDEO_FILE, _IMAGE_FILE))
@@ -78,10 +84,7 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         if videos is not None and not is_torchvision_available():
-            raise ValueError(
-                "`videos` needs a video processor, and that of transformers needs torchvision, which is not installed: "
-                "`pip install torchvision`, in the version that fits torch. Images go without."
-            )
+            raise ValueError(f"`videos` was given. {_NO_VIDEOS}")
         return super().__call__(images, text, videos, **kwargs)
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
@@ -120,8 +123,10 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
         counted = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
         if video_sizes is None:
             return counted
+        if getattr(self, "video_processor", None) is None:
+            raise ValueError(f"`video_sizes` was given. {_NO_VIDEOS}")
         of_videos = super(PrunedProcessorMixin, self)._get_num_multimodal_tokens(video_sizes=video_sizes)
-        return MultiModalData(**{**dict(counted), "num_video_tokens": of_videos["num_video_tokens"]})
+        return dataclasses.replace(counted, num_video_tokens=of_videos.num_video_tokens)
 
     def _stock_num_multimodal_tokens(self, image_sizes: Any) -> MultiModalData:
         if image_sizes is None:
