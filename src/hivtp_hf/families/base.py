@@ -4,7 +4,7 @@ A family is one file: a subclass of `Family`, and thin subclasses of the stock c
 Add the `Family` to `FAMILIES` of families/__init__.py, and every method, command, card and test knows it. Which methods run on
 it is derived from `provides`, and written down nowhere.
 
-How the families here answer, LLaVA-1.5 and LLaVA-NeXT, and how two that are to come will, LLaVA-OneVision and Qwen2.5-VL:
+How the families here answer, LLaVA-1.5, LLaVA-NeXT and Qwen-VL, and how one that is to come will, LLaVA-OneVision:
 
 * `image_sizes`. LLaVA-1.5: the tower's own size, once for each tile of `pixel_values`. LLaVA-NeXT: the rows of `image_sizes`.
   OneVision: these, each with the number of images in its prompt (`batch_num_images`), as several images get no crops. Qwen: the
@@ -20,10 +20,11 @@ How the families here answer, LLaVA-1.5 and LLaVA-NeXT, and how two that are to 
 * `provides`, `comparable_layers`. LLaVA: received and class attention, features; all layers. OneVision: no class attention.
   Qwen: received attention of the full blocks alone, as inside a window it sums to 1, whatever the window shows.
 * `streams`. LLaVA, OneVision and Qwen2.5-VL: features. Qwen3-VL: DeepStack features as well.
-* Positions follow the sequence in all LLaVA families. Qwen's are cut with the tokens, where its `get_rope_index` makes them.
+* Positions follow the sequence in all LLaVA families. Qwen's are those of the unpruned prompt, of which kept columns are
+  taken: its models see to that by themselves.
 
-Where a family to come needs what nobody here needs yet (positions of its own), the contract grows by a method with a default
-that is right for the families here.
+Where a family to come needs what nobody here needs yet, the contract grows by a method with a default that is right for the
+families here.
 """
 
 from abc import ABC, abstractmethod
