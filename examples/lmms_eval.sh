@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The table of a paper: eight benchmarks, stock and pruned, relative to stock, above what is answered without looking.
+# The table of a paper: eight benchmarks, stock and pruned, relative to stock, above what is answered without looking. Every method
+# and ratio runs as published, and with token weights and original positions (docs/weights_and_positions.md), a row each.
 #
 #     examples/lmms_eval.sh [CHECKPOINT] [FOLDER]
 #
@@ -7,6 +8,7 @@
 # yet; the tests run it on a task of the project's own. What is finished in FOLDER is not run again. Settings, with their defaults:
 #     MODEL=hivtp_llava_next   or hivtp_llava for LLaVA-1.5
 #     METHODS="hivtp random"   RATIOS="1/2 2/9 1/9"
+#     WEIGHTS_AND_POSITIONS="published both"   or some of published, weights, positions, both
 #     PROCESSES=1              one GPU each
 #     BATCH_SIZE=4             MORE=""   further arguments of lmms-eval, such as --limit 100
 set -euo pipefail
@@ -32,9 +34,22 @@ run() { # a name, and further model arguments
 run stock method=none,keep_newlines=true,exact_count=true
 # Nothing is kept of any image, and so the model guesses by the words of a question.
 run blind method=uniform,retention_ratio=1e-9,keep_newlines=false,exact_count=true
+weights=token_weights=cluster_size positions=positions=original
 for method in ${METHODS:-hivtp random}; do
     for ratio in ${RATIOS:-1/2 2/9 1/9}; do
-        run "$method-${ratio/\//of}" "method=$method,retention_ratio=$ratio"
+        name="$method-${ratio/\//of}" arguments="method=$method,retention_ratio=$ratio"
+        for told in ${WEIGHTS_AND_POSITIONS:-published both}; do
+            case $told in
+                published) run "$name" "$arguments,token_weights=none,positions=packed" ;;
+                weights) run "$name-weights" "$arguments,$weights,positions=packed" ;;
+                positions) run "$name-positions" "$arguments,token_weights=none,$positions" ;;
+                both) run "$name-both" "$arguments,$weights,$positions" ;;
+                *)
+                    echo "WEIGHTS_AND_POSITIONS has '$told'; give some of published, weights, positions, both." >&2
+                    exit 1
+                    ;;
+            esac
+        done
     done
 done
 python "$(dirname "$0")/lmms_eval_table.py" "$folder"

@@ -296,7 +296,7 @@ def _flash_attention(
     # At batch 1 it would take gaps in positions for the ends of sequences packed into a row.
     kwargs.pop("position_ids", None)
     bonus = planes[:, :, 0, 0].to(key.device)[:, None].expand(-1, key.shape[1], -1) / scaling
-    # In two parts, as one number in bfloat16 would be off by up to 0.4 %. Queries may be cast to it behind this, too.
+    # In two parts, as one number in bfloat16 would be off by up to 0.2 %. Queries may be cast to it behind this, too.
     coarse = bonus.bfloat16().float()
     empty = _weighted_width(head) - head - _WEIGHT_DIMENSIONS
     weights = nn.functional.pad(torch.stack((coarse, bonus - coarse), dim=-1), (0, empty))

@@ -194,9 +194,20 @@ def test_the_script_makes_the_table(task, tmp_path):
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")
     ]
-    runs = {line[0]: line for line in lines if line[0] in ("stock", "blind", "hivtp-2of9")}
-    assert list(runs) == ["stock", "blind", "hivtp-2of9"]
+    runs = {line[0]: line for line in lines if line[0] in ("stock", "blind") or line[0].startswith("hivtp")}
+    assert list(runs) == ["stock", "blind", "hivtp-2of9", "hivtp-2of9-both"]
     assert runs["stock"][2].endswith("(100.0%)")
     assert runs["blind"][1] == "0"
     assert float(runs["blind"][2].split()[0]) < float(runs["hivtp-2of9"][2].split()[0])
     assert 0 < float(runs["hivtp-2of9"][1]) < float(runs["stock"][1]) / 3
+    assert runs["hivtp-2of9-both"][1] == runs["hivtp-2of9"][1]
+    told = []
+    for name in ("hivtp-2of9", "hivtp-2of9-both"):
+        (path,) = (tmp_path / "runs" / name).rglob("*_results.json")
+        measured = json.loads(path.read_text(encoding="utf-8"))["throughput"]
+        told.append({name for name in measured if name.startswith(("avg_token_weights", "avg_positions"))})
+    assert told[0] == {"avg_token_weights_none", "avg_positions_packed"}
+    assert told[1] == {"avg_token_weights_cluster_size", "avg_positions_original"}
+    environment["WEIGHTS_AND_POSITIONS"] = "published all"
+    refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert (refused.returncode, "has 'all'; give some of" in refused.stderr) == (1, True)
