@@ -77,7 +77,7 @@ class QwenVLFamily(Family):
         if len(size) == 2:
             side = vision.patch_size * merge
             size = (1, *(max(1, round(pixels / side)) * merge for pixels in size))
-        return self.layout_of_grid(size, pruning, merge)
+        return qwen_vl_layout(size, pruning, merge)
 
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
         patches, expected = len(arguments["pixel_values"]), int(arguments["image_grid_thw"].prod(1).sum())
@@ -109,7 +109,7 @@ class QwenVLFamily(Family):
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
         height, width = positive_integer("height", height), positive_integer("width", width)
         grid = processor.grid_of_image(height, width)
-        return self.layout_of_grid(grid, pruning, processor.image_processor.merge_size, (height, width))
+        return qwen_vl_layout(grid, pruning, processor.image_processor.merge_size, (height, width))
 
     def layouts_of_inputs(
         self, processor: Any, inputs: Mapping[str, Any], prunings: Sequence[VisualTokenPruningConfig]
@@ -117,19 +117,9 @@ class QwenVLFamily(Family):
         grids = inputs["image_grid_thw"]
         merge_size = processor.image_processor.merge_size
         return [
-            self.layout_of_grid(tuple(grid), pruning, merge_size)
+            qwen_vl_layout(tuple(grid), pruning, merge_size)
             for grid, pruning in zip(torch.as_tensor(grids).tolist(), prunings, strict=True)
         ]
-
-    def layout_of_grid(
-        self,
-        grid: tuple[int, int, int],
-        pruning: VisualTokenPruningConfig,
-        merge_size: int,
-        image_size: tuple[int, int] | None = None,
-    ) -> TokenLayout:
-        """As `qwen_vl_layout`."""
-        return qwen_vl_layout(grid, pruning, merge_size, image_size)
 
     def check_pruning(self, pruning: VisualTokenPruningConfig) -> None:
         if not pruning.exact_count:

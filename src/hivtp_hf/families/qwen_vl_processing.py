@@ -13,6 +13,7 @@ from ..pruning.base_checkpoint import ACCESS
 from ..pruning.compat import found_file, side_of
 from ..pruning.processing import PrunedProcessorMixin
 from ..pruning.settings import check_no_setting_among
+from .qwen_vl import qwen_vl_layout
 
 # Where older releases store the settings of a video processor; before that file was, they took those of the image processor.
 _VIDEO_FILE, _IMAGE_FILE = "video_preprocessor_config.json", "preprocessor_config.json"
@@ -133,5 +134,5 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
             return MultiModalData()
         grids = [self.grid_of_image(height, width) for height, width in image_sizes]
         merge_size = self.image_processor.merge_size
-        tokens = [self.family.layout_of_grid(grid, self._next_pruning(), merge_size).num_retained for grid in grids]
+        tokens = [qwen_vl_layout(grid, self._next_pruning(), merge_size).num_retained for grid in grids]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[height * width for _, height, width in grids])
