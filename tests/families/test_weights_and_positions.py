@@ -29,6 +29,8 @@ TELLING = {
     "weights": {**LOW_RATIO, "token_weights": "cluster_size", "weight_strength": 0.5},
     "positions": {**LOW_RATIO, "positions": "original"},
     "inclusion": {**LOW_RATIO, "method": "uniform", "token_weights": "inclusion", "positions": "original"},
+    "stages": {"retention_ratio": 0.6, "stages": [[1, 0.5], [2, 0.6]]},
+    "stages and both": {**BOTH, "retention_ratio": 0.6, "stages": [[0.5, 0.4]]},
 }
 SIZES = [(90, 60), (50, 100), (60, 60)]
 TEXTS = ["a <image> b c", "<image><image> what is this?"]
@@ -36,7 +38,7 @@ TEXTS = ["a <image> b c", "<image><image> what is this?"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
-    return twins(BOTH, family=request.param)
+    return twins(BOTH, family=request.param, text_layers=3)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def assert_forward_is_the_references(pair, inputs):
     with torch.no_grad():
         got = pair.pruned(**inputs, labels=labels)
         expected = Placed(pair, inputs).logits(inputs["input_ids"], inputs["attention_mask"])
-        with settings(pair, pair.pruned.config.pruning_config.replace(token_weights="none", positions="packed")):
+        with settings(pair, pair.pruned.config.pruning_config.replace(token_weights="none", positions="packed", stages=[])):
             untold = pair.pruned(**inputs).logits
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(got.logits[seen], expected[seen], atol=3e-4, rtol=0)

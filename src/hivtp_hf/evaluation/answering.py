@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
-from ..pruning.places_and_weights import PLACES_ARGUMENTS, PlacesAndWeights, nothing_placed
+from ..pruning.prompt_columns import COLUMN_ARGUMENTS, PromptColumns, unmarked_columns
 from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt, embedded
@@ -91,7 +91,7 @@ class PartWork:
         def answer(chosen: Sequence[int], new_tokens: int = self._max_new_tokens) -> tuple[list[str], float]:
             words = self._model.get_input_embeddings()
             prompts = [embedded(self._prompts[row], tokens_of_row[row].features, words) for row in chosen]
-            if variant.settings is None or not variant.settings.places_or_weighs:
+            if variant.settings is None or not variant.settings.marks_columns:
                 return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens)
             places = [_places_in_prompt(self._prompts[row], tokens_of_row[row]) for row in chosen]
             with _pruning_by(self._model, variant.settings):
@@ -184,10 +184,10 @@ class _Prefill:
         self.last_states = torch.tensor(torch.nan)
 
 
-def _places_in_prompt(prompt: Prompt, tokens: KeptTokens) -> PlacesAndWeights:
+def _places_in_prompt(prompt: Prompt, tokens: KeptTokens) -> PromptColumns:
     """Where the tokens of a prompt stand and what they weigh, from those of its image."""
     length = prompt.length(len(tokens.features))
-    nothing = nothing_placed(tokens.features.device)
+    nothing = unmarked_columns(tokens.features.device)
     if tokens.places is None or not len(tokens.features):
         return nothing.of_columns(length)
     return nothing.followed_by(len(prompt.before), tokens.places).of_columns(length)
@@ -210,7 +210,7 @@ def greedy_answers(
     tokenizer: Any,
     prompts: Sequence[Tensor],
     max_new_tokens: int,
-    places: Sequence[PlacesAndWeights] | None = None,
+    places: Sequence[PromptColumns] | None = None,
 ) -> tuple[list[str], float]:
     """What a model answers to some prompts by greedy decoding, until the end of sequence or a number of tokens.
 
@@ -235,9 +235,9 @@ def greedy_answers(
         mask[index, longest - len(prompt) :] = 1
     told = {}
     if places is not None:
-        nothing = nothing_placed(embeddings.device)
+        nothing = unmarked_columns(embeddings.device)
         rows = [nothing.followed_by(longest - len(prompt), own) for prompt, own in zip(prompts, places, strict=True)]
-        told = {name: torch.cat(parts) for name, parts in zip(PLACES_ARGUMENTS, zip(*rows, strict=True), strict=True)}
+        told = {name: torch.cat(parts) for name, parts in zip(COLUMN_ARGUMENTS, zip(*rows, strict=True), strict=True)}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with _watched(model.model.language_model) as prefill:
         # Given embeddings alone, it returns new tokens alone. What a checkpoint sets for sampling plays no part.

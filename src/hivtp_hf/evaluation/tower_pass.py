@@ -18,7 +18,7 @@ from ..pruning.encoder_layers import without_unread_layers
 from ..pruning.features import choose, cut, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
-from ..pruning.places_and_weights import PlacesAndWeights, places_of_images
+from ..pruning.prompt_columns import PromptColumns, columns_of_images
 from ..pruning.settings import VisualTokenPruningConfig
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
@@ -55,7 +55,7 @@ class KeptTokens(NamedTuple):
     features: Tensor
     patches: int
     newlines: int
-    places: PlacesAndWeights | None = None
+    places: PromptColumns | None = None
 
 
 @torch.no_grad()
@@ -78,10 +78,10 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
         patches = check_kept_indices(kept, layout)
         # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
         own_features, places = features[len(features) - len(kept) :], None
-        if layout.pruning.places_or_weighs:
+        if layout.pruning.marks_columns:
             is_placeholder = torch.ones(1, len(kept), dtype=torch.bool, device=kept.device)
             num_stock = None if layout.pruning.positions == "packed" else [layout.num_stock]
-            places = places_of_images(is_placeholder, [kept], num_stock, None if weights is None else [weights])
+            places = columns_of_images(is_placeholder, [kept], num_stock, None if weights is None else [weights])
         kept_of_images.append(KeptTokens(own_features, patches, layout.num_newlines, places))
     return kept_of_images
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
 
+from ..pruning.call_budget import refuse_budget_among
 from ..pruning.checked_values import MOST_CELLS, positive_integer
 from ..pruning.compat import cache_among, cache_of, named_arguments, parameters_of, take_stock_keys_of_classes
 from ..pruning.evidence import Evidence
 from ..pruning.generation import PrunedGenerationMixin
 from ..pruning.layout import StitchedViews, TokenLayout
-from ..pruning.model import PrunedImageFeaturesOutput, PrunedModelMixin, refuse_budget_among
-from ..pruning.places_and_weights import PLACES_ARGUMENTS, refuse_places_among
+from ..pruning.model import PrunedImageFeaturesOutput, PrunedModelMixin
+from ..pruning.prompt_columns import COLUMN_ARGUMENTS, refuse_columns_among
 from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.surplus_placeholders import cached_length
 from .base import Family
@@ -127,11 +128,10 @@ class QwenVLFamily(Family):
                 "`exact_count` is False; Qwen-VL computes positions from runs of placeholders, which some without a token "
                 "would break. It must be True."
             )
-        if pruning.token_weights != "none" or pruning.positions != "packed":
+        if pruning.positions != "packed":
             raise ValueError(
-                f"`token_weights` is {pruning.token_weights!r} and `positions` {pruning.positions!r}; in Qwen-VL kept tokens "
-                "stand at their original places already, and weights are not supported there. They must be 'none' and "
-                "'packed', the defaults."
+                f"`positions` is {pruning.positions!r}; in Qwen-VL kept tokens stand at their original places already. It must "
+                "be 'packed', the default."
             )
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
@@ -225,8 +225,10 @@ class QwenVLModelMixin(PrunedModelMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, after a check that the prompt has one placeholder per kept token, with kept tokens where they stand."""
         arguments, deltas = self._with_positions(args, kwargs)
-        # Stock's own: what the mixin does there is done.
-        output = super(PrunedModelMixin, self).forward(**arguments, return_dict=True)
+        if self.config.pruning_config.marks_columns:
+            output = self._forward_marked((), arguments)
+        else:  # stock's own: what the mixin does there is done
+            output = super(PrunedModelMixin, self).forward(**arguments, return_dict=True)
         if deltas is not None:
             _remember_deltas_of_call(output, deltas)
         return output
@@ -235,11 +237,12 @@ class QwenVLModelMixin(PrunedModelMixin):
     @torch.compiler.disable
     def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments of a forward for stock's, with positions, and what its cache is to remember."""
-        refuse_places_among(kwargs)
         refuse_budget_among(kwargs)
         arguments = named_arguments(type(self).forward, self, args, kwargs)
-        for name in PLACES_ARGUMENTS:
-            arguments.pop(name, None)
+        if not self.config.pruning_config.marks_columns:
+            refuse_columns_among(kwargs)
+            for name in COLUMN_ARGUMENTS:
+                arguments.pop(name, None)
         grids = {name: arguments.get(name) for name in ("image_grid_thw", "video_grid_thw")}
         encoded = self.encode_ahead(arguments)
         for name in grids:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..pruning.evidence import EncoderFacts, Evidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import Setting, VisualTokenPruningConfig
+from ..pruning.stages import layer_of_stage
 from .ranking import share_of_views
 
 
@@ -73,12 +74,35 @@ class PruningMethod(ABC):
         """
         return share_of_views(layout, pruning)
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it says how important each cell is, so that stages inside a language model can follow it."""
+        return type(self).importance is not PruningMethod.importance
+
+    def drops_in_stages(self, pruning: VisualTokenPruningConfig) -> bool:
+        """Whether it has tokens dropped inside the language model, at some ratio; by default where a setting says so."""
+        return any(ratio < 1 for _, ratio in pruning.stages)
+
+    def stages(self, pruning: VisualTokenPruningConfig, num_layers: int) -> Sequence[tuple[int, float]]:
+        """Before which decoder layers which share of an image's tokens left goes on: (layer, ratio), ascending.
+
+        By default the setting `stages`. The layers must not depend on the ratio, which may differ from image to image.
+
+        Args:
+            pruning: the settings.
+            num_layers: of the language model.
+        """
+        return [(layer_of_stage(layer, num_layers), ratio) for layer, ratio in pruning.stages]
+
     @abstractmethod
     def select(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor:
         """The cells that stay, bool, as many of each group as `count` says. `group` says evidence and shape."""
 
     def importance(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor | None:
-        """The scores by which it ranks, float, NaN for cells that have none; None where it does not rank."""
+        """The scores by which it ranks, float, NaN for cells that have none; None where it does not rank.
+
+        Stages inside a language model drop the lowest of what is kept.
+        """
         return None
 
     def inclusion(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor | None:

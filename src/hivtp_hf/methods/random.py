@@ -31,6 +31,11 @@ class Random(PruningMethod):
     def select(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return select_random(evidence.indices, evidence.valid, pruning)
 
+    def importance(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
+        cells = evidence.valid.flatten(1)
+        rank = _random_rank(evidence.indices, cells.shape[1], pruning.seed).to(cells.device)
+        return -rank.float().view_as(evidence.valid)
+
     def inclusion(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return share_as_inclusion(evidence, pruning)
 

@@ -1,6 +1,6 @@
 """`CallBudget`: what one call of a processor says of how much to keep, image by image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,3 +105,13 @@ def as_model_input(ratios: Sequence[float], like: Any) -> Any:
     if isinstance(like, torch.Tensor):
         return torch.tensor(bits, dtype=torch.int64)
     return np.array(bits, dtype=np.int64) if isinstance(like, np.ndarray) else bits
+
+
+def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
+    """A ValueError for what a model's call would swallow: a token budget, and a misspelt ratio."""
+    for name in keywords:
+        if name == "token_budget" or (name.startswith("retention") and name != "retention_ratio"):
+            raise ValueError(
+                f"`{name}` is no argument of a model. Give `retention_ratio` or `token_budget` to the processor, and its "
+                "`retention_ratio` to the model."
+            )

@@ -20,7 +20,7 @@ import transformers
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .places_and_weights import PLACES_ARGUMENTS
+from .prompt_columns import COLUMN_ARGUMENTS
 
 OLDEST_TRANSFORMERS = (5, 19)
 
@@ -110,6 +110,23 @@ def cache_of(output: Any) -> Any:
     return getattr(output, known[0])
 
 
+def put_cache(output: Any, cache: Any) -> None:
+    """Sets the cache of an output of `forward`; RuntimeError as `cache_of`."""
+    cache_of(output)
+    name = next(name for name in _CACHE_NAMES if name in (field.name for field in dataclasses.fields(output)))
+    setattr(output, name, cache)
+
+
+def install_recording_hooks(model: Any) -> None:
+    """Lets the modules of a model record hidden states and attention, as stock does at the first call that asks for them.
+
+    Asked of a copy that shares modules, stock would put further hooks on them at every call.
+    """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    maybe_install_capturing_hooks(model)
+
+
 def _unknown_cache(holder: str, names: Any) -> str:
     return (
         f"{holder} no {' or '.join(map(repr, _CACHE_NAMES))}, only {', '.join(names)}: transformers {transformers.__version__} "
@@ -131,7 +148,7 @@ def with_stock_signature(stock: Callable[..., Any]) -> Callable[[Callable[..., A
             return function(self, *args, **with_cache_named(cache, kwargs))
 
         parameters = list(inspect.signature(stock).parameters.values())
-        names = ("retention_ratio", *PLACES_ARGUMENTS)
+        names = ("retention_ratio", *COLUMN_ARGUMENTS)
         ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         behind = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         forward.__signature__ = inspect.Signature([*parameters[: len(parameters) - len(behind)], *ours, *behind])  # type: ignore[attr-defined]

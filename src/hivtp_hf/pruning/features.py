@@ -1,5 +1,6 @@
 """What every model family shares: from scores and packed features to kept features, and the checks around that."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read, 
 from .layout import TokenLayout
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
+from .stages import stages_of_language_model, stages_survived
 from .token_weights import log_weights
 
 
@@ -142,6 +144,34 @@ def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> 
     of_image: dict[int, Tensor] = {}
     for members in _images_by_pruning(evidence.layouts).values():
         of_image.update(zip(members, log_weights(evidence, kept_indices, members), strict=True))
+    return [of_image[image] for image in range(len(evidence.layouts))]
+
+
+def rank_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor], num_layers: int) -> list[Tensor] | None:
+    """After how many stages inside the language model kept tokens are still there, int64 (num_retained,) for each image.
+
+    Newlines and class tokens stay.
+
+    Args:
+        evidence: of all images of a call.
+        kept_indices: of every image the packed positions that are kept, as `choose` returns them.
+        num_layers: of the language model.
+
+    Returns:
+        None where the settings have no stages.
+    """
+    if not evidence.layouts[0].pruning.drops_in_stages:
+        return None
+    of_image: dict[int, Tensor] = {}
+    for pruning, members in _images_by_pruning(evidence.layouts).items():
+        seen, method = evidence.of_images(members), pruning_method(pruning.method)
+        importance: Any = seen.ask(method, method.importance, pruning)
+        ratios = [ratio for _, ratio in stages_of_language_model(pruning, num_layers)]
+        parts = importance.split([layout.num_cells for layout in seen.layouts])
+        for image, of_cells, layout in zip(members, parts, seen.layouts, strict=True):
+            packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_indices[image].to(of_cells.device)
+            is_cell = layout.packed(torch.ones_like(of_cells), 0, 0) > 0
+            of_image[image] = stages_survived(packed[kept], is_cell[kept], ratios)
     return [of_image[image] for image in range(len(evidence.layouts))]
 
 

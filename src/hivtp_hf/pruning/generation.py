@@ -1,7 +1,7 @@
 """What every family's model with a language modelling head shares: loss and generation on pruned image features."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,15 @@ from .compat import (
 )
 from .look import Look
 from .model import PrunedImageFeaturesOutput, PrunedModelMixin, encoded_images, has_pixels
-from .places_and_weights import PLACES_ARGUMENTS, checked_places_in_cache, refuse_places_among, remember_places
 from .pretrained import PrunedPreTrainedMixin
+from .prompt_columns import (
+    COLUMN_ARGUMENTS,
+    PromptColumns,
+    checked_columns_in_cache,
+    given_columns,
+    refuse_columns_among,
+    remember_columns,
+)
 from .surplus_placeholders import (
     cached_length,
     check_cached_placeholders,
@@ -33,7 +40,7 @@ from .surplus_placeholders import (
     surplus_of_features,
     with_cached_surplus,
 )
-from .weighted_attention import check_language_model_can_weigh, needs_own_mask
+from .weighted_attention import check_language_model_can_mark, needs_own_mask
 
 
 class PrunedGenerationMixin(PrunedPreTrainedMixin):
@@ -83,26 +90,43 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         self._check_prefill_in_chunks(prompt)
         cache = cache_among(inputs)
         cached = 0 if cache is None else cached_length(cache)
-        if pruning.places_or_weighs and is_placeholder is not None:
-            return self._generate_placed(generate, arguments, inputs, prompt)
-        refuse_places_among(inputs)
+        if pruning.marks_columns:
+            check_language_model_can_mark(self.config.get_text_config(), pruning)
+        else:
+            refuse_columns_among(inputs)
         if is_placeholder is None:
             self.model.check_prompt(prompt)
             return generate(*args, **kwargs)
+        is_told = given_columns(inputs) is not None  # by the model that this one assists
+        if is_told and not self._encodes_later_turns:
+            return generate(**arguments, **inputs)
+        before = checked_columns_in_cache(cache, cached) if pruning.marks_columns and not is_told else None
         given, encoded = dict(inputs), None
+        new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
         # Of a later turn stock encodes the images itself, and the model holds them against their placeholders.
-        if cached == 0 or self._encodes_later_turns or not pruning.exact_count:
-            encoded = self._encode_prompt(prompt, inputs, cached)
+        if cached == 0 or self._encodes_later_turns or pruning.marks_columns or not pruning.exact_count:
+            encoded = self._encode_prompt(prompt, inputs, cached, new)
         placed = self._place_prompt(prompt, inputs, given, encoded, cached)
-        self._remember_placed(cache, placed)
+        columns = None
+        if pruning.marks_columns and not is_told:
+            columns = self.model.columns_of_prompt(new, encoded, before, cached)
+            rows = next(part.shape[0] for part in new.values() if part is not None)
+            inputs.update(zip(COLUMN_ARGUMENTS, columns.of_rows(rows), strict=True))
+        # Before anything runs: what a call that is broken off has left in the cache is then known all the same.
+        self._remember(cache, placed, columns)
         surplus = None if pruning.exact_count else self._mask_surplus_of_prompt(prompt, inputs, is_placeholder, encoded)
         output = generate(**arguments, **inputs)
         # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
         returned = cache_of(output) if isinstance(output, ModelOutput) else None
-        self._remember_placed(returned, placed)
+        self._remember(returned, placed, columns)
         if surplus is not None:
             remember_surplus(cache if returned is None else returned, surplus)
         return output
+
+    def _remember(self, cache: Any, placed: Any, columns: PromptColumns | None) -> None:
+        self._remember_placed(cache, placed)
+        if columns is not None:
+            remember_columns(cache, columns)
 
     def _place_prompt(
         self, prompt: dict[str, Any], inputs: dict[str, Any], given: Mapping[str, Any], encoded: Any, cached: int
@@ -125,7 +149,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         """Lets a cache remember what `_place_prompt` returned."""
 
     def _encode_prompt(
-        self, prompt: Mapping[str, Any], inputs: dict[str, Any], cached: int
+        self, prompt: Mapping[str, Any], inputs: dict[str, Any], cached: int, new: Mapping[str, Tensor | None]
     ) -> PrunedImageFeaturesOutput | None:
         """The images of a prompt, encoded before generate() runs and left among the model's inputs instead of pixels.
 
@@ -133,6 +157,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
             prompt: all arguments of the call.
             inputs: the model's inputs among them; changed in place.
             cached: how many columns of the prompt the cache holds.
+            new: those that it does not hold, as `input_ids` or `inputs_embeds`.
 
         Returns:
             The encoded images; None where there are none, or none that the cache does not hold.
@@ -140,7 +165,6 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         # The ids of a longer prompt name images of former calls as well.
         layouts = self.model.check_prompt(prompt) if cached == 0 else None
         # An assistant is given its prompt's images again when its cache already holds them.
-        new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
         if cached and not bool(self.model.is_placeholder(new).any()):
             return None
         of_prompt = {"input_ids", "inputs_embeds"}
@@ -151,39 +175,10 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         inputs.update({name: value for name, value in part.items() if name not in of_prompt})
         if encoded is not None:
             # Without what belongs to images alone: generate() repeats and cuts features, and tensors say the rest.
-            features_alone = {"kept_indices": None, "num_stock": None, "log_weights": None}
+            features_alone = dict.fromkeys(("kept_indices", "num_stock", "log_weights", "stages_survived"))
             features = PrunedImageFeaturesOutput(**{**encoded, **features_alone})
             inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": features}
         return encoded
-
-    def _generate_placed(
-        self, generate: Callable[..., Any], arguments: dict[str, Any], inputs: dict[str, Any], prompt: Mapping[str, Any]
-    ) -> Any:
-        """`generate` where the language model is told of kept tokens where they stand, or what they weigh.
-
-        Args:
-            generate: stock's.
-            arguments: of the call, without the model's inputs.
-            inputs: the model's inputs.
-            prompt: both together, the prompt as `input_ids` or `inputs_embeds`.
-        """
-        check_language_model_can_weigh(self.config.get_text_config(), self.config.pruning_config)
-        if all(inputs.get(name) is not None for name in PLACES_ARGUMENTS):  # those of the model that this one assists
-            return generate(**arguments, **inputs)
-        cache = cache_among(inputs)
-        cached = 0 if cache is None else cached_length(cache)
-        before = checked_places_in_cache(cache, cached)
-        new = {name: self._new_columns(prompt, name, cached) for name in ("input_ids", "inputs_embeds")}
-        encoded = self._encode_prompt(prompt, inputs, cached)
-        places = self.model.places_of_prompt(new, encoded, before, cached)
-        rows = next(columns.shape[0] for columns in new.values() if columns is not None)
-        inputs.update(zip(PLACES_ARGUMENTS, places.of_rows(rows), strict=True))
-        # Before anything runs: what a call that is broken off has left in the cache is then known all the same.
-        remember_places(cache, places)
-        output = generate(**arguments, **inputs)
-        # Without `return_dict_in_generate` the tokens come back alone, and a cache that was given has been filled.
-        remember_places(cache_of(output) if isinstance(output, ModelOutput) else None, places)
-        return output
 
     def _new_columns(self, prompt: Mapping[str, Any], name: str, cached: int) -> Tensor | None:
         """The part of a prompt that the cache does not hold; as in stock, a longer mask tells a part from the whole."""
@@ -195,7 +190,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
 
     # transformers makes masks of four dimensions for compiled steps. Of a prefill the model makes what it needs itself.
     def create_masks_for_generate(self, config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        """As stock, for caches of a fixed size; with `token_weights` the mask of several queries stays as it is."""
+        """As stock, for caches of a fixed size; with `stages` masks stay as they are, with weights those of several queries."""
+        if self.config.pruning_config.drops_in_stages:
+            return attention_mask
         weighs = needs_own_mask(config.get_text_config(), self.config.pruning_config)
         adds_by_query = config.get_text_config()._attn_implementation in ("eager", "sdpa")
         if weighs and (inputs_embeds.shape[1] > 1 or not adds_by_query):
@@ -206,9 +203,9 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         assistant = kwargs.get("assistant_model")
         pruning = getattr(getattr(assistant, "config", None), "pruning_config", None)
-        if assistant is not None and not getattr(pruning, "places_or_weighs", False):
+        if assistant is not None and not getattr(pruning, "marks_columns", False):
             given = kwargs["model_kwargs"]
-            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in PLACES_ARGUMENTS}
+            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in COLUMN_ARGUMENTS}
         return super()._get_candidate_generator(*args, **kwargs)
 
     def _check_prefill_in_chunks(self, prompt: Mapping[str, Any]) -> None:

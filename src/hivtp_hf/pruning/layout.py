@@ -255,6 +255,13 @@ class TokenLayout:
         """The packed positions that show a cell, not a newline or a class token: int64, ascending, on the CPU."""
         return (self._cell_of_token >= 0).nonzero()[:, 0]
 
+    def packed(self, of_cells: Tensor, newline: float, class_token: float) -> Tensor:
+        """Values of all cells, (cells,), as those of packed positions, (num_stock,): newlines and a class token as given."""
+        cell_of_token = self._cell_of_token.to(of_cells.device)
+        packed = of_cells[cell_of_token.clamp(min=0)]
+        packed = torch.where(cell_of_token == _NEWLINE, newline, packed)
+        return torch.where(cell_of_token == _CLASS_TOKEN, class_token, packed)
+
     def kept_indices(self, kept_cells: Tensor) -> Tensor:
         """Positions in the packed sequence that stay, newlines included.
 

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 
 from .attention_interface import CollectedAttention, attach
+from .call_budget import refuse_budget_among
 from .compat import cache_among, cache_of, named_arguments, take_stock_keys
 from .evidence import EncoderFacts, Evidence
 from .features import (
@@ -23,32 +24,23 @@ from .features import (
     cut,
     gather_evidence,
     keep_all_features,
+    rank_features,
     weigh_features,
 )
 from .layout import TokenLayout
 from .look import Look
-from .places_and_weights import (
-    PLACES_ARGUMENTS,
-    PlacesAndWeights,
-    check_rows_are_not_packed,
-    checked_places_in_cache,
-    nothing_placed,
-    places_of_images,
-    refuse_places_among,
-    remember_places,
-)
-from .pretrained import PrunedPreTrainedMixin
+from .marked_columns import MarkedColumnsMixin
+from .prompt_columns import COLUMN_ARGUMENTS, SURVIVES_ALL, refuse_columns_among
 from .retention_bits import ratios_of_images
 from .settings import VisualTokenPruningConfig
+from .stages import drops_any, stages_of_language_model
 from .surplus_placeholders import (
-    cached_length,
     check_sliding_window,
     positions_of,
     remember_surplus,
     surplus_of_features,
     with_cached_surplus,
 )
-from .weighted_attention import check_language_model_can_weigh, let_keys_weigh, mask_with_weights, needs_own_mask
 
 
 @dataclass
@@ -75,6 +67,7 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
     kept_indices: list[Tensor] | None = None
     num_stock: list[int] | None = None
     log_weights: list[Tensor] | None = None
+    stages_survived: list[Tensor] | None = None
     deepstack_features: list[list[Tensor]] | None = None
 
 
@@ -91,17 +84,7 @@ def has_pixels(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("pixel_values") is not None and len(arguments["pixel_values"]) > 0
 
 
-def refuse_budget_among(keywords: Mapping[str, Any]) -> None:
-    """A ValueError for what a model's call would swallow: a token budget, and a misspelt ratio."""
-    for name in keywords:
-        if name == "token_budget" or (name.startswith("retention") and name != "retention_ratio"):
-            raise ValueError(
-                f"`{name}` is no argument of a model. Give `retention_ratio` or `token_budget` to the processor, and its "
-                "`retention_ratio` to the model."
-            )
-
-
-class PrunedModelMixin(PrunedPreTrainedMixin):
+class PrunedModelMixin(MarkedColumnsMixin):
     """A base model that prunes its visual tokens by `config.pruning_config`. Comes before the stock class."""
 
     # What is known of the family alone: a `Family`, as families/base.py describes it.
@@ -116,6 +99,7 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         self.provided_evidence = self.family.provided_by(self)
         pruning = self.config.pruning_config
         check_pruning_fits_encoder(pruning, self.encoder_facts(), self.provided_evidence)
+        stages_of_language_model(pruning, self.config.get_text_config().num_hidden_layers)
         # Image size, patches and pinpoints are the same for every image, and so are their mistakes.
         self.token_layout(1, 1, pruning.replace(retention_ratio=1.0))
         self._received_attention_tap = attach(self.family.encoder(self), self.family.num_layers(self.config))
@@ -214,10 +198,13 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         call = functools.partial(stock, **arguments, return_dict=True, **keywords)
         if features_only:
             call = self.family.ending_early(call, self.config, arguments, layers)
-        if all(layout.keeps_everything for layout in layouts):
+        num_layers = self.config.get_text_config().num_hidden_layers
+        survived: list[Tensor] | None
+        if all(layout.keeps_everything and not drops_any(layout.pruning, num_layers) for layout in layouts):
             output = call()
             streams: dict[str, Any] = {}
             kept_indices, log_weights = keep_all_features(output.pooler_output, layouts), None
+            survived = [torch.full_like(kept, SURVIVES_ALL) for kept in kept_indices] if pruning.drops_in_stages else None
             if pruning.weighs_tokens:
                 log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
         else:
@@ -226,11 +213,15 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
             )
             output = self._received_attention_tap.call(call, collector)
             of_stock = {name: getattr(output, name) for name in self.family.streams}
-            streams, kept_indices, log_weights = self._prune(of_stock, layouts, collector, encoder)
+            streams, kept_indices, log_weights, survived = self._prune(of_stock, layouts, collector, encoder)
         stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
         num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
         return PrunedImageFeaturesOutput(
-            **{**stock_fields, **streams}, kept_indices=kept_indices, num_stock=num_stock, log_weights=log_weights
+            **{**stock_fields, **streams},
+            kept_indices=kept_indices,
+            num_stock=num_stock,
+            log_weights=log_weights,
+            stages_survived=survived,
         )
 
     def _scores_of_cells(
@@ -276,19 +267,20 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         layouts: Sequence[TokenLayout],
         collector: CollectedAttention,
         encoder: EncoderFacts,
-    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor] | None]:
+    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
         evidence = gather_evidence(streams["pooler_output"], layouts, *self._scores_of_cells(collector, layouts), encoder)
         kept_indices = choose(evidence)
         kept_streams = {name: cut(stream, kept_indices, layouts) for name, stream in streams.items()}
-        return kept_streams, kept_indices, weigh_features(evidence, kept_indices)
+        survived = rank_features(evidence, kept_indices, self.config.get_text_config().num_hidden_layers)
+        return kept_streams, kept_indices, weigh_features(evidence, kept_indices), survived
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, after a check that the prompt has one placeholder per kept token."""
-        if self.config.pruning_config.places_or_weighs:
-            return self._forward_placed(args, kwargs)
-        refuse_places_among(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in PLACES_ARGUMENTS}
+        if self.config.pruning_config.marks_columns:
+            return self._forward_marked(args, kwargs)
+        refuse_columns_among(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in COLUMN_ARGUMENTS}
         exact = self.config.pruning_config.exact_count
         if exact and torch.compiler.is_compiling() and kwargs.get("retention_ratio") is None:
             kwargs.pop("retention_ratio", None)
@@ -301,116 +293,6 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
         if surplus is not None:
             remember_surplus(cache_of(output), surplus)
         return output
-
-    def _forward_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward` where the language model is told of kept tokens where they stand, or what they weigh."""
-        # Asked here, as it is no within what a compiler leaves out.
-        arguments, places = self._with_places_and_weights(args, kwargs, torch.compiler.is_compiling())
-        output = super().forward(**arguments, return_dict=True)
-        if places is not None:
-            _remember_places_of_call(output, places)
-        return output
-
-    # Python over images and caches, which a compiler would trace anew for each call; it compiles what comes behind.
-    @torch.compiler.disable
-    def _with_places_and_weights(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool
-    ) -> tuple[dict[str, Any], PlacesAndWeights | None]:
-        """The arguments of a forward for stock's, with places in its positions and weights in its mask.
-
-        Returns:
-            The arguments, and what its cache is to remember, or None where generate() sees to that.
-        """
-        refuse_budget_among(kwargs)
-        pruning = self.config.pruning_config
-        arguments = named_arguments(type(self).forward, self, args, kwargs)
-        given = [arguments.pop(name, None) for name in PLACES_ARGUMENTS]
-        check_language_model_can_weigh(self.config.get_text_config(), pruning)
-        encoded = self.encode_ahead(arguments)
-        prompt = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
-        if prompt is None:
-            return arguments, None  # stock says what is missing
-        cache = cache_among(arguments)
-        cached = 0 if cache is None else cached_length(cache)
-        to_remember = None
-        if given[0] is not None and given[1] is not None:
-            places = PlacesAndWeights(*given)
-        else:
-            places = to_remember = self.places_of_prompt(arguments, encoded, checked_places_in_cache(cache, cached), cached)
-        if places.is_empty:
-            return arguments, to_remember
-        check_rows_are_not_packed(arguments, cache)
-        rows, new = prompt.shape[:2]
-        places = places.of_rows(rows)
-        if pruning.positions != "packed":
-            packed = arguments.get("position_ids")
-            if packed is None:
-                packed = torch.arange(cached, cached + new, device=prompt.device)[None]
-            arguments["position_ids"] = packed + places.shifts_from(cached, new).to(packed.device)
-            # With neither a mask nor a cache, stock would take gaps in positions for the ends of sequences packed into a row.
-            if arguments.get("attention_mask") is None:
-                arguments["attention_mask"] = torch.ones(rows, cached + new, dtype=torch.int64, device=prompt.device)
-        text_config = self.config.get_text_config()
-        if needs_own_mask(text_config, pruning):
-            let_keys_weigh(self.language_model, text_config.num_hidden_layers)
-            arguments["attention_mask"] = mask_with_weights(
-                arguments.get("attention_mask"),
-                places.log_weights,
-                cache,
-                cached,
-                new,
-                self.get_input_embeddings().weight.dtype,
-                text_config,
-                is_compiled,
-            )
-        return arguments, to_remember
-
-    def places_of_prompt(
-        self, arguments: Mapping[str, Any], encoded: Any, before: PlacesAndWeights | None, cached: int
-    ) -> PlacesAndWeights:
-        """Where the tokens of a call stand and what they weigh, from its images, behind those of its cache.
-
-        Args:
-            arguments: of the call, by name; its ids or embeddings are those of new columns.
-            encoded: what `get_image_features` returned for its images, or None where it has none.
-            before: of the columns that its cache holds, or None where that is empty.
-            cached: how many these are.
-
-        Raises:
-            ValueError: for images that came encoded without saying what was kept, and for embeddings without their images.
-        """
-        is_placeholder: Any = self.is_placeholder(arguments)
-        pruning = self.config.pruning_config
-        if encoded is None:
-            if arguments.get("input_ids") is None and before is None:
-                raise ValueError(
-                    f"the prompt came as embeddings without its images; with `token_weights` {pruning.token_weights!r} and "
-                    f"`positions` {pruning.positions!r} the model must know which tokens are visual. Give `input_ids` and the "
-                    f"images, or {' and '.join(f'`{name}`' for name in PLACES_ARGUMENTS)} as `places_of_prompt` makes them."
-                )
-            return nothing_placed(is_placeholder.device) if before is None else before
-        kept: Any
-        kept, stock, weights = (getattr(encoded, name, None) for name in ("kept_indices", "num_stock", "log_weights"))
-        lacking = [
-            name
-            for name, value, wanted in (
-                ("kept_indices", kept, True),
-                ("num_stock", stock, pruning.positions != "packed"),
-                ("log_weights", weights, pruning.weighs_tokens),
-            )
-            if wanted and (value is None or len(value) != len(encoded.pooler_output))
-        ]
-        if lacking:
-            raise ValueError(
-                f"the images came encoded without {' and '.join(f'`{name}`' for name in lacking)}; with `token_weights` "
-                f"{pruning.token_weights!r} and `positions` {pruning.positions!r} give them as this model's "
-                "`get_image_features` returns them, or as pixels."
-            )
-        new = places_of_images(is_placeholder, kept, stock, weights if pruning.weighs_tokens else None)
-        if before is not None:
-            return before.followed_by(cached, new)
-        told = bool(new.shifts.any()) or bool(new.log_weights.any())
-        return new if told else nothing_placed(is_placeholder.device)  # what is kept whole runs as stock runs it
 
     def is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which positions hold an image token, given as ids or as their embedding: bool (batch, sequence), None for neither."""
@@ -491,8 +373,3 @@ class PrunedModelMixin(PrunedPreTrainedMixin):
                 arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
             arguments["attention_mask"] = masked
         return surplus
-
-
-@torch.compiler.disable
-def _remember_places_of_call(output: Any, places: PlacesAndWeights) -> None:
-    remember_places(cache_of(output), places)

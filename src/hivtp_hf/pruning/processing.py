@@ -88,7 +88,7 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
                 "`exact_count` is False; serving engines need it True, because they place features by the number of tokens "
                 "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
             )
-        if self.pruning_config.places_or_weighs:
+        if self.pruning_config.marks_columns:
             raise ValueError(
                 f"`token_weights` is {self.pruning_config.token_weights!r} and `positions` {self.pruning_config.positions!r}; "
                 "serving engines decide by themselves where tokens stand and how they attend to each other. Set "

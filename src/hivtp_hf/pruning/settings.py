@@ -8,11 +8,14 @@ from typing import Any
 
 from .checked_values import checked_choice, checked_flag, checked_layers, checked_number, shown
 from .registry import METHODS, pruning_method
+from .stages import checked_stages
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name, type (`int`, `float`, `bool`, `str`, or `tuple` for layers), default, range and meaning.
+    """One setting: its name, type, default, range and meaning.
+
+    The type is `int`, `float`, `bool`, `str`, `tuple` for layers, or `list` for stages.
 
     Attributes:
         choices: what a `str` may be; a setting of another type has none.
@@ -42,11 +45,15 @@ class Setting:
             return checked_choice(self.name, value, self.choices)
         if self.kind is tuple:
             return checked_layers(self.name, value)
+        if self.kind is list:
+            return checked_stages(self.name, value)
         return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
 
     @property
     def kind_name(self) -> str:
         """What the type is called in texts."""
+        if self.kind is list:
+            return "stages"
         return "layers" if self.kind is tuple else self.kind.__name__
 
     @property
@@ -58,6 +65,8 @@ class Setting:
             return f"one of {', '.join(self.choices)}"
         if self.kind is tuple:
             return "such as [7, 15] or 7+15"
+        if self.kind is list:
+            return "such as [[8, 0.5], [16, 0.5]] or 8:0.5+16:0.5"
         upper = "" if self.maximum is None else f" to {self.maximum}"
         return f"{'above' if self.above_minimum else 'from'} {self.minimum}{upper}"
 
@@ -117,12 +126,22 @@ _POSITIONS = Setting(
     choices=("packed", "original"),
     meaning="where kept tokens stand: one behind the other, as published, or where they stand in the unpruned sequence",
 )
+_STAGES = Setting(
+    "stages",
+    list,
+    (),
+    meaning=(
+        "where visual tokens are dropped inside the language model: pairs of a decoder layer, as an index from 1 or a fraction "
+        "of the depth, and the share of an image's patch tokens left that goes on from there, the best ranked ones; for "
+        "methods that rank"
+    ),
+)
 # By name. These mean nothing else in a configuration; a method's own may (`temperature`, for one).
 SHARED_SETTINGS = {
     setting.name: setting
     for setting in (
         *(_RETENTION_RATIO, _TOKEN_BUDGET, _EXACT_COUNT, _KEEP_NEWLINES),
-        *(_TOKEN_WEIGHTS, _WEIGHT_STRENGTH, _POSITIONS),
+        *(_TOKEN_WEIGHTS, _WEIGHT_STRENGTH, _POSITIONS, _STAGES),
     )
 }
 
@@ -152,6 +171,28 @@ def _check_weights_and_positions(method: Any, settings: Mapping[str, Any]) -> No
                 f"`exact_count` is False and `{name}` {settings[name]!r}; placeholders without a token have neither weight nor "
                 f"place, so `{name}` must be {SHARED_SETTINGS[name].default!r}, or `exact_count` True."
             )
+
+
+def _check_stages(method: Any, settings: Mapping[str, Any]) -> None:
+    """A ValueError where a method cannot say what to drop in stages."""
+    if not settings["stages"]:
+        return
+    given = f"`stages` is {shown(settings['stages'])}"
+    if not method.ranks:
+        ranking = ", ".join(repr(entry.name) for entry in METHODS.values() if entry.ranks)
+        raise ValueError(
+            f"{given}; the method {method.name!r} does not rank tokens, so it must be empty. Those that do: {ranking}."
+        )
+    if not settings["exact_count"]:
+        raise ValueError(
+            f"{given} and `exact_count` False; how many tokens a stage leaves must be known before. Set `exact_count` to True, "
+            "or no `stages`."
+        )
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def checked_ratio(value: Any) -> float:
@@ -204,7 +245,7 @@ class VisualTokenPruningConfig:
     Args:
         method (`str`, defaults to `"hivtp"`):
             How tokens are chosen; all methods are listed below.
-        retention_ratio, token_budget, exact_count, keep_newlines, token_weights, weight_strength, positions:
+        retention_ratio, token_budget, exact_count, keep_newlines, token_weights, weight_strength, positions, stages:
             What all methods share, listed below. At most one of a ratio and a budget is given. For hivtp a ratio rules over
             `global_ratio` and `local_window`, which stand where neither is given; other methods then read a ratio of 0.5.
             Of the numbers that a ratio can reach, a budget keeps the largest one not above it. The method "none" takes
@@ -245,6 +286,7 @@ class VisualTokenPruningConfig:
         token_weights: str = "none",
         weight_strength: float = 1.0,
         positions: str = "packed",
+        stages: Any = (),
         **of_method: Any,
     ):
         entry = pruning_method(method)
@@ -275,8 +317,10 @@ class VisualTokenPruningConfig:
             "token_weights": _TOKEN_WEIGHTS.checked(token_weights),
             "weight_strength": _WEIGHT_STRENGTH.checked(weight_strength),
             "positions": _POSITIONS.checked(positions),
+            "stages": _STAGES.checked(stages),
         }
         _check_weights_and_positions(entry, settings)
+        _check_stages(entry, settings)
         for setting in entry.settings:
             settings[setting.name] = setting.checked(of_method.pop(setting.name, setting.default))
         if of_method:
@@ -295,9 +339,14 @@ class VisualTokenPruningConfig:
         return self.token_weights != "none" and self.weight_strength > 0
 
     @property
-    def places_or_weighs(self) -> bool:
-        """Whether the language model is told more of a kept token than its feature: its place, or its weight."""
-        return self.weighs_tokens or self.positions != "packed"
+    def drops_in_stages(self) -> bool:
+        """Whether tokens are dropped inside the language model as well."""
+        return pruning_method(self.method).drops_in_stages(self)
+
+    @property
+    def marks_columns(self) -> bool:
+        """Whether the language model is told more of kept tokens than features: their places, weights or stages."""
+        return self.weighs_tokens or self.positions != "packed" or self.drops_in_stages
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "VisualTokenPruningConfig":
@@ -325,7 +374,7 @@ class VisualTokenPruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, shared ones first, as plain JSON types; `from_dict` takes them back without loss."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.__dict__.items()}
+        return {name: _as_json(value) for name, value in self.__dict__.items()}
 
     def replace(self, /, **changes: Any) -> "VisualTokenPruningConfig":
         """A copy with some settings changed, validated as a whole.

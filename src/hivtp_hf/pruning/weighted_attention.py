@@ -33,6 +33,8 @@ from .config_views import ConfigView, ModuleView
 _WEIGHTED_NAME = f"hivtp_weighted_attention_{uuid.uuid4().hex}"
 # With others it was not tried, or it is known to read positions in another way.
 WEIGHTED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+# Language models whose `forward` does nothing before and behind its layers that depends on which layers these are.
+STAGED_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 # The width of a head that flash attention takes at most, and what it must be a multiple of.
 _WIDEST_FLASH_HEAD, _FLASH_HEAD_STEP = 256, 8
 # Two further dimensions hold the weights: what bfloat16 keeps of them, and the rest.
@@ -40,20 +42,25 @@ _WEIGHT_DIMENSIONS = 2
 _attaching = threading.Lock()
 
 
-def check_language_model_can_weigh(text_config: Any, pruning: Any) -> None:
-    """Refuses language models that token weights and original positions were not proven right for.
+def check_language_model_can_mark(text_config: Any, pruning: Any) -> None:
+    """Refuses language models that token weights, original positions and stages were not proven right for.
 
     Args:
         text_config: the language model's configuration.
-        pruning: settings with weights or places.
+        pruning: settings with weights, places or stages.
 
     Raises:
         ValueError: for attention implementations other than eager, sdpa, flex_attention and flash attention 2 and 3; under
             flash attention for heads that have no room for weights, and for capped logits; and for layers that see a window
             alone, whose edge would be counted among kept tokens.
     """
-    wanted = f"`token_weights` is {pruning.token_weights!r} and `positions` {pruning.positions!r}"
-    back = "or set `token_weights='none'` and `positions='packed'`"
+    wanted = f"`token_weights` is {pruning.token_weights!r}, `positions` {pruning.positions!r} and `stages` {pruning.stages!r}"
+    back = "or set `token_weights='none'`, `positions='packed'` and no `stages`"
+    if pruning.drops_in_stages and text_config.model_type not in STAGED_LANGUAGE_MODELS:
+        raise ValueError(
+            f"`stages` is {pruning.stages!r}, and the language model's type {text_config.model_type!r}. Its layers were not "
+            f"tried in segments; those of {', '.join(STAGED_LANGUAGE_MODELS)} were. Use one of these, or set no `stages`."
+        )
     # Continuous batching wraps the implementation, and takes no images.
     implementation = str(text_config._attn_implementation).removeprefix("paged|")
     is_flash = is_flash_attention_requested(requested_attention_implementation=implementation)
@@ -100,10 +107,11 @@ def _weighted_width(head: int) -> int:
 def needs_own_mask(text_config: Any, pruning: Any) -> bool:
     """Whether a call under these settings takes the mask of `mask_with_weights`.
 
-    Flash attention would take original positions by themselves for the ends of sequences packed into a row. Our function,
-    which that mask leads to, does not hand them on.
+    Flash attention would take gaps in positions by themselves for the ends of sequences packed into a row. Our function, which
+    that mask leads to, does not hand them on.
     """
-    return pruning.weighs_tokens or (pruning.positions != "packed" and is_flash_attention_requested(config=text_config))
+    has_gaps = pruning.positions != "packed" or pruning.drops_in_stages
+    return pruning.weighs_tokens or (has_gaps and is_flash_attention_requested(config=text_config))
 
 
 class _WeightedConfigView(ConfigView):
