@@ -132,7 +132,9 @@ class Placed:
     def _logits_in_stages(self, embeddings, positions, weights, attention_mask):
         mask = torch.ones(weights.shape) if attention_mask is None else attention_mask
         language_model = self.stock.model.language_model
-        starts = [layer if isinstance(layer, int) else int(layer * len(language_model.layers)) for layer, _ in self.pruning.stages]
+        starts = [
+            layer if isinstance(layer, int) else int(layer * len(language_model.layers)) for layer, _ in self.pruning.stages
+        ]
         logits = embeddings.new_zeros(*weights.shape, self.stock.lm_head.out_features)
         for row in range(len(weights)):
             columns = mask[row].nonzero()[:, 0]
