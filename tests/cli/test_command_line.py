@@ -58,6 +58,18 @@ def test_convert_then_inspect(hivtp, stock, tmp_path):
             row["height"], row["width"], report["pruning_config"], pinpoints=PINPOINTS, **GEOMETRY
         )
         assert (row["stock_tokens"], row["retained_tokens"]) == (layout.num_stock, layout.num_retained)
+    # Stages, as a table and as numbers.
+    staged = ("inspect", stock, "--size", "60x100", "--retention-ratio", "0.5", "--stages", "1:0.5")
+    report = json.loads(hivtp(*staged, "--json").stdout)
+    (row,) = report["sizes"]
+    (stage,) = row["stages"]
+    patches = row["retained_tokens"] - row["newlines"]
+    assert stage == {"layer": 1, "tokens": row["newlines"] + patches - round(patches / 2)}
+    seen = (row["retained_tokens"] + stage["tokens"]) / 2
+    assert row["average_retention"] == seen / row["stock_tokens"]
+    table = hivtp(*staged)
+    assert f"{row['average_retention']:.1%}" in table.stdout, table.stderr
+    assert "…" not in table.stdout
     # Settings are tried without being stored.
     table = hivtp("inspect", stock, "--size", "60x100", "--method", "hiprune")
     assert table.returncode == 0, table.stderr

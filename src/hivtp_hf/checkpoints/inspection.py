@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..pruning.stages import stages_of_language_model, tokens_of_layers
 from ..remote_code import read_bundle
 from .checkpoint_source import CheckpointSource, open_source
 from .language_model_cost import kv_cache_bytes, prefill_flops
@@ -21,7 +22,9 @@ class SizeReport:
 
     Attributes:
         height, width: of the image in pixels.
-        stock_tokens, retained_tokens: language-model tokens of one image, newlines included.
+        stock_tokens, retained_tokens: tokens of one image that enter the language model, newlines included.
+        stages: where `stages` drop more, for each the decoder layer and the tokens that it and those behind it see.
+        average_retention: tokens that a decoder layer sees over those that it sees in stock, the mean of all layers.
         newlines: of them newline tokens, retained.
         stock_prefill_flops, prefill_flops: of the language model on the image's tokens alone, without the vision tower, which
             does the same work either way.
@@ -32,6 +35,8 @@ class SizeReport:
     width: int
     stock_tokens: int
     retained_tokens: int
+    stages: list[dict[str, int]]
+    average_retention: float
     newlines: int
     stock_prefill_flops: int
     prefill_flops: int
@@ -97,10 +102,24 @@ def inspect_checkpoint(
     reports = []
     for height, width in sizes:
         layout = model.token_layout(height, width, settings)
-        counts = (layout.num_stock, layout.num_retained)
-        flops = [prefill_flops(text_config, tokens) for tokens in counts]
-        cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in counts]
-        reports.append(SizeReport(height, width, *counts, layout.num_newlines, *flops, *cache))
+        num_layers = text_config.num_hidden_layers
+        kept = tokens_of_layers(layout, num_layers)
+        stages = [{"layer": layer, "tokens": kept[layer]} for layer, _ in stages_of_language_model(layout.pruning, num_layers)]
+        flops = [prefill_flops(text_config, tokens) for tokens in (layout.num_stock, kept)]
+        cache = [kv_cache_bytes(text_config, tokens, dtype) for tokens in (layout.num_stock, kept)]
+        reports.append(
+            SizeReport(
+                height,
+                width,
+                layout.num_stock,
+                layout.num_retained,
+                stages,
+                sum(kept) / num_layers / layout.num_stock,
+                layout.num_newlines,
+                *flops,
+                *cache,
+            )
+        )
     dtype_name = str(dtype).removeprefix("torch.")
     base = None if source.base is None else source.base.to_dict()
     return CheckpointReport(

@@ -60,13 +60,18 @@ def _print_table(report: CheckpointReport) -> None:
     unit, name = (1e12, "TFLOPs") if max(row.stock_prefill_flops for row in report.sizes) >= 1e11 else (1e9, "GFLOPs")
     table = Table(box=box.SIMPLE, caption=f"Language model alone, on one image's tokens. Cache in {report.cache_dtype}.")
     table.add_column("height x width", no_wrap=True)
-    for heading in ("tokens\nstock", "\nkept", "new-\nlines", f"{name}\nstock", "\nkept", "KV MiB\nstock", "\nkept"):
+    layers = [stage["layer"] for stage in report.sizes[0].stages]
+    of_stages = [f"from\nlayer {layer}" for layer in layers] + ["mean of\nlayers"] * bool(layers)
+    headings = ("tokens\nstock", "\nkept", *of_stages, "new-\nlines", f"{name}\nstock", "\nkept", "KV MiB\nstock", "\nkept")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.sizes:
         table.add_row(
             f"{row.height} x {row.width}",
             str(row.stock_tokens),
             str(row.retained_tokens),
+            *(str(stage["tokens"]) for stage in row.stages),
+            *[f"{row.average_retention:.1%}"] * bool(layers),
             str(row.newlines),
             _short(row.stock_prefill_flops / unit),
             _short(row.prefill_flops / unit),

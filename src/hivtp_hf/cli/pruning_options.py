@@ -18,9 +18,9 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     panels = {_BUDGET: SHARED_SETTINGS.values()} | {f"Settings of {name}": method.settings for name, method in METHODS.items()}
     for panel, settings in panels.items():
         for setting in settings:
-            default = "" if setting.default is None else f" Default: {setting.default}."
+            default = "" if setting.default in (None, ()) else f" Default: {setting.default}."
             meaning = f"{setting.meaning[0].upper()}{setting.meaning[1:]}.{default}"
-            kind = str if setting.kind is tuple else setting.kind
+            kind = str if setting.kind in (tuple, list) else setting.kind
             options[setting.name] = _option(setting.name, kind, meaning, panel)
 
     def run(**arguments: Any) -> Any:

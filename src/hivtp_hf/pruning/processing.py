@@ -90,10 +90,10 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
             )
         if self.pruning_config.marks_columns:
             raise ValueError(
-                f"`token_weights` is {self.pruning_config.token_weights!r} and `positions` {self.pruning_config.positions!r}; "
-                "serving engines decide by themselves where tokens stand and how they attend to each other. Set "
-                "`token_weights='none'` and `positions='packed'` in the pruning_config of model and processor, or serve with "
-                "`hivtp serve`."
+                f"`token_weights` is {self.pruning_config.token_weights!r}, `positions` {self.pruning_config.positions!r} and "
+                f"`stages` {self.pruning_config.stages!r}; serving engines decide by themselves where tokens stand, how they "
+                "attend to each other, and that every layer sees all of them. Set `token_weights='none'`, `positions='packed'` "
+                "and no `stages` in the pruning_config of model and processor, or serve with `hivtp serve`."
             )
         budget = CallBudget(self.pruning_config, retention_ratio, token_budget)
         if image_sizes is not None:

@@ -226,9 +226,9 @@ def _joined(outputs: Sequence[Any], last_hidden_state: Tensor, cache: Any) -> An
     output = outputs[-1]
     output.last_hidden_state = last_hidden_state
     if getattr(output, "hidden_states", None) is not None:
-        # What a segment ends with is, gathered, what the next one begins with.
-        before = [state for earlier in outputs[:-1] for state in earlier.hidden_states[:-1]]
-        output.hidden_states = (*before, *output.hidden_states)
+        # What a segment begins with is, gathered, what the one before ended with.
+        first, *others = (of_segment.hidden_states for of_segment in outputs)
+        output.hidden_states = (*first, *(state for states in others for state in states[1:]))
     if getattr(output, "attentions", None) is not None:
         output.attentions = tuple(attention for of_segment in outputs for attention in of_segment.attentions)
     put_cache(output, cache)

@@ -82,6 +82,23 @@ def drops_any(pruning: Any, num_layers: int) -> bool:
     return any(ratio < 1 for _, ratio in stages_of_language_model(pruning, num_layers))
 
 
+def tokens_of_layers(layout: Any, num_layers: int) -> list[int]:
+    """How many tokens of an image each layer of a language model sees, newlines and a class token included.
+
+    Args:
+        layout: of the image, with its settings.
+        num_layers: of the language model.
+    """
+    stages = stages_of_language_model(layout.pruning, num_layers)
+    staying = layout.num_newlines + layout.num_class_tokens
+    left = left_after_stages(layout.num_retained - staying, [ratio for _, ratio in stages])
+    bounds = [*(layer for layer, _ in stages), num_layers]
+    tokens = [layout.num_retained] * bounds[0]
+    for ranked, (first, behind) in zip(left, itertools.pairwise(bounds), strict=True):
+        tokens += [staying + ranked] * (behind - first)
+    return tokens
+
+
 def layer_of_stage(layer: float, num_layers: int) -> int:
     """The decoder layer that a stage names: an index as it is, a fraction as the layer at that depth, rounded down."""
     return layer if isinstance(layer, int) else math.floor(layer * num_layers)
