@@ -19,7 +19,9 @@ from .base import Family
 class LlavaTowersFamily(Family):
     """A family over a `vision_tower` with `vision_feature_layer` and `vision_feature_select_strategy`."""
 
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION, Evidence.FEATURES})
+    provides = frozenset(
+        {Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION, Evidence.FEATURES, Evidence.ENCODED},
+    )
     feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
 
     def encoder(self, model: Any) -> nn.Module:
@@ -56,6 +58,16 @@ class LlavaTowersFamily(Family):
                 f"tiles of {cells} cells, with or without a class token. Check `image_sizes` and the tower's image size."
             )
         return of_tiles[:, class_tokens:].flatten()
+
+    def encoded_cells(
+        self, model: Any, output: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]
+    ) -> Sequence[Tensor]:
+        # Those hidden states of which stock makes the feature, counted from the first one, as a pass may have ended early.
+        given, states = feature_argument(model.config, arguments, "vision_feature_layer"), self.num_layers(model.config) + 1
+        read = [output.hidden_states[index % states] for index in ([given] if isinstance(given, int) else given)]
+        cells = math.prod(layouts[0].view_shapes[0])
+        of_tiles = [state[:, state.shape[1] - cells :] for state in read]
+        return list(of_tiles[0] if len(of_tiles) == 1 else torch.cat(of_tiles, dim=-1))
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}

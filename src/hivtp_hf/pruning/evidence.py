@@ -23,6 +23,7 @@ class Evidence(enum.Enum):
     RECEIVED_ATTENTION = ("the attention that tokens receive", "attention layers that can be read")
     CLASS_ATTENTION = ("what the class token attends to", "class token")
     FEATURES = ("the visual features", "feature for every cell")
+    ENCODED = ("what the vision encoder says of every cell before the projector", "hidden state to read for every cell")
 
     def __init__(self, words: str, source: str):
         self.words = words
@@ -67,6 +68,40 @@ class EncoderFacts(NamedTuple):
         return self.feature_layer if chosen is None else chosen
 
 
+class CellFeatures:
+    """The features of the cells of some views of one shape, brought together for as many views at a time as are asked for.
+
+    Those of all images of a call may be large, and only some methods look at them.
+
+    Args:
+        of_views: of every view features (n, hidden), and int64 (cells,), which of these are its cells', -1 for none; None where
+            they are its cells' as they stand.
+        device: where they are wanted.
+    """
+
+    def __init__(self, of_views: Sequence[tuple[Tensor, Tensor | None]], device: torch.device):
+        self._of_views = of_views
+        self._device = device
+
+    def __len__(self) -> int:
+        """How many views there are."""
+        return len(self._of_views)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a feature has; 0 where there is no view."""
+        return self._of_views[0][0].shape[-1] if self._of_views else 0
+
+    def of_views(self, first: int, behind: int) -> Tensor:
+        """The features of some views, (views, cells, hidden); what cells have that stock does not use means nothing."""
+        views = []
+        for features, places in self._of_views[first:behind]:
+            if places is not None:
+                features = features.index_select(0, places.clamp(min=0).to(features.device))
+            views.append(features.to(self._device))
+        return torch.stack(views)
+
+
 class ViewEvidence(NamedTuple):
     """What is known of views of one shape, of all images of a call, when cells of each view are chosen.
 
@@ -77,6 +112,8 @@ class ViewEvidence(NamedTuple):
         received: of every layer read the attention that cells receive, float32 (views, rows, columns).
         class_attention: the same of what the class token attends to.
         encoder: the vision encoder.
+        features: the visual features of their cells.
+        encoded: the same of what the encoder says before the projector; None unless it is read.
     """
 
     valid: Tensor
@@ -85,6 +122,8 @@ class ViewEvidence(NamedTuple):
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    features: CellFeatures = CellFeatures((), torch.device("cpu"))
+    encoded: CellFeatures | None = None
 
     def mean_scores(self) -> Tensor:
         """The average of the attention that cells receive, over the layers read: float32 (views, rows, columns)."""
@@ -100,6 +139,8 @@ class VisualEvidence(NamedTuple):
         received: of every layer read the attention that cells receive, float32 (cells of all images,), in the order of views.
         class_attention: the same of what the class token attends to.
         encoder: the vision encoder.
+        encoded: of every view of every image what the encoder says of its cells before the projector, (cells, hidden); None
+            unless it is read.
     """
 
     layouts: Sequence[TokenLayout]
@@ -107,6 +148,7 @@ class VisualEvidence(NamedTuple):
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    encoded: Sequence[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +173,14 @@ class VisualEvidence(NamedTuple):
             part(self.received),
             part(self.class_attention),
             self.encoder,
+            None if self.encoded is None else self._encoded_of(members),
         )
+
+    def _encoded_of(self, members: Sequence[int]) -> list[Tensor]:
+        """What the encoder says of the views of some of the images."""
+        encoded = iter(self.encoded or ())
+        of_images = [[next(encoded) for _ in range(layout.num_views)] for layout in self.layouts]
+        return [view for member in members for view in of_images[member]]
 
     def ask(
         self, method: Any, question: Callable[[Any, VisualTokenPruningConfig], Tensor | None], pruning: Any
@@ -176,7 +225,18 @@ class VisualEvidence(NamedTuple):
             {layer: part(scores) for layer, scores in self.received.items()},
             {layer: part(scores) for layer, scores in self.class_attention.items()},
             self.encoder,
+            self._features_of(members),
+            None if self.encoded is None else CellFeatures([(self.encoded[member], None) for member in members], self.device),
         )
+
+    def _features_of(self, members: Sequence[int]) -> CellFeatures:
+        """The visual features of the cells of some views, by their numbers among those of all images."""
+        of_views = [
+            (features, places.flatten())
+            for features, layout in zip(self.features, self.layouts, strict=True)
+            for places in layout.by_view(layout.token_of_cell)
+        ]
+        return CellFeatures([of_views[member] for member in members], self.device)
 
 
 def mean_of_layers(scores: Mapping[int, Tensor]) -> Tensor:

@@ -67,6 +67,7 @@ def gather_evidence(
     received: Mapping[int, Tensor],
     class_attention: Mapping[int, Tensor],
     encoder: EncoderFacts,
+    encoded: Sequence[Tensor] | None = None,
 ) -> VisualEvidence:
     """What a method may look at, brought together from one pass of the vision tower.
 
@@ -75,6 +76,7 @@ def gather_evidence(
         layouts: of every image its layout, each under its own settings.
         received, class_attention: of every layer read that of the cells, float32 (cells of all images,).
         encoder: the vision encoder.
+        encoded: of every view what the encoder says of its cells before the projector, (cells, hidden), where that is read.
 
     Raises:
         ValueError: where features do not fit the layouts.
@@ -89,6 +91,7 @@ def gather_evidence(
         received={layer: of_layer.to(device) for layer, of_layer in received.items()},
         class_attention={layer: of_layer.to(device) for layer, of_layer in class_attention.items()},
         encoder=encoder,
+        encoded=encoded,
     )
 
 
@@ -162,16 +165,26 @@ def rank_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor], num_
     """
     if not evidence.layouts[0].pruning.drops_in_stages:
         return None
+    survived = []
+    for layout, kept_of_image, of_cells in zip(
+        evidence.layouts, kept_indices, importance_of_images(evidence) or (), strict=True
+    ):
+        ratios = [ratio for _, ratio in stages_of_language_model(layout.pruning, num_layers)]
+        packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_of_image.to(of_cells.device)
+        is_cell = layout.packed(torch.ones_like(of_cells), 0, 0) > 0
+        survived.append(stages_survived(packed[kept], is_cell[kept], ratios))
+    return survived
+
+
+def importance_of_images(evidence: VisualEvidence) -> list[Tensor] | None:
+    """Of every image the scores by which its method ranks at the image's ratio, float (cells,); None where it does not."""
     of_image: dict[int, Tensor] = {}
     for pruning, members in _images_by_pruning(evidence.layouts).items():
         seen, method = evidence.of_images(members), pruning_method(pruning.method)
         importance: Any = seen.ask(method, method.importance, pruning)
-        ratios = [ratio for _, ratio in stages_of_language_model(pruning, num_layers)]
-        parts = importance.split([layout.num_cells for layout in seen.layouts])
-        for image, of_cells, layout in zip(members, parts, seen.layouts, strict=True):
-            packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_indices[image].to(of_cells.device)
-            is_cell = layout.packed(torch.ones_like(of_cells), 0, 0) > 0
-            of_image[image] = stages_survived(packed[kept], is_cell[kept], ratios)
+        if importance is None:
+            return None
+        of_image.update(zip(members, importance.split([layout.num_cells for layout in seen.layouts]), strict=True))
     return [of_image[image] for image in range(len(evidence.layouts))]
 
 

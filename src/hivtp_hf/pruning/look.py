@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read
-from .features import choose, cut, gather_evidence
+from .features import choose, cut, gather_evidence, importance_of_images
 from .layout import TokenLayout
-from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
 
 
@@ -27,6 +27,8 @@ class Look:
             order of views.
         class_attention: the same of what the class token attends to; empty where the encoder has none.
         encoder: the vision encoder's depth, and the layer whose output is the visual feature.
+        encoded: of every view what the encoder says of its cells before the projector, (cells, hidden); None where the family
+            does not tell.
     """
 
     base: Any
@@ -35,6 +37,7 @@ class Look:
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    encoded: Sequence[Tensor] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
         """How the tokens of every image lie, under some settings or under the model's own."""
@@ -66,7 +69,8 @@ class Look:
         received, class_attention = (
             {layer: scores[layer] for layer in layers if kind in kinds} for kind, scores in read.items()
         )
-        return gather_evidence(self.features, layouts, received, class_attention, self.encoder)
+        encoded = self.encoded if Evidence.ENCODED in kinds else None
+        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, encoded)
 
     def kept(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence."""
@@ -76,9 +80,8 @@ class Look:
 
     def importance(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> Tensor | None:
         """The scores by which a method ranks, float (cells of all images,) in the order of views; None where it does not."""
-        settings = self._settings(pruning)
-        method = pruning_method(settings.method)
-        return self.evidence(settings, layouts).ask(method, method.importance, settings)
+        of_images = importance_of_images(self.evidence(pruning, layouts))
+        return None if of_images is None else torch.cat(of_images)
 
     def _settings(self, pruning: Any) -> VisualTokenPruningConfig:
         return self.base.config.pruning_config if pruning is None else VisualTokenPruningConfig.coerce(pruning)

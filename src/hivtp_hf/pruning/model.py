@@ -165,7 +165,9 @@ class PrunedModelMixin(MarkedColumnsMixin):
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
         call = self.family.ending_early(call, self.config, arguments, collector.layers)
         output = self._received_attention_tap.call(call, collector)
-        return Look(self, arguments, list(output.pooler_output), *self._scores_of_cells(collector, layouts), encoder)
+        encoded = self.family.encoded_cells(self, output, arguments, layouts)
+        scores = self._scores_of_cells(collector, layouts)
+        return Look(self, arguments, list(output.pooler_output), *scores, encoder, encoded)
 
     def _image_arguments(self) -> tuple[str, ...]:
         return (*self.family.image_inputs, *self.family.feature_arguments)
@@ -213,7 +215,9 @@ class PrunedModelMixin(MarkedColumnsMixin):
             )
             output = self._received_attention_tap.call(call, collector)
             of_stock = {name: getattr(output, name) for name in self.family.streams}
-            streams, kept_indices, log_weights, survived = self._prune(of_stock, layouts, collector, encoder)
+            reads_encoded = Evidence.ENCODED in kinds
+            encoded = self.family.encoded_cells(self, output, arguments, layouts) if reads_encoded else None
+            streams, kept_indices, log_weights, survived = self._prune(of_stock, layouts, collector, encoder, encoded)
         stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
         num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
         return PrunedImageFeaturesOutput(
@@ -267,8 +271,10 @@ class PrunedModelMixin(MarkedColumnsMixin):
         layouts: Sequence[TokenLayout],
         collector: CollectedAttention,
         encoder: EncoderFacts,
+        encoded: Sequence[Tensor] | None,
     ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
-        evidence = gather_evidence(streams["pooler_output"], layouts, *self._scores_of_cells(collector, layouts), encoder)
+        scores = self._scores_of_cells(collector, layouts)
+        evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, encoded)
         kept_indices = choose(evidence)
         kept_streams = {name: cut(stream, kept_indices, layouts) for name, stream in streams.items()}
         survived = rank_features(evidence, kept_indices, self.config.get_text_config().num_hidden_layers)
