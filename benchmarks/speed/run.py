@@ -30,6 +30,7 @@ from .summary import Report
 from .targets import judge
 from .throughput import measure_throughput
 from .vision import measure_vision
+from .weights import measure_weights
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "vision": measure_vision,
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "decode": measure_decode,
     "throughput": measure_throughput,
     "memory": measure_memory,
+    "weights": measure_weights,
     "processor": measure_processor,
     "import": measure_import,
 }
