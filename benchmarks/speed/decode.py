@@ -46,7 +46,7 @@ class _Decoding:
 
 def decoding_steps(bench: Bench, size: tuple[int, int], variants: Sequence[Variant]) -> dict[Variant, list[float]]:
     """By variant the seconds of each of the most new tokens that are asked for, all variants in turn from token to token."""
-    stopwatch = Stopwatch(bench.device)
+    stopwatch = bench.stopwatch()
     states = {variant: _Decoding(bench, size, variant, stopwatch) for variant in variants}
     runs = {variant: state.step for variant, state in states.items()}
     steps = interleave(runs, _WARM_UP + max(bench.settings.new_tokens), warm_up=())

@@ -17,7 +17,7 @@ from .peak_memory import peak_memory
 from .prefill import KV_CACHE, LANGUAGE_MODEL_PREFILL, TIME_TO_FIRST_TOKEN
 from .rows import Row, compared, measured
 from .sections import LANGUAGE_MODEL, WEIGHING, watched
-from .stopwatch import TOTAL, Stopwatch
+from .stopwatch import TOTAL
 from .variants import Variant, cache_bytes, first_token, weighted_of
 
 PART = "weights"
@@ -38,7 +38,7 @@ def measure_weights(bench: Bench) -> list[Row]:
 
 def _prefill_rows(bench: Bench, size: tuple[int, int], ours: list[Variant]) -> list[Row]:
     models, images = bench.models, bench.images(size)
-    stopwatch, held = Stopwatch(bench.device), {}
+    stopwatch, held = bench.stopwatch(), {}
 
     def run(variant: Variant) -> dict[str, float]:
         result, seconds = stopwatch.run(lambda: first_token(models, images, variant))

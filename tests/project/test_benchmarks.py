@@ -91,8 +91,10 @@ EXPECTED = {
     | {"peak memory to the first token", "peak memory of weighing alone"}
     | {
         f"{quantity} over the same without weights"
-        for quantity in ("time to first token", "language model prefill", "without weights plus own work", "KV cache")
-        + ("decode per token", "peak memory to the first token")
+        for quantity in (
+            *("time to first token", "language model prefill", "without weights plus own work", "KV cache"),
+            *("decode per token", "peak memory to the first token"),
+        )
     },
     "processor": {"preprocessing", "counting placeholders", "added counting over stock's preprocessing"}
     | {"preprocessing over stock"},
@@ -334,6 +336,7 @@ def test_targets_are_judged_by_the_row_that_is_furthest_away():
         ({"images": [(0, 672)]}, "`--images` has 0"),
         ({"batches": []}, "`--batches` is empty"),
         ({"new_tokens": [2.5]}, "`--new-tokens` has 2.5"),
+        ({"clock": "sand"}, "`--clock` is 'sand'; it must be one of wall, process"),
         ({"only": ["visoin"]}, "`--only` is 'visoin'; it must be one of vision, prefill"),
     ],
 )
