@@ -258,6 +258,18 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))
 
 
+@pytest.mark.parametrize("answer", ["a\rb", "a\nb", "\r\n", 'a "b", c'])
+def test_any_answer_can_be_read_again(four_rows, tmp_path, answer):
+    data, plan, table = four_rows
+    table[0].answers[0] = answer
+    write_predictions(tmp_path / "predictions.csv", data, plan, table)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert len(predictions) == 16
+    assert predictions[0]["prediction"] == answer
+    assert (tmp_path / "predictions.csv").read_bytes().partition(b"\n")[0].endswith(b"weights_and_positions")
+
+
 def test_parts_come_together_in_the_order_of_the_rows():
     plan = [Variant("none", Fraction(1))]
     parts = [[ImageGroup("a", (0, 3)), ImageGroup("b", (1,))], [ImageGroup("c", (2,))]]

@@ -199,11 +199,21 @@ def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant],
 def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     def write(unfinished: Path) -> None:
         with open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            writer = csv.writer(_ShortLineEnds(file))
             writer.writerow(columns)
             writer.writerows([_shown(value) for value in line] for line in lines)
 
     atomic_write(path, write)
+
+
+class _ShortLineEnds:
+    r"""Lines that end in \n alone, written as if they ended in \r\n: csv would otherwise leave an answer's \r without quotes."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line.removesuffix("\r\n") + "\n")
 
 
 def _shown(value: Any) -> Any:

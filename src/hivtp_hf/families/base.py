@@ -64,8 +64,6 @@ class Family(ABC):
         feature_arguments: the arguments that say how features are made of them.
         streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
             are cut together.
-        features_say_all: whether the language model is told of an image by its features alone, put among the embeddings of a
-            prompt; not where it also takes places or further streams.
     """
 
     name: ClassVar[str]
@@ -74,7 +72,6 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
-    features_say_all: ClassVar[bool] = True
 
     # What it is made of.
 

@@ -40,7 +40,6 @@ class QwenVLFamily(Family):
 
     provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_grid_thw")
-    features_say_all = False
 
     def encoder(self, model: Any) -> nn.Module:
         return model.visual

@@ -27,6 +27,8 @@ class Look:
             order of views.
         class_attention: the same of what the class token attends to; empty where the encoder has none.
         encoder: the vision encoder's depth, and the layer whose output is the visual feature.
+        further_streams: by the names of `Family.streams` what else has a row for every token, such as DeepStack features: a
+            list of layers, each of every image (num_stock, hidden); None for families without such.
     """
 
     base: Any
@@ -35,6 +37,7 @@ class Look:
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    further_streams: Mapping[str, Any] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
         """How the tokens of every image lie, under some settings or under the model's own."""
