@@ -162,6 +162,9 @@ def test_answers_are_told_of_stages(stock, tmp_path):
                 for told in ({"stages": stages}, {})
             )
             assert line["prediction"] == with_stages
+            patches, newlines = int(line["patch_tokens"]), int(line["newline_tokens"])
+            of_second_layer = newlines + patches - round(patches / 2)
+            assert float(line["tokens_per_layer"]) == (patches + newlines + of_second_layer) / 2
             different += with_stages != without
     assert different  # or equal answers would prove nothing
 

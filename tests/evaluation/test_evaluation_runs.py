@@ -40,7 +40,7 @@ def names_in(folder):
 
 
 # What the language model is told of kept tokens beside their features: nothing.
-AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed"}
+AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": []}
 
 
 def counted_parts(monkeypatch, stop_at=None):

@@ -71,8 +71,8 @@ class PartWork:
             advance: told how many questions were answered, time and again.
 
         Returns:
-            For every variant `answers` of the rows, image by image; `patches` and `newlines` of every image; and
-            `prefill_seconds` of every batch, per question in it.
+            For every variant `answers` of the rows, image by image; `patches`, `newlines` and `tokens_per_layer` of every
+            image; and `prefill_seconds` of every batch, per question in it.
 
         Raises:
             RuntimeError: where anything goes wrong; names the row, the method and the ratio.
@@ -120,6 +120,7 @@ class PartWork:
             "answers": [answers[row] for group in part for row in group.rows],
             "patches": [tokens.patches for tokens in kept],
             "newlines": [tokens.newlines for tokens in kept],
+            "tokens_per_layer": [tokens.tokens_per_layer for tokens in kept],
             "prefill_seconds": prefill_seconds,
         }
 

@@ -22,6 +22,7 @@ from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
 from ..pruning.model import PrunedImageFeaturesOutput
 from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.stages import tokens_of_layers
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 
@@ -52,12 +53,14 @@ class KeptTokens(NamedTuple):
         patches: how many of its tokens show a part of the image.
         newlines: how many are newlines. What is neither is a class token, or with `exact_count=False` a placeholder without a
             token.
+        tokens_per_layer: how many of its tokens a layer of the language model sees, the mean of all layers.
         inputs: what the model is told of the image beside features, such as its grid of patches: a row each, by name.
     """
 
     encoded: PrunedImageFeaturesOutput
     patches: int
     newlines: int
+    tokens_per_layer: float
     inputs: Mapping[str, Tensor]
 
     @property
@@ -93,7 +96,13 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
         stages_survived=rank_features(evidence, kept, num_layers),
     )
     return [
-        KeptTokens(_of_image(encoded, image), patches[image], layout.num_newlines, _inputs_of_image(seen, image))
+        KeptTokens(
+            _of_image(encoded, image),
+            patches[image],
+            layout.num_newlines,
+            sum(tokens_of_layers(layout, num_layers)) / num_layers,
+            _inputs_of_image(seen, image),
+        )
         for image, layout in enumerate(layouts)
     ]
 
@@ -144,6 +153,7 @@ def base_tile_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTok
             PrunedImageFeaturesOutput(pooler_output=[features[: layout.valid_per_view[0]]]),
             layout.valid_per_view[0],
             0,
+            layout.valid_per_view[0],
             _inputs_of_image(seen, image),
         )
         for image, (features, layout) in enumerate(zip(seen.features, layouts, strict=True))
@@ -215,7 +225,8 @@ def shrunken_tokens(model: Any, inputs: Mapping[str, Any], stock: Sequence[Token
         shrunken = shrunken_layout(layout, grid, patch_size)
         packed = tiles[0] if shrunken.num_views == 1 else _packed(tiles, shrunken, base.image_newline)
         patches = shrunken.num_stock - shrunken.num_newlines - shrunken.num_class_tokens
-        kept.append(KeptTokens(PrunedImageFeaturesOutput(pooler_output=[packed]), patches, shrunken.num_newlines, {}))
+        encoded = PrunedImageFeaturesOutput(pooler_output=[packed])
+        kept.append(KeptTokens(encoded, patches, shrunken.num_newlines, shrunken.num_stock, {}))
     return kept
 
 
@@ -247,7 +258,8 @@ def smaller_images_tokens(
         encoded = model.model.get_image_features(**inputs, return_dict=True)
         check_finite("the vision tower's visual features", encoded.pooler_output)
         further = {name: inputs[name] for name in model.model.family.image_inputs[1:]}
-        kept.append(KeptTokens(encoded, len(encoded.pooler_output[0]), 0, further))
+        tokens = len(encoded.pooler_output[0])
+        kept.append(KeptTokens(encoded, tokens, 0, tokens, further))
     return kept
 
 
