@@ -283,7 +283,7 @@ def test_stages_that_are_set():
     assert [layer for layer, _ in stages_vflowopt(pruning, 8)] == [2, 5]
     assert [layer for layer, _ in stages_vflowopt({"method": "vflowopt", "third_stage_layer": 3}, 28)] == [2, 3]
     assert [layer for layer, _ in stages_vflowopt({"method": "vflowopt", "second_stage_layer": 9}, 28)] == [9, 18]
-    assert stages_vflowopt(VisualTokenPruningConfig("vflowopt", 1), 28) == ()
+    assert stages_vflowopt(VisualTokenPruningConfig("vflowopt", 1), 28) == ((9, 1), (18, 1))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +306,7 @@ def test_stages_that_cannot_be(own, layers, message):
     [
         ({"second_stage_layer": 9, "third_stage_layer": 9}, r"`second_stage_layer` is 9 and `third_stage_layer` 9"),
         ({"token_budget": 9, "first_stage_ratio": 0.5}, r"`token_budget` is 9 and `first_stage_ratio` 0\.5"),
+        ({"stages": [[3, 0.5]]}, r"`stages` is \(\(3, 0\.5\),\).*has stages of its own.*`second_stage_layer`"),
         ({"token_budget": 9, "exact_count": False}, r"`token_budget` is 9 and `exact_count` False"),
         ({"recycling_cell_side": 0.5}, r"`recycling_cell_side` is 0\.5.*from 1"),
         ({"entropy_weight": 1.5}, r"`entropy_weight` is 1\.5.*from -1 to 1"),

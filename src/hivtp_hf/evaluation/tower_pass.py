@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import without_unread_layers
-from ..pruning.features import choose, cut, weigh_features
+from ..pruning.features import choose_and_merge, cut_and_merge, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
 from ..pruning.prompt_columns import PromptColumns, columns_of_images
+from ..pruning.registry import pruning_method
 from ..pruning.settings import VisualTokenPruningConfig
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
@@ -71,8 +72,8 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
     """
     kept_of_images = []
     evidence = seen.evidence(layouts[0].pruning, layouts)
-    all_kept = choose(evidence)
-    all_features = cut(seen.features, all_kept, layouts)
+    all_kept, merged = choose_and_merge(evidence)
+    all_features = cut_and_merge(seen.features, all_kept, merged, layouts)
     log_weights: Sequence[Tensor | None] = weigh_features(evidence, all_kept) or [None] * len(layouts)
     for features, kept, weights, layout in zip(all_features, all_kept, log_weights, layouts, strict=True):
         patches = check_kept_indices(kept, layout)
@@ -82,7 +83,8 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
             is_placeholder = torch.ones(1, len(kept), dtype=torch.bool, device=kept.device)
             num_stock = None if layout.pruning.positions == "packed" else [layout.num_stock]
             places = columns_of_images(is_placeholder, [kept], num_stock, None if weights is None else [weights])
-        kept_of_images.append(KeptTokens(own_features, patches, layout.num_newlines, places))
+        newlines = len(kept) - patches - layout.num_class_tokens
+        kept_of_images.append(KeptTokens(own_features, patches, newlines, places))
     return kept_of_images
 
 
@@ -102,7 +104,11 @@ def check_kept_indices(kept: Tensor, layout: TokenLayout) -> int:
     cells, wanted = len(layout.cells(kept)), sum(layout.group_totals)
     newlines = len(kept) - cells - layout.num_class_tokens
     fits = cells == wanted if layout.pruning.exact_count else cells <= wanted
-    if not fits or newlines != layout.num_newlines or not bool((kept.diff() > 0).all()):
+    if pruning_method(layout.pruning.method).counts_newlines:  # which of them stay is for the method to say
+        fits = len(kept) == layout.num_retained if layout.pruning.exact_count else len(kept) <= layout.num_retained
+    elif newlines != layout.num_newlines:
+        fits = False
+    if not fits or not bool((kept.diff() > 0).all()):
         raise ValueError(
             f"the method {layout.pruning.method!r} keeps {cells} patch tokens and {newlines} newlines, or not in their order; "
             f"{wanted} and {layout.num_newlines} were to be kept, ascending. Its selector is broken."

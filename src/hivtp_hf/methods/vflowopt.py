@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..pruning.checked_values import shown
 from ..pruning.evidence import EncoderFacts, Evidence, VisualEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.merging import MergedTokens
@@ -143,6 +144,11 @@ class VFlowOpt(PruningMethod):
                 f"`second_stage_layer` is {second} and `third_stage_layer` {third}; the second stage must "
                 "begin before the third."
             )
+        if pruning.stages:
+            raise ValueError(
+                f"`stages` is {shown(pruning.stages)}; the method 'vflowopt' has stages of its own, so it must be empty. Set "
+                "`second_stage_layer`, `third_stage_layer` and `second_stage_ratio`."
+            )
         if pruning.token_budget is None:
             return
         for name, is_at_odds in (
@@ -170,8 +176,12 @@ class VFlowOpt(PruningMethod):
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         return count_vflowopt(layout, pruning)
 
-    def stages(self, pruning: VisualTokenPruningConfig, num_layers: int) -> tuple[tuple[int, float], ...]:
-        return stages_vflowopt(pruning, num_layers)
+    def drops_in_stages(self, pruning: VisualTokenPruningConfig) -> bool:
+        return True
+
+    def stages(self, pruning: VisualTokenPruningConfig, num_layers: int) -> Sequence[tuple[int, float]]:
+        # Of a budget the ratio is known once an image is, and the layers do not depend on it.
+        return stages_vflowopt(pruning if pruning.token_budget is None else pruning.replace(retention_ratio=1.0), num_layers)
 
     def importance(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         weight, rows = pruning.entropy_weight, evidence.attention_rows[_scored_layer(evidence.encoder)]
@@ -243,7 +253,7 @@ def stages_vflowopt(pruning: VisualTokenPruningConfig | Mapping[str, Any], num_l
         num_layers: the depth of the language model.
 
     Returns:
-        (layer, ratio) of the second and the third stage; empty at a ratio of 1.
+        (layer, ratio) of the second and the third stage; at a ratio of 1 both keep everything.
 
     Raises:
         ValueError: where the stages do not fit the depth, and where no ratio of the third stage gives `retention_ratio` as the
@@ -251,8 +261,6 @@ def stages_vflowopt(pruning: VisualTokenPruningConfig | Mapping[str, Any], num_l
     """
     pruning = settings_of("vflowopt", pruning)
     ratio: Any = pruning.retention_ratio
-    if ratio == 1:
-        return ()
     second, third = pruning.second_stage_layer, pruning.third_stage_layer
     published = [num_layers * layer // _PUBLISHED_DEPTH for layer in _PUBLISHED_LAYERS]
     if second is None:

@@ -39,8 +39,8 @@ class RowsWanted(NamedTuple):
 
     Attributes:
         layers: the encoder layers, 0-based.
-        choose: of the attention that tokens receive from each other, float32 (sequences, tokens), and the first sequence's number
-            among those of the pass: the tokens, int64 (sequences, n), and the weights by which their rows are summed.
+        choose: of the attention that tokens receive from each other, float32 (sequences, tokens), and the first sequence's
+            number among those of the pass: the tokens, int64 (sequences, n), and the weights by which their rows are summed.
     """
 
     layers: tuple[int, ...]
@@ -67,7 +67,7 @@ class CollectedAttention:
         self,
         received: Iterable[int] = (),
         class_attention: Iterable[int] = (),
-        rows: Mapping[Hashable, RowsWanted] | None = None,
+        rows: Mapping[Any, RowsWanted] | None = None,
         class_tokens: int = 0,
     ):
         self._received = tuple(sorted(set(received)))

@@ -38,9 +38,7 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
         return _over_all_heads(summed, query.shape[1], num_heads) / (num_heads * query.shape[2])
 
 
-def attention_of_rows(
-    query: Tensor, key: Tensor, scaling: float, num_heads: int, rows: Tensor, weights: Tensor
-) -> Tensor:
+def attention_of_rows(query: Tensor, key: Tensor, scaling: float, num_heads: int, rows: Tensor, weights: Tensor) -> Tensor:
     """What some tokens attend to, as a weighted sum of their attention rows, each the mean over all heads.
 
     Args:
