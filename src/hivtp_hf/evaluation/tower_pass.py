@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import without_unread_layers
-from ..pruning.features import choose, cut, rank_features, weigh_features
+from ..pruning.features import choose_and_merge, cut_and_merge, rank_features, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
 from ..pruning.model import PrunedImageFeaturesOutput
+from ..pruning.registry import pruning_method
 from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.stages import tokens_of_layers
 
@@ -85,11 +86,11 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
     evidence, pruning = seen.evidence(layouts[0].pruning, layouts), layouts[0].pruning
-    kept = choose(evidence)
+    kept, merged = choose_and_merge(evidence)
     patches = [check_kept_indices(indices, layout) for indices, layout in zip(kept, layouts, strict=True)]
     num_layers = seen.base.config.get_text_config().num_hidden_layers
     encoded = PrunedImageFeaturesOutput(
-        **{name: cut(stream, kept, layouts) for name, stream in _streams(seen).items()},
+        **{name: cut_and_merge(stream, kept, merged, layouts) for name, stream in _streams(seen).items()},
         kept_indices=kept,
         num_stock=None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
         log_weights=weigh_features(evidence, kept),
@@ -99,7 +100,7 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
         KeptTokens(
             _of_image(encoded, image),
             patches[image],
-            layout.num_newlines,
+            len(kept[image]) - patches[image] - layout.num_class_tokens,
             sum(tokens_of_layers(layout, num_layers)) / num_layers,
             _inputs_of_image(seen, image),
         )
@@ -170,7 +171,11 @@ def check_kept_indices(kept: Tensor, layout: TokenLayout) -> int:
     cells, wanted = len(layout.cells(kept)), sum(layout.group_totals)
     newlines = len(kept) - cells - layout.num_class_tokens
     fits = cells == wanted if layout.pruning.exact_count else cells <= wanted
-    if not fits or newlines != layout.num_newlines or not bool((kept.diff() > 0).all()):
+    if pruning_method(layout.pruning.method).counts_newlines:  # which of them stay is for the method to say
+        fits = len(kept) == layout.num_retained if layout.pruning.exact_count else len(kept) <= layout.num_retained
+    elif newlines != layout.num_newlines:
+        fits = False
+    if not fits or not bool((kept.diff() > 0).all()):
         raise ValueError(
             f"the method {layout.pruning.method!r} keeps {cells} patch tokens and {newlines} newlines, or not in their order; "
             f"{wanted} and {layout.num_newlines} were to be kept, ascending. Its selector is broken."

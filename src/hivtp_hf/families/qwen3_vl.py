@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from transformers.utils import can_return_tuple
 
 from ..pruning.compat import with_stock_signature
@@ -27,6 +28,7 @@ class Qwen3VLFamily(QwenVLFamily):
     name = "qwen3_vl"
     title = "Qwen3-VL"
     streams = ("pooler_output", "deepstack_features")
+    pixel_scale = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 
     @property
     def classes(self) -> FamilyClasses:
