@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from ..pruning.compat import side_of
 from ..pruning.encoder_layers import without_unread_layers
@@ -13,14 +19,27 @@ from ..pruning.evidence import Evidence
 from ..pruning.layout import TokenLayout
 from ..pruning.processing import PrunedProcessorMixin
 from ..pruning.settings import check_no_setting_among
-from .base import Family
+from .base import Family, as_grey_levels
+
+# Mean and standard deviation of red, green and blue that image processors go by, by the vision tower's type.
+PIXEL_SCALES = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 
 class LlavaTowersFamily(Family):
     """A family over a `vision_tower` with `vision_feature_layer` and `vision_feature_select_strategy`."""
 
     provides = frozenset(
-        {Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION, Evidence.FEATURES, Evidence.ENCODED},
+        {
+            Evidence.RECEIVED_ATTENTION,
+            Evidence.CLASS_ATTENTION,
+            Evidence.ATTENTION_ROWS,
+            Evidence.PIXELS,
+            Evidence.FEATURES,
+            Evidence.ENCODED,
+        }
     )
     feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
 
@@ -39,8 +58,12 @@ class LlavaTowersFamily(Family):
     def provided_by(self, model: Any) -> frozenset[Evidence]:
         # CLIP puts a class token before the patches, SigLIP does not.
         names = (name.rpartition(".")[2] for name, _ in self.encoder(model).named_parameters())
-        has_class_token = any(name in ("class_embedding", "cls_token") for name in names)
-        return self.provides if has_class_token else self.provides - {Evidence.CLASS_ATTENTION}
+        lacking = set()
+        if not any(name in ("class_embedding", "cls_token") for name in names):
+            lacking.add(Evidence.CLASS_ATTENTION)
+        if model.config.vision_config.model_type not in PIXEL_SCALES:
+            lacking.add(Evidence.PIXELS)
+        return self.provides - lacking
 
     def ending_early(
         self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
@@ -58,6 +81,16 @@ class LlavaTowersFamily(Family):
                 f"tiles of {cells} cells, with or without a class token. Check `image_sizes` and the tower's image size."
             )
         return of_tiles[:, class_tokens:].flatten()
+
+    def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
+        vision, pixels = model.config.vision_config, arguments["pixel_values"]
+        if pixels.ndim == 5:  # images with fewer tiles are padded
+            pixels = torch.cat([tiles[: layout.num_views] for tiles, layout in zip(pixels, layouts, strict=True)])
+        patch, (rows, columns) = vision.patch_size, layouts[0].view_shapes[0]
+        levels = as_grey_levels(pixels, *PIXEL_SCALES[vision.model_type])
+        # What of a tile fills no patch belongs to no cell.
+        cells = levels[:, : rows * patch, : columns * patch].unflatten(2, (columns, patch)).unflatten(1, (rows, patch))
+        return cells.transpose(2, 3).flatten(3).flatten(0, 2)
 
     def encoded_cells(
         self, model: Any, output: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]

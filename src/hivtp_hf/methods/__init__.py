@@ -17,12 +17,14 @@ from .random import Random
 from .scope import Scope
 from .spread import Spread
 from .uniform import Uniform
+from .vflowopt import VFlowOpt
 
 # In this order they are listed everywhere.
 METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
     HIVTP,
     HiPrune,
     GPrune,
+    VFlowOpt,
     ClassAttention,
     DivPrune,
     Scope,

@@ -294,7 +294,7 @@ def coverage_order(gains: Tensor, weights: Tensor | None, valid: Tensor, picks: 
 def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, number: int) -> Tensor:
     """As `coverage_order`, of one group (n, n) on a CPU: what a cell adds never grows, so most need not be computed anew."""
     covered, order = torch.zeros_like(weights), torch.full_like(valid, NEVER_PICKED, dtype=torch.int64)
-    bounds = _added(gains, covered) * weights
+    bounds = _coverage_added(gains, covered) * weights
     bounds[~valid] = -1
     at_once = min(_GAINS_AT_ONCE, len(bounds))
     for step in range(number):
@@ -307,7 +307,7 @@ def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, numb
                 break
             stale = bounds.masked_fill(fresh, -1)
             chosen = stale.topk(at_once).indices
-            bounds[chosen] = torch.where(stale[chosen] < 0, bounds[chosen], _added(gains[chosen], covered) * weights[chosen])
+            bounds[chosen] = torch.where(stale[chosen] < 0, bounds[chosen], _coverage_added(gains[chosen], covered) * weights[chosen])
             fresh[chosen] = True
         pick = int(bounds.argmax())
         order[pick] = step
@@ -316,7 +316,7 @@ def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, numb
     return order
 
 
-def _added(gains: Tensor, covered: Tensor) -> Tensor:
+def _coverage_added(gains: Tensor, covered: Tensor) -> Tensor:
     """What cells add to what is covered, (m,), for gains (m, n), in steps that stay in a cache."""
     return torch.cat([(rows - covered).clamp_(min=0).sum(1) for rows in gains.split(512)])
 

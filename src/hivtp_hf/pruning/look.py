@@ -1,14 +1,14 @@
 """`Look`: one pass of a vision encoder over some images, with all that pruning methods read from it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read
-from .features import choose, cut, gather_evidence, importance_of_images
+from .features import choose_and_merge, cut_and_merge, gather_evidence, importance_of_images
 from .layout import TokenLayout
 from .settings import VisualTokenPruningConfig
 
@@ -27,6 +27,10 @@ class Look:
             order of views.
         class_attention: the same of what the class token attends to; empty where the encoder has none.
         encoder: the vision encoder's depth, and the layer whose output is the visual feature.
+        further_streams: by the names of `Family.streams` what else has a row for every token, such as DeepStack features: a
+            list of layers, each of every image (num_stock, hidden); None for families without such.
+        attention_rows: what some tokens attend to, the same by layer; by the settings that read it, as these say which tokens.
+        grey_levels: uint8 (cells of all images, pixels of a cell), or None where no settings read pixels.
         encoded: of every view what the encoder says of its cells before the projector, (cells, hidden); None where the family
             does not tell.
     """
@@ -37,6 +41,9 @@ class Look:
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    further_streams: Mapping[str, Any] | None = None
+    attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]] = field(default_factory=dict)
+    grey_levels: Tensor | None = None
     encoded: Sequence[Tensor] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
@@ -60,6 +67,9 @@ class Look:
         layers = settings.scored_layers(self.encoder)
         read = {Evidence.RECEIVED_ATTENTION: self.received, Evidence.CLASS_ATTENTION: self.class_attention}
         missing = [layer for kind, scores in read.items() for layer in layers if kind in kinds and layer not in scores]
+        rows = self.attention_rows.get(settings, {}) if Evidence.ATTENTION_ROWS in kinds else {}
+        if Evidence.ATTENTION_ROWS in kinds and not rows:
+            missing = list(layers)
         if missing:
             raise ValueError(
                 f"the method {settings.method!r} reads the encoder layers {list(layers)}, and {missing} were not looked at. "
@@ -69,14 +79,18 @@ class Look:
         received, class_attention = (
             {layer: scores[layer] for layer in layers if kind in kinds} for kind, scores in read.items()
         )
+        grey_levels = self.grey_levels if Evidence.PIXELS in kinds else None
         encoded = self.encoded if Evidence.ENCODED in kinds else None
-        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, encoded)
+        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, rows, grey_levels, encoded)
 
     def kept(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence."""
+        """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence.
+
+        Of a method that merges, some features are averages.
+        """
         evidence = self.evidence(pruning, layouts)
-        kept = choose(evidence)
-        return cut(self.features, kept, evidence.layouts), kept
+        kept, merged = choose_and_merge(evidence)
+        return cut_and_merge(self.features, kept, merged, evidence.layouts), kept
 
     def importance(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> Tensor | None:
         """The scores by which a method ranks, float (cells of all images,) in the order of views; None where it does not."""
