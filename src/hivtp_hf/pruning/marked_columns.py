@@ -25,7 +25,7 @@ from .prompt_columns import (
 )
 from .staged_language_model import StagedLanguageModel, calling_in_stages
 from .stages import stages_of_language_model
-from .surplus_placeholders import cached_length
+from .surplus_placeholders import cached_length, remember_surplus
 from .weighted_attention import check_language_model_can_mark, let_keys_weigh, mask_with_weights, needs_own_mask
 
 
@@ -35,23 +35,25 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
     def _forward_marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`forward` where settings mark columns."""
         # Asked here, as it is no within what a compiler leaves out.
-        arguments, to_remember, staged = self._with_columns(args, kwargs, torch.compiler.is_compiling())
+        arguments, to_remember, staged, surplus = self._with_columns(args, kwargs, torch.compiler.is_compiling())
         model: Any = self if staged is None else calling_in_stages(self, staged)
         output = super(MarkedColumnsMixin, model).forward(**arguments, return_dict=True)
         if to_remember is not None:
             _remember_columns_of_call(output, to_remember)
+        if surplus is not None:
+            remember_surplus(cache_of(output), surplus)
         return output
 
     # Python over images and caches, which a compiler would trace anew for each call; it compiles what comes behind.
     @torch.compiler.disable
     def _with_columns(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool
-    ) -> tuple[dict[str, Any], PromptColumns | None, StagedLanguageModel | None]:
+    ) -> tuple[dict[str, Any], PromptColumns | None, StagedLanguageModel | None, Tensor | None]:
         """The arguments of a forward for stock's, with places in its positions and weights in its mask.
 
         Returns:
-            The arguments; what its cache is to remember, or None where generate() sees to that; and what runs in place of the
-            language model, or None where no stage drops anything.
+            The arguments; what its cache is to remember, or None where generate() sees to that; what runs in place of the
+            language model, or None where no stage drops anything; and which columns are surplus, or None where none is.
         """
         refuse_budget_among(kwargs)
         pruning = self.config.pruning_config
@@ -60,16 +62,17 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
         text_config = self.config.get_text_config()
         check_language_model_can_mark(text_config, pruning)
         encoded = self.encode_ahead(arguments)
+        surplus = None if pruning.exact_count else self._mask_surplus(arguments, encoded)
         prompt = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if prompt is None:
-            return arguments, None, None  # stock says what is missing
+            return arguments, None, None, None  # stock says what is missing
         cache = cache_among(arguments)
         cached = 0 if cache is None else cached_length(cache)
         to_remember, columns = None, given
         if columns is None:
             columns = to_remember = self.columns_of_prompt(arguments, encoded, checked_columns_in_cache(cache, cached), cached)
         if columns.is_empty:
-            return arguments, to_remember, None
+            return arguments, to_remember, None, surplus
         check_rows_are_not_packed(arguments, cache)
         rows, new = prompt.shape[:2]
         columns = columns.of_rows(rows)
@@ -87,7 +90,7 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
         stages = stages_of_language_model(pruning, text_config.num_hidden_layers)
         if stages:
             layers = [layer for layer, _ in stages]
-            return arguments, to_remember, StagedLanguageModel(self.language_model, layers, columns, weighs)
+            return arguments, to_remember, StagedLanguageModel(self.language_model, layers, columns, weighs), surplus
         if weighs:
             arguments["attention_mask"] = mask_with_weights(
                 arguments.get("attention_mask"),
@@ -99,7 +102,7 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
                 text_config,
                 is_compiled,
             )
-        return arguments, to_remember, None
+        return arguments, to_remember, None, surplus
 
     def columns_of_prompt(
         self, arguments: Mapping[str, Any], encoded: Any, before: PromptColumns | None, cached: int
@@ -159,6 +162,9 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
         raise NotImplementedError
 
     def is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        raise NotImplementedError
+
+    def _mask_surplus(self, arguments: dict[str, Any], encoded: Any) -> Tensor | None:
         raise NotImplementedError
 
 
