@@ -12,7 +12,8 @@ from layouts import FIRST_TOKENS
 
 pytestmark = pytest.mark.once
 
-PRUNING = [name for name in METHODS if name != "none"]
+# What counts newlines in is tested with its method.
+PRUNING = [name for name, method in METHODS.items() if name != "none" and not method.counts_newlines]
 SIZES = [(672, 672), (480, 640), (300, 451), (1000, 300), (100, 1000), (64, 64), (1, 5000), (5000, 1), (37, 300), (1201, 1733)]
 SMALL = {"tile_size": 56, "pinpoints": [(56, 112), (112, 56), (112, 112), (168, 56), (56, 168)]}  # tiles of 4 x 4 cells
 
@@ -38,6 +39,8 @@ def totals_of_ratios(method, layout, ratios):
     if method == "gprune":
         crops = [np.floor(ratios * len(part.used_rows) * len(part.used_columns)) for part in layout.parts[1:]]
         return np.floor(ratios * tiles[0]) + sum(crops)
+    if method == "divprune":
+        tiles = [sum(tiles)]
     return sum(np.minimum(n, np.floor(ratios * n + 0.5)) for n in tiles)
 
 
@@ -46,7 +49,7 @@ def hold_budgets_against_all_ratios(method, layout_of, budgets):
     whole = layout_of(VisualTokenPruningConfig(method=method, retention_ratio=1))
     fixed = whole.num_newlines + whole.num_class_tokens
     crops = sum(whole.valid_per_view[1:])
-    ratios = ratios_to_try({n for n in (*whole.valid_per_view, crops) if n})
+    ratios = ratios_to_try({n for n in (*whole.valid_per_view, crops, sum(whole.valid_per_view)) if n})
     reachable = np.unique(totals_of_ratios(method, whole, ratios)).astype(int) + fixed
     for budget in budgets(whole):
         layout = layout_of(VisualTokenPruningConfig(method=method, token_budget=budget))

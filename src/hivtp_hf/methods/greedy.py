@@ -307,7 +307,9 @@ def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, numb
                 break
             stale = bounds.masked_fill(fresh, -1)
             chosen = stale.topk(at_once).indices
-            bounds[chosen] = torch.where(stale[chosen] < 0, bounds[chosen], _coverage_added(gains[chosen], covered) * weights[chosen])
+            bounds[chosen] = torch.where(
+                stale[chosen] < 0, bounds[chosen], _coverage_added(gains[chosen], covered) * weights[chosen]
+            )
             fresh[chosen] = True
         pick = int(bounds.argmax())
         order[pick] = step

@@ -1,7 +1,7 @@
 """`Look`: one pass of a vision encoder over some images, with all that pruning methods read from it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class Look:
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]]
+    grey_levels: Tensor | None
     further_streams: Mapping[str, Any] | None = None
-    attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]] = field(default_factory=dict)
-    grey_levels: Tensor | None = None
     encoded: Sequence[Tensor] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
