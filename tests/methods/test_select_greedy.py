@@ -482,9 +482,11 @@ def test_what_is_read_where_something_is_missing():
     expected = select_scope(features, saliency, valid, pruning)
     cells = [(of_view, None) for of_view in features.flatten(1, 2)]
     encoded, nothing = CellFeatures(cells, torch.device("cpu")), CellFeatures([], torch.device("cpu"))
-    evidence = ViewEvidence(valid, [24] * 3, range(3), {LAYER: other}, {LAYER: saliency}, ENCODER, nothing, encoded)
+    evidence = ViewEvidence(
+        valid, [24] * 3, range(3), {LAYER: other}, {LAYER: saliency}, ENCODER, features=nothing, encoded=encoded
+    )
     assert torch.equal(METHODS["scope"].select(evidence, pruning), expected)
-    evidence = ViewEvidence(valid, [24] * 3, range(3), {LAYER: saliency}, {}, ENCODER, encoded)
+    evidence = ViewEvidence(valid, [24] * 3, range(3), {LAYER: saliency}, {}, ENCODER, features=encoded)
     assert torch.equal(METHODS["scope"].select(evidence, pruning), expected)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import Evidence, VisualEvidence
+from ..pruning.evidence import CellFeatures, Evidence, VisualEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import VisualTokenPruningConfig
 from .base import PruningMethod, settings_of
@@ -95,18 +95,16 @@ def _divprune_orders(
         images_of_layout.setdefault(layout, []).append(image)
     for layout, images in images_of_layout.items():
         device, positions = features[images[0]].device, layout.cell_positions
-        cells, places = layout.cell_numbers(positions).to(device), positions.to(device)
+        cells = layout.cell_numbers(positions).to(device)
         rows = [len(part.used_columns) for part in layout.parts for _ in part.used_rows]
         rows[0] -= layout.skips_first_cell
         number = rounded_share(len(positions), ratio)
         picks = Picks(torch.full((len(images),), number, dtype=torch.int64, device=device), number)
 
-        def of_images(first: int, behind: int, images: Sequence[int] = images, places: Tensor = places) -> Tensor:
-            return torch.stack([features[image].index_select(0, places) for image in images[first:behind]])
-
+        of_images = CellFeatures([(features[image], positions) for image in images], device)
         order = order_in_groups(
-            of_images,
-            features[images[0]].shape[-1],
+            of_images.of_views,
+            of_images.width,
             torch.ones(len(images), len(positions), dtype=torch.bool, device=device),
             picks,
             lambda similarity, valid, of_band, groups, band: max_min_order(similarity.neg_().add_(1), valid, of_band),

@@ -135,7 +135,8 @@ def order_in_groups(
     """When every cell is picked, of groups of one size.
 
     Args:
-        features: gives those of the groups from one number to before another, (groups, cells, hidden), any float dtype.
+        features: gives a copy of those of the groups from one number to before another, (groups, cells, hidden), any float
+            dtype.
         width: how many numbers a feature has.
         valid: bool (groups, cells); other cells are never picked, and nothing is compared with them.
         picks: how many of every group.
@@ -153,11 +154,13 @@ def order_in_groups(
     with torch.no_grad(), without_autocast(valid.device):
         for first in range(0, groups if picks.most else 0, at_once):
             chunk = slice(first, min(first + at_once, groups))
-            of_chunk = features(chunk.start, chunk.stop)
+            of_chunk = [features(chunk.start, chunk.stop)]
             for band, of_band in zip(bands, _picks_of_bands(valid[chunk], bands, picks, chunk), strict=True):
                 if of_band.most:
-                    directions = unit_vectors(of_chunk[:, band], valid[chunk, band])
-                    order[chunk, band] = loop(similarities(directions), valid[chunk, band], of_band, chunk, band)
+                    similarity = similarities(unit_vectors(of_chunk[0][:, band], valid[chunk, band], in_place=True))
+                    if band is bands[-1]:
+                        of_chunk.clear()  # what is large goes before the loop
+                    order[chunk, band] = loop(similarity, valid[chunk, band], of_band, chunk, band)
     return order
 
 
@@ -201,12 +204,19 @@ def _picks_of_bands(valid: Tensor, bands: Sequence[slice], picks: Picks, chunk: 
         yield Picks(of_band, most)
 
 
-def unit_vectors(features: Tensor, valid: Tensor) -> Tensor:
-    """Features at length 1, float32 (groups, n, hidden). What is zero, not finite or not valid becomes zero."""
+def unit_vectors(features: Tensor, valid: Tensor, in_place: bool = False) -> Tensor:
+    """Features at length 1, float32 (groups, n, hidden). What is zero, not finite or not valid becomes zero.
+
+    Args:
+        features: (groups, n, hidden), any float dtype.
+        valid: bool (groups, n).
+        in_place: whether features of float32 may be overwritten.
+    """
     features = features.float()
     length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     usable = length.isfinite() & (length > 0) & valid[..., None]
-    return torch.where(usable, features / length, 0.0)
+    directions = features.div_(length) if in_place else features / length
+    return directions.masked_fill_(~usable, 0.0)
 
 
 def similarities(directions: Tensor) -> Tensor:
