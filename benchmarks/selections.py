@@ -1,7 +1,7 @@
 """What choosing costs once the evidence is there, for every method: time of one core and memory beside the vision tower.
 
-Run by `python -m benchmarks.selections`; about ten minutes on one core. `python -m benchmarks.selections large scope dpp` runs a
-part: "tiles", "large" or "tower", and of the methods those that are named. Features and attention are made up: nothing is
+Run by `python -m benchmarks.selections`; about ten minutes on one core. `python -m benchmarks.selections large scope dpp` runs
+a part: "tiles", "large" or "tower", and of the methods those that are named. Features and attention are made up: nothing is
 downloaded.
 
 * Five tiles of LLaVA-NeXT: 2,880 cells of 24 x 24 each, projected features of 4,096 numbers, 1,024 before the projector.
