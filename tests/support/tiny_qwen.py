@@ -252,12 +252,14 @@ def qwen_processor(family: str, pruning: Any = None, **image_processing: Any) ->
     )
 
 
-def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None, sharp: bool = False) -> tuple[Any, Any]:
+def save_qwen_checkpoint(
+    folder: Any, family: str, pruning: Any = None, sharp: bool = False, **image_processing: Any
+) -> tuple[Any, Any]:
     """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both.
 
     With `sharp` weights are far from zero, so that answers differ between images and methods.
     """
-    processor = qwen_processor(family, pruning)
+    processor = qwen_processor(family, pruning, **image_processing)
     config, model = OURS[family]
     ids = token_ids(processor.tokenizer)
     values = {**CONFIGS[family], **ids}
@@ -280,9 +282,9 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None, sharp: b
     return model, processor
 
 
-def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False) -> Any:
+def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False, **image_processing: Any) -> Any:
     """A stock checkpoint in files as the Hub has them; returns its folder."""
-    model, processor = save_qwen_checkpoint(folder, family, sharp=sharp)
+    model, processor = save_qwen_checkpoint(folder, family, sharp=sharp, **image_processing)
     stock_config, stock_model = STOCK[family]
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "auto_map")}
     stock = stock_model(stock_config(**{name: value for name, value in values.items() if name != "pruning_config"}))

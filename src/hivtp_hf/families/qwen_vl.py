@@ -41,6 +41,7 @@ class QwenVLFamily(Family):
 
     provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.PIXELS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_grid_thw")
+    keeps_at_least_one = True
 
     def encoder(self, model: Any) -> nn.Module:
         return model.visual
