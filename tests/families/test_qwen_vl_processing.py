@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import is_torchvision_available
 
 from hivtp_hf.families import qwen_vl_processing
 from hivtp_hf.families.qwen_vl import qwen_vl_layout
@@ -21,6 +22,7 @@ from tiny_models import photo
 from tiny_qwen import OURS, qwen_processor, save_qwen_checkpoint, save_stock_qwen_checkpoint
 
 FAMILIES = tuple(OURS)
+WITHOUT_TORCHVISION = pytest.mark.skipif(is_torchvision_available(), reason="with torchvision, there is a video processor")
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is shown?"
 
 
@@ -194,7 +196,7 @@ def test_saved_and_loaded(saved, family, tmp_path):
             (copy / "video_preprocessor_config.json").write_text(json.dumps(video))
         type(processor).from_pretrained(copy).save_pretrained(tmp_path / f"{name}, again")
         found = json.loads((tmp_path / f"{name}, again" / "processor_config.json").read_text())
-        assert found["video_processor"] == video
+        assert found["video_processor"].items() >= video.items()
 
 
 def test_stock_folders_load(family, tmp_path):
@@ -227,7 +229,10 @@ def test_through_auto_classes_and_a_pipeline(saved, family):
 def test_remote_code_without_the_package(saved, family):
     folder, _, processor = saved
     inputs = processor(images=[photo(200, 300)], text=[PROMPT], return_tensors="pt")
+    # Where torchvision is only half there, the process needs what the plugin of `make test-video` does.
+    start = "import torchvision_operators" if "torchvision_operators" in sys.modules else ""
     program = f"""
+{start}
 import sys
 sys.modules["hivtp_hf"] = None
 import torch
@@ -270,6 +275,11 @@ def test_images_that_cannot_be(family):
         qwen_vl_layout((1, 4, 5), processor.pruning_config, 2)
     with pytest.raises(ValueError, match=f"{MOST_CELLS} are allowed"):
         qwen_vl_layout((1, 2000, 2000), processor.pruning_config, 2)
+
+
+@WITHOUT_TORCHVISION
+def test_videos_that_nobody_can_read(family):
+    processor = qwen_processor(family)
     with pytest.raises(ValueError, match=r"`videos` was given\. Videos need a video processor"):
         processor(videos=[[photo(60, 60)] * 4], text="<|video_pad|>")
     with pytest.raises(ValueError, match=r"`video_sizes` was given\..*pip install torchvision"):
@@ -312,6 +322,7 @@ def test_videos_are_counted_as_stock_counts_them(family):
         processor._get_num_multimodal_tokens(**sizes, videos_kwargs={"merge_size": 4})
 
 
+@WITHOUT_TORCHVISION
 def test_settings_of_videos_are_looked_for_where_the_call_says(monkeypatch):
     """Without the network where that is what was asked for, as all other files."""
     asked = {}
