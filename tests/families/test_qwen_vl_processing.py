@@ -206,7 +206,6 @@ print(model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()[0])
     ("settings", "message"),
     [
         ({"exact_count": False}, "`exact_count` is False; Qwen-VL computes positions from runs"),
-        ({"token_weights": "cluster_size"}, "`token_weights` is 'cluster_size'"),
         ({"positions": "original"}, "stand at their original places already"),
     ],
 )
