@@ -163,8 +163,8 @@ def test_answers_are_told_of_stages(stock, tmp_path):
             )
             assert line["prediction"] == with_stages
             patches, newlines = int(line["patch_tokens"]), int(line["newline_tokens"])
-            of_second_layer = newlines + patches - round(patches / 2)
-            assert float(line["tokens_per_layer"]) == (patches + newlines + of_second_layer) / 2
+            behind = newlines + patches - round(patches / 2)
+            assert float(line["tokens_per_layer"]) == pytest.approx((patches + newlines + 2 * behind) / 3, rel=1e-5)
             different += with_stages != without
     assert different  # or equal answers would prove nothing
 

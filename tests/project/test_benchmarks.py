@@ -346,6 +346,12 @@ def test_wrong_arguments_are_errors_that_leave_nothing(tmp_path, wrong, message)
     assert not list(tmp_path.iterdir())
 
 
+def test_processor_time_is_for_processors(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "checked_device", lambda device, timed: torch.device("cuda"))
+    with pytest.raises(ValueError, match="`--clock` is 'process', which tells nothing of cuda"):
+        run_benchmark("tiny", clock="process", output=tmp_path, say=lambda line: None)
+
+
 def test_the_command_prints_its_targets_and_files(tmp_path, run_main):
     asked = ["--preset", "tiny", "--only", "processor", "--only", "decode", "--new-tokens", "2", "--repeats", "1"]
     ended = run_main(

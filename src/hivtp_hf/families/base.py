@@ -66,6 +66,7 @@ class Family(ABC):
         feature_arguments: the arguments that say how features are made of them.
         streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
             are cut together.
+        keeps_at_least_one: whether a token is kept of every image at any ratio.
     """
 
     name: ClassVar[str]
@@ -74,6 +75,7 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
+    keeps_at_least_one: ClassVar[bool] = False
 
     # What it is made of.
 
