@@ -1,6 +1,7 @@
 """What choosing costs once the evidence is there, for every method: time of one core and memory beside the vision tower.
 
-Run by `python -m benchmarks.selections`; about ten minutes on one core. Features and attention are made up: nothing is
+Run by `python -m benchmarks.selections`; about ten minutes on one core. `python -m benchmarks.selections large scope dpp` runs
+a part: "tiles", "large" or "tower", and of the methods those that are named. Features and attention are made up: nothing is
 downloaded.
 
 * Five tiles of LLaVA-NeXT: 2,880 cells of 24 x 24 each, projected features of 4,096 numbers, 1,024 before the projector.
@@ -97,18 +98,22 @@ def tower_row() -> None:
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=336, patch_size=14
     )
     tower, tiles = CLIPVisionModel(config).eval(), torch.randn(5, 3, 336, 336)
-    middle, least, most = _seconds(functools.partial(tower, tiles), 3)
-    print(f"\nThe tower of five tiles, 23 layers, takes {middle:.1f} s of a core ({least:.1f} to {most:.1f}).", flush=True)
+    seconds, _, _ = _seconds(functools.partial(tower, tiles), 1)
+    print(f"\nThe tower of five tiles, 23 layers, takes {seconds:.1f} s of a core.", flush=True)
 
 
 def main() -> None:
-    """Prints all tables, or those of the methods that are named."""
+    """Prints all tables, or those of the parts and methods that are named."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, one thread, float32, process time")
-    methods = sys.argv[1:] or [name for name, method in METHODS.items() if not method.keeps_everything]
+    parts = [part for part in (*_ROUNDS, "tower") if part in sys.argv[1:]] or [*_ROUNDS, "tower"]
+    methods = [name for name in sys.argv[1:] if name in METHODS]
+    methods = methods or [name for name, method in METHODS.items() if not method.keeps_everything]
     for case in _ROUNDS:
-        rows(case, methods)
-    tower_row()
+        if case in parts:
+            rows(case, methods)
+    if "tower" in parts:
+        tower_row()
 
 
 if __name__ == "__main__":

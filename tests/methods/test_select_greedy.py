@@ -267,6 +267,24 @@ def test_coverage_of_exact_numbers(seed, monkeypatch):
 ONE = VisualTokenPruningConfig("scope", 0.5)
 
 
+@pytest.mark.parametrize("kind", ["any", "mixtures", "low rank"])
+def test_leaving_out_what_cannot_win_changes_no_pick(kind, monkeypatch):
+    """On features as they are, whose gains are rounded: the loop of a CPU against the one that looks at every cell."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(2 * 150, 12, generator=generator).softmax(-1) @ torch.randn(12, 40, generator=generator)
+    features = {
+        "any": torch.randn(2 * 150, 40, generator=generator),
+        "mixtures": mixed + 0.1 * torch.randn(2 * 150, 40, generator=generator),
+        "low rank": torch.randn(2 * 150, 2, generator=generator) @ torch.randn(2, 40, generator=generator),
+    }[kind].view(2, 150, 40)
+    everything, weights = torch.ones(2, 150, dtype=torch.bool), torch.rand(2, 150, generator=generator)
+    similarity = similarities(unit_vectors(features, everything))
+    picks = Picks(torch.tensor([150, 70]), 150)
+    found = coverage_order(similarity, weights, everything, picks)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(coverage_order(similarity, weights, everything, picks), found)
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_max_min_of_exact_numbers(seed):
     matrix, _, valid, number = exact_matrices(seed)

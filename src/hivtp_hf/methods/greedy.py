@@ -26,7 +26,7 @@ from .ranking import rounded_share, totals_of_views, without_autocast
 # Above so many cells of a group there is a matrix for each of several bands.
 MOST_CELLS_OF_A_MATRIX = 8192
 # What features and matrices of groups that are chosen from together may take. A single group may take more.
-_BYTES_AT_ONCE = 96 * 2**20
+_BYTES_AT_ONCE = 128 * 2**20
 # Rows of a matrix that are formed at once: only what is on and below the diagonal is computed.
 _ROWS_AT_ONCE = 256
 # Cells whose gain is computed anew at once, where most cells need not be looked at.

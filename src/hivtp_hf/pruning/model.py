@@ -161,7 +161,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             )
         class_attention = set(received) if has_class_token else set()
         wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
-        rows, reads_pixels = {}, False
+        rows, reads_pixels, tells_encoded = {}, False, Evidence.ENCODED in self.provided_evidence
         for settings in map(VisualTokenPruningConfig.coerce, wanted):
             kinds = check_pruning_fits_encoder(settings, encoder, self.provided_evidence)
             for kind, read in ((Evidence.RECEIVED_ATTENTION, received), (Evidence.CLASS_ATTENTION, class_attention)):
@@ -182,7 +182,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             encoder,
             attention_rows=self._rows_of_cells(collector, layouts),
             grey_levels=self.family.grey_levels(self, arguments, layouts) if reads_pixels else None,
-            encoded=self.family.encoded_cells(self, output, arguments, layouts),
+            encoded=self.family.encoded_cells(self, output, arguments, layouts) if tells_encoded else None,
         )
 
     def _image_arguments(self) -> tuple[str, ...]:
