@@ -53,11 +53,12 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
             layouts = self.family.layouts_of_inputs(self, inputs, prunings)
             # The settings of a layout hold the ratio that a token budget means for its image.
             ratios = [layout.pruning.retention_ratio or 1.0 for layout in layouts]
-            inputs["retention_ratio"] = as_model_input(ratios, like=inputs["pixel_values"])
+            pixels = next(inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+            inputs["retention_ratio"] = as_model_input(ratios, like=pixels)
         return inputs
 
     def _num_images(self, inputs: Any) -> int:
-        """How many images a finished call has."""
+        """How many images, and videos that are pruned, a finished call has."""
         return len(inputs.get("pixel_values", ()))
 
     def _changed_image_processing(self, given: Any) -> dict[str, Any]:
