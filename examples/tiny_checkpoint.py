@@ -61,7 +61,7 @@ def tiny_config(
     vision_layers: int = 10,
     vision_width: int = 64,
     vision_type: str = "clip_vision_model",
-    text_layers: int = 2,
+    text_layers: int = 3,
     text_width: int = 64,
     text_type: str = "llama",
     vocab_size: int = 400,

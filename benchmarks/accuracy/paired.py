@@ -1,6 +1,7 @@
 """What weights and positions win and lose against the published way: python -m benchmarks.accuracy.paired RUN
 
-RUN is a folder of `hivtp evaluate --weights-and-positions published,...`. Questions are paired, and p is that of McNemar's
+RUN is a folder of `hivtp evaluate --weights-and-positions published,...`. Where a run has other ways alone, `--published`
+names one that has the published way on the same questions, or on more of them. Questions are paired, and p is that of McNemar's
 exact test, two-sided: the chance of a split as uneven among the questions that only one of the two answers. Of "random" the
 first seed is compared, since draws for one question are not independent.
 """
@@ -88,11 +89,36 @@ def _compared(
     return Comparison(*named, len(rows), both + won, both + lost, won, lost, mcnemar(won, lost))
 
 
-def main(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+def lines_beside(lines: list[dict[str, str]], others: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """The lines of a run, and before them those of another's published way that are about the same questions.
+
+    Raises:
+        ValueError: where the other run lacks a question, or asks something else under its number.
+    """
+    asked = {line["row"]: _question(line) for line in lines}
+    published = [line for line in others if line["weights_and_positions"] == PUBLISHED and line["row"] in asked]
+    if {line["row"]: _question(line) for line in published} != asked:
+        raise ValueError("the two runs were not asked the same questions. Give a run of the same data as `--published`.")
+    return [*published, *lines]
+
+
+def _question(line: Mapping[str, str]) -> list[str | None]:
+    return [line.get(name) for name in ("image", "question", "answer")]
+
+
+def _lines(run: Path) -> list[dict[str, str]]:
+    with (run / "predictions.csv").open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    published: Annotated[Path | None, typer.Option(help="The folder of another, for its published way.")] = None,
+) -> None:
     """Prints a table as CSV."""
     try:
-        with (run / "predictions.csv").open(newline="", encoding="utf-8") as table:
-            found = comparisons(csv.DictReader(table))
+        lines = _lines(run)
+        found = comparisons(lines if published is None else lines_beside(lines, _lines(published)))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"paired: {error}")
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -1,5 +1,6 @@
 """What every part of the benchmark is given."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,9 +11,13 @@ from .images import Images, random_images, token_layout
 from .interleaving import interleave
 from .models import Models
 from .presets import Preset
+from .stopwatch import Stopwatch
 from .variants import Variant, ours_variant
 
 Result = TypeVar("Result")
+
+# Where neighbours hold the processor, the wall clock runs on. That of the process stands still, and adds up its threads.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Settings:
     batches: tuple[int, ...]
     new_tokens: tuple[int, ...]
     repeats: int | None
+    clock: str = "wall"
 
     @property
     def lead_method(self) -> str:
@@ -56,6 +62,10 @@ class Bench:
     @property
     def device(self) -> torch.device:
         return self.models.device
+
+    def stopwatch(self) -> Stopwatch:
+        """One for this device, by the clock that the settings name."""
+        return Stopwatch(self.device, CLOCKS[self.settings.clock])
 
     def lacks(self, sentence: str) -> None:
         """Says and notes what is not measured."""

@@ -32,6 +32,9 @@ def main(
     batches: Annotated[list[int] | None, typer.Option(help="Of the throughput; may be repeated.")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="Of decode and throughput; may be repeated.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds of each part; each part's own by default.")] = None,
+    clock: Annotated[
+        str, typer.Option(help="wall, or process: processor time, for a CPU that others use too (give OMP_NUM_THREADS=1).")
+    ] = "wall",
     only: Annotated[list[str] | None, typer.Option(help=f"A part to measure, of {', '.join(PARTS)}; may be repeated.")] = None,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = Path("bench_output"),
     commit: Annotated[str | None, typer.Option(help="Of the code, where there is no git folder to ask.")] = None,
@@ -49,6 +52,7 @@ def main(
             batches=batches or None,
             new_tokens=new_tokens or None,
             repeats=repeats,
+            clock=clock,
             only=only or None,
             output=output,
             commit=commit,

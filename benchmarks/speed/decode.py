@@ -5,6 +5,7 @@ the next token, as greedy decoding does it.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,19 +44,23 @@ class _Decoding:
         self._token = output.logits[:, -1].argmax(-1)
 
 
+def decoding_steps(bench: Bench, size: tuple[int, int], variants: Sequence[Variant]) -> dict[Variant, list[float]]:
+    """By variant the seconds of each of the most new tokens that are asked for, all variants in turn from token to token."""
+    stopwatch = bench.stopwatch()
+    states = {variant: _Decoding(bench, size, variant, stopwatch) for variant in variants}
+    runs = {variant: state.step for variant, state in states.items()}
+    steps = interleave(runs, _WARM_UP + max(bench.settings.new_tokens), warm_up=())
+    return {variant: seconds[_WARM_UP:] for variant, seconds in steps.items()}
+
+
 def measure_decode(bench: Bench) -> list[Row]:
     """Rows of the first image size, for each number of new tokens: of one run, its first so many steps."""
     settings, size = bench.settings, bench.settings.images[0]
     ours = bench.ours(size, [settings.lead_method], settings.ratios)
-    variants = [stock_variant(bench.models, size), *map(limit_of, ours), *ours]
-    stopwatch = Stopwatch(bench.device)
-    states = {variant: _Decoding(bench, size, variant, stopwatch) for variant in variants}
-    runs = {variant: state.step for variant, state in states.items()}
-    steps = interleave(runs, _WARM_UP + max(settings.new_tokens), warm_up=())
-
+    steps = decoding_steps(bench, size, [stock_variant(bench.models, size), *map(limit_of, ours), *ours])
     rows = []
     for new_tokens in settings.new_tokens:
-        first = {variant: seconds[_WARM_UP : _WARM_UP + new_tokens] for variant, seconds in steps.items()}
+        first = {variant: seconds[:new_tokens] for variant, seconds in steps.items()}
         where = {"image": bench.images(size).name, "batch": 1, "new_tokens": new_tokens}
         for variant, seconds in first.items():
             rows.append(measured(PART, DECODE, "s", seconds, variant, **where))

@@ -5,7 +5,7 @@ import functools
 from .bench import Bench
 from .rows import Row, compared, measured
 from .sections import LANGUAGE_MODEL, SCORING, SELECTION, VISION, watched
-from .stopwatch import TOTAL, Stopwatch
+from .stopwatch import TOTAL
 from .variants import Variant, cache_bytes, first_token, has_published_way, limit_of, published_of, stock_variant
 
 PART = "prefill"
@@ -33,7 +33,7 @@ def _measure_size(bench: Bench, size: tuple[int, int], ours: list[Variant]) -> l
     if not settings.preset.thorough:
         with_maps = with_maps[:1] if size == settings.images[0] else []
     variants = [stock, *limit_of_length.values(), *ours, *map(published_of, with_maps)]
-    stopwatch, weights = Stopwatch(bench.device), {}
+    stopwatch, weights = bench.stopwatch(), {}
 
     def run(variant: Variant) -> dict[str, float]:
         # The cache goes before the next variant's run begins: two of them would not fit everywhere.

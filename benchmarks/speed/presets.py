@@ -119,7 +119,7 @@ _ACCELERATOR: dict[str, Any] = {
     "methods": _ALL_METHODS,
     "batches": (1, 4, 16),
     "memory_batches": (1, 16),
-    "repeats": {"vision": 20, "prefill": 10, "throughput": 2, "processor": 100, "import": 5},
+    "repeats": {"vision": 20, "prefill": 10, "weights": 10, "throughput": 2, "processor": 100, "import": 5},
 }
 
 PRESETS = {
@@ -139,7 +139,7 @@ PRESETS = {
             methods=_SCORING_METHODS,
             batches=(1,),
             memory_batches=(1, 16),
-            repeats={"vision": 6, "prefill": 6, "throughput": 2, "processor": 100, "import": 5},
+            repeats={"vision": 6, "prefill": 6, "weights": 6, "throughput": 2, "processor": 100, "import": 5},
             thorough=False,
         ),
         Preset(
@@ -151,7 +151,7 @@ PRESETS = {
             methods=_ALL_METHODS,
             batches=(1, 4),
             memory_batches=(1, 16),
-            repeats={"vision": 3, "prefill": 3, "throughput": 2, "processor": 5, "import": 1},
+            repeats={"vision": 3, "prefill": 3, "weights": 3, "throughput": 2, "processor": 5, "import": 1},
             # More gain nothing at such widths, and lose much where something else wants the cores.
             threads=1,
             real_shapes=False,

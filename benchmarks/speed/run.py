@@ -14,7 +14,7 @@ from hivtp_hf.figures.plotting import can_plot
 from hivtp_hf.pruning.registry import METHODS
 from hivtp_hf.pruning.settings import checked_ratio
 
-from .bench import Bench, Settings
+from .bench import CLOCKS, Bench, Settings
 from .decode import measure_decode
 from .dtype_choice import choose_dtype
 from .environment import this_environment
@@ -30,6 +30,7 @@ from .summary import Report
 from .targets import judge
 from .throughput import measure_throughput
 from .vision import measure_vision
+from .weights import measure_weights
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "vision": measure_vision,
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "decode": measure_decode,
     "throughput": measure_throughput,
     "memory": measure_memory,
+    "weights": measure_weights,
     "processor": measure_processor,
     "import": measure_import,
 }
@@ -55,6 +57,7 @@ def run_benchmark(
     batches: Sequence[int] | None = None,
     new_tokens: Sequence[int] | None = None,
     repeats: int | None = None,
+    clock: str = "wall",
     only: Sequence[str] | None = None,
     output: Path = Path("bench_output"),
     commit: str | None = None,
@@ -69,6 +72,8 @@ def run_benchmark(
         methods, ratios, images, batches, new_tokens: the preset's unless given. The first method and image size lead: they
             stand for the others where those make no difference.
         repeats: timed rounds of each part but "decode" (whose rounds are tokens) and "memory"; each part's own unless given.
+        clock: "wall", or "process" for the processor time of this process: on a CPU that others use too. The parts
+            "throughput", "processor" and "import" go by the wall clock all the same.
         only: the parts to measure, all unless given.
         output: a folder, made if missing.
         commit: of the code, where git cannot say.
@@ -83,7 +88,7 @@ def run_benchmark(
     """
     started = time.perf_counter()
     shape = _chosen("--preset", preset, PRESETS)
-    settings = _checked_settings(shape, methods, ratios, images, batches, new_tokens, repeats)
+    settings = _checked_settings(shape, methods, ratios, images, batches, new_tokens, repeats, clock)
     parts = list(PARTS) if only is None else [part for part in PARTS if part in _known("--only", only, PARTS)]
     place = checked_device(device or shape.device, timed=True)
     if place.type == "cuda":
@@ -104,6 +109,8 @@ def run_benchmark(
         # Named where it was chosen, so that runs in several dtypes do not take each other's place.
         of_dtype = "" if dtype == "auto" else f"-{environment.dtype}"
         stem = environment.stem + of_dtype + ("" if only is None else "_" + "-".join(parts))
+        if clock != "wall":
+            bench.lacks("Times are processor time of the process, all threads together, and not of the wall clock.")
         left_out = [part for part in PARTS if part not in parts]
         if left_out:
             bench.lacks(f"Not measured, as `--only` left them out: {', '.join(left_out)}.")
@@ -140,7 +147,9 @@ def _checked_settings(
     batches: Sequence[int] | None,
     new_tokens: Sequence[int] | None,
     repeats: int | None,
+    clock: str,
 ) -> Settings:
+    _chosen("--clock", clock, CLOCKS)
     pruning_methods = {name: method for name, method in METHODS.items() if not method.keeps_everything}
     sizes = _some("--images", preset.images if images is None else images)
     for size in sizes:
@@ -156,6 +165,7 @@ def _checked_settings(
         batches=preset.batches if batches is None else _whole("--batches", batches),
         new_tokens=preset.new_tokens if new_tokens is None else _whole("--new-tokens", new_tokens),
         repeats=None if repeats is None else _positive("--repeats", repeats),
+        clock=clock,
     )
 
 

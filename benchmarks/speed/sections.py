@@ -6,12 +6,14 @@ from typing import Any
 from unittest import mock
 
 import hivtp_hf.pruning.attention_interface
+import hivtp_hf.pruning.features
 
 from . import published_way
 from .models import Models
 from .stopwatch import Stopwatch
 
 VISION, TOWER, SCORING, SELECTION, LANGUAGE_MODEL = "vision pass", "tower", "scoring", "selection", "language model"
+WEIGHING = "weighing"
 
 
 @contextlib.contextmanager
@@ -21,7 +23,8 @@ def watched(models: Models, stopwatch: Stopwatch) -> Iterator[None]:
     * `VISION`: stock's or our `get_image_features` (tower, projector, packing; with us, scoring and selection too).
     * `TOWER`: the encoder, with the scoring that happens inside it.
     * `SCORING`: from queries and keys of the scored layers, or from maps, to a score per token.
-    * `SELECTION`: from scores and features to the features that are kept.
+    * `SELECTION`: from scores and features to the features that are kept, and to what they weigh.
+    * `WEIGHING`: in it, from features to token weights, where there are any.
     * `LANGUAGE_MODEL`: its layers, without the head.
     """
     timing = stopwatch.timing
@@ -36,6 +39,7 @@ def watched(models: Models, stopwatch: Stopwatch) -> Iterator[None]:
             replace(model.model.language_model, "forward", LANGUAGE_MODEL)
         replace(hivtp_hf.pruning.attention_interface, "received_attention", SCORING)
         replace(models.pruned.model, "_prune", SELECTION)
+        replace(hivtp_hf.pruning.features, "log_weights", WEIGHING)
         replace(published_way, "scores_from_maps", SCORING)
         replace(published_way, "select_from_scores", SELECTION)
         yield

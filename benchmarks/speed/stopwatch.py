@@ -21,15 +21,19 @@ class Stopwatch:
 
     On CUDA a section is the time between two events on the stream, so that measuring it makes nobody wait; where the device
     waits for Python meanwhile, that is in it. `TOTAL` is wall-clock time with the device idle before and after.
+
+    Args:
+        device: that the sections run on.
+        clock: of what runs on the CPU, in seconds.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self._clock = device, clock
         self._marks: list[tuple[str, Any, Any]] = []
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -56,10 +60,10 @@ class Stopwatch:
         """What `function` returns, and the seconds of every section that it came through, with `TOTAL`."""
         self._marks.clear()
         synchronize(self.device)
-        start = time.perf_counter()
+        start = self._clock()
         result = function()
         synchronize(self.device)
-        seconds = {TOTAL: time.perf_counter() - start}
+        seconds = {TOTAL: self._clock() - start}
         for name, begin, end in self._marks:
             lasted = begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
             seconds[name] = seconds.get(name, 0.0) + lasted

@@ -10,10 +10,11 @@ from .memory import ALONE_PEAK, EXTRA_PEAK, PREFILL_PEAK, VISION_PEAK
 from .prefill import KV_CACHE, LANGUAGE_MODEL_PREFILL, TIME_TO_FIRST_TOKEN
 from .presets import Preset
 from .rows import Row
-from .sections import SCORING, SELECTION, TOWER
+from .sections import SCORING, SELECTION, TOWER, WEIGHING
 from .targets import Judgement
 from .throughput import THROUGHPUT
 from .vision import OWN_WORK_OVER_TOWER
+from .weights import OVER, WEIGHING_PEAK
 from .wording import JUDGEMENT_HEADINGS, interval_of, judgement_cells, median_of, share, spread_of
 
 _LEGEND = """\
@@ -65,6 +66,7 @@ def summary(report: Report) -> str:
         *_first_token_sections(report.rows),
         *_vision_section(report.rows),
         *_rest_section(report.rows),
+        *_weights_section(report.rows),
         "## Beside published numbers\n",
         f"{_PUBLISHED}\n",
         *_own_beside_published(report.rows),
@@ -208,6 +210,21 @@ def _vision_memory_section(rows: Sequence[Row]) -> list[str]:
         lines.append([_name(row), str(row.batch), *map(median_of, (row, extra, alone))])
     headings = ["variant", "batch", "peak", "more than stock", "scoring and selection alone"]
     return ["## Peak memory of the vision pass\n", table(headings, lines)] if lines else []
+
+
+def _weights_section(rows: Sequence[Row]) -> list[str]:
+    """What weights and original positions cost: ratios to the same method without them."""
+    rows = [row for row in rows if row.part == "weights"]
+    ratios = _in_order(row.quantity for row in rows if row.quantity.endswith(OVER))
+    lines = []
+    for row in all_of(rows, WEIGHING):
+        where = {"variant": row.variant, "method": row.method, "ratio": row.ratio}
+        found = [find(rows, quantity, **where) for quantity in ratios]
+        shown = [median_of(of_ratio) if interval_of(of_ratio) == "-" else _with_interval(of_ratio) for of_ratio in found]
+        lines.append([row.method, share(row.ratio), spread_of(row), *shown, median_of(find(rows, WEIGHING_PEAK, **where))])
+    headings = ["method", "ratio", "weighing", *(quantity.removesuffix(f" {OVER}") for quantity in ratios), WEIGHING_PEAK]
+    title = f"## Token weights and original positions, {rows_image(rows)}, batch 1\n"
+    return [title, f"Ratios are {OVER}.\n", table(headings, lines)] if lines else []
 
 
 def _name(row: Row) -> str:

@@ -7,11 +7,12 @@ import torch
 
 from .decode import DECODE
 from .import_time import LOADING
-from .memory import ALONE_PEAK, EXTRA_PEAK
+from .memory import ALONE_PEAK, EXTRA_PEAK, PREFILL_PEAK
 from .prefill import KV_CACHE, TIME_TO_FIRST_TOKEN
 from .presets import Preset
 from .rows import RATIO, Row
 from .vision import SCORING_AND_SELECTION
+from .weights import OVER
 
 MET, MISSED, NOT_MEASURED, NOT_JUDGED = "met", "missed", "not measured", "not judged"
 
@@ -89,6 +90,10 @@ TARGETS = (
     Target("KV cache / limit", f"{KV_CACHE} over limit", 1.0, of_time=False),
     Target("extra peak memory over stock's vision pass", EXTRA_PEAK, 256 * 2**20, "bytes", of_time=False),
     Target("peak memory of scoring and selection alone", ALONE_PEAK, 256 * 2**20, "bytes", of_time=False),
+    *(
+        Target(f"{quantity}, with weights and positions / without", f"{quantity} {OVER}", 1.05, of_time=takes_time)
+        for quantity, takes_time in ((TIME_TO_FIRST_TOKEN, True), (DECODE, True), (PREFILL_PEAK, False), (KV_CACHE, False))
+    ),
     Target(
         "counting placeholders / stock's preprocessing, known size",
         "added counting over stock's preprocessing",
@@ -111,7 +116,9 @@ def judge(rows: Sequence[Row], preset: Preset, device: torch.device) -> list[Jud
     judgements = []
     for target in TARGETS:
         bound = [
-            row for row in rows if row.quantity == target.quantity and row.variant in ("", "ours") and target.concerns(row)
+            row
+            for row in rows
+            if row.quantity == target.quantity and row.variant in ("", "ours", "weighted") and target.concerns(row)
         ]
         if target.device not in (None, device.type):
             judgements.append(Judgement(target, f"{NOT_JUDGED}: for {'a GPU' if target.device == 'cuda' else 'a CPU'}"))

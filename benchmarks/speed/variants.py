@@ -5,6 +5,7 @@ limit: what no choice of tokens can beat. Stock's vision pass (tower, projector,
     on as many embeddings as the pruned prompt has, of which the image's are the first ones of stock's features. Nothing is
     scored or chosen.
 ours: hivtp_hf, one method at one ratio. Its tower ends behind the last layer that is read, where stock runs one more.
+weighted: the same method at the same ratio, with token weights by cluster size and original positions.
 published: an eager tower that returns its attention maps (`output_attentions=True`), hivtp_hf's selection from the maps of
     the same layers, then stock's language model. So selections are equal, and what differs is how scores come about.
 """
@@ -23,15 +24,19 @@ from .images import Images, prompt_ids, token_layout
 from .models import Models
 from .published_way import published_features
 
+# Of the weighted variants, beside method and ratio.
+_WEIGHTS_AND_POSITIONS = {"token_weights": "cluster_size", "positions": "original"}
+
 
 @dataclass(frozen=True)
 class Variant:
     """One of the models, and how much it keeps.
 
     Attributes:
-        kind: "stock", "limit", "ours" or "published".
+        kind: "stock", "limit", "ours", "weighted" or "published".
         image_tokens: placeholders in the prompt for one image.
-        method, ratio: of ours and of the published way. A limit has the ratio that its length came from, and no method.
+        method, ratio: of ours, weighted or not, and of the published way. A limit has the ratio that its length came from, and
+            no method.
     """
 
     kind: str
@@ -65,6 +70,11 @@ def limit_of(variant: Variant) -> Variant:
     return Variant("limit", variant.image_tokens, ratio=variant.ratio)
 
 
+def weighted_of(variant: Variant) -> Variant:
+    """One of ours with weights and original positions."""
+    return Variant("weighted", variant.image_tokens, variant.method, variant.ratio)
+
+
 def published_of(variant: Variant) -> Variant:
     """The published way to the same selection."""
     return Variant("published", variant.image_tokens, variant.method, variant.ratio)
@@ -78,8 +88,9 @@ def has_published_way(method: str) -> bool:
 
 def model_of(models: Models, variant: Variant) -> Any:
     """The model that runs a variant, with its settings."""
-    if variant.kind == "ours":
-        models.pruned.config.pruning_config = {"method": variant.method, "retention_ratio": variant.ratio}
+    if variant.kind in ("ours", "weighted"):
+        told = _WEIGHTS_AND_POSITIONS if variant.kind == "weighted" else {}
+        models.pruned.config.pruning_config = {"method": variant.method, "retention_ratio": variant.ratio, **told}
         return models.pruned
     return models.published if variant.kind == "published" else models.stock
 
@@ -91,7 +102,7 @@ def image_features(models: Models, images: Images, variant: Variant) -> list[Ten
     if variant.kind == "published":
         return published_features(model, images, variant.method, variant.ratio)[0]
     # As in `forward`, where stock runs every layer of its tower, and ours those that something is read from.
-    only_features = {"features_only": True} if variant.kind == "ours" else {}
+    only_features = {"features_only": True} if variant.kind in ("ours", "weighted") else {}
     packed = model.get_image_features(images.pixel_values, images.image_sizes, **only_features).pooler_output
     return [features[: variant.image_tokens] for features in packed] if variant.kind == "limit" else list(packed)
 
@@ -101,7 +112,7 @@ def model_inputs(models: Models, images: Images, variant: Variant) -> dict[str, 
     """The arguments of `forward` or `generate`. Where stock cannot prune by itself, the image is encoded here."""
     ids = prompt_ids(models.config, variant.image_tokens, images.batch, models.device)
     mask = torch.ones_like(ids)
-    if variant.kind in ("stock", "ours"):
+    if variant.kind in ("stock", "ours", "weighted"):
         pixels = {"pixel_values": images.pixel_values, "image_sizes": images.image_sizes}
         return {"input_ids": ids, "attention_mask": mask, **pixels}
     features = torch.cat(image_features(models, images, variant))

@@ -8,7 +8,6 @@ import functools
 from .bench import Bench
 from .rows import Row, compared, measured
 from .sections import SCORING, SELECTION, TOWER, VISION, watched
-from .stopwatch import Stopwatch
 from .variants import Variant, has_published_way, image_features, published_of, stock_variant
 
 SCORING_AND_SELECTION, TOWER_AND_CHOICE = "scoring and selection", "tower with scoring and selection"
@@ -29,7 +28,7 @@ def _measure_size(bench: Bench, size: tuple[int, int]) -> list[Row]:
     ours = bench.ours(size, settings.methods, [settings.middle_ratio])
     with_maps = [variant for variant in ours if has_published_way(variant.method)]
     published = [published_of(variant) for variant in (with_maps if settings.preset.thorough else with_maps[:1])]
-    stopwatch = Stopwatch(bench.device)
+    stopwatch = bench.stopwatch()
 
     def run(variant: Variant) -> dict[str, float]:
         return stopwatch.run(lambda: image_features(models, images, variant))[1]

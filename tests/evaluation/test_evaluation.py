@@ -11,7 +11,7 @@ from families import FAMILIES
 from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
 from hivtp_hf.evaluation import answering
-from hivtp_hf.evaluation.prompts import embedded, prompt_of
+from hivtp_hf.evaluation.prompts import prompt_of
 from hivtp_hf.evaluation.tower_pass import (
     base_tile_tokens,
     check_kept_indices,
@@ -72,7 +72,8 @@ def test_one_pass_serves_all_methods_as_their_own_would(pair):
         for tokens, features, indices, layout in zip(
             kept, own.pooler_output, own.kept_indices, layouts_of(pair, pruning), strict=True
         ):
-            assert torch.equal(tokens.features, features[-len(indices) :])
+            assert torch.equal(tokens.features, features)
+            assert torch.equal(tokens.encoded.kept_indices[0], indices)
             assert tokens.patches == len(layout.cells(indices))
             assert tokens.newlines == layout.num_newlines
             left_over.append(layout.num_retained - len(indices))
@@ -146,6 +147,28 @@ def test_answers_are_told_of_weights_and_places(stock, tmp_path):
     assert different > len(ROWS)  # or equal answers would prove nothing
 
 
+def test_answers_are_told_of_stages(stock, tmp_path):
+    """Inside the language model tokens go on leaving; a prefill is over when its last stage is."""
+    stages = [[1, 0.5]]
+    options = {"methods": "hivtp,random", "ratios": "1/2", "batch_size": 3, "changes": ["hivtp.stages=1:0.5"]}
+    run = evaluated(stock, data_folder(tmp_path / "data"), tmp_path / "runs", **options)
+    pair = twins({"method": "none"}, family=open_source(str(stock)).config["model_type"])
+    images, different = dict(zip(SIZES, PHOTOS, strict=True)), 0
+    for line in table_of(run.folder / "predictions.csv"):
+        if line["method"] == "hivtp":
+            image, question, _, _ = ROWS[int(line["row"]) - 1]
+            with_stages, without = (
+                plain_answer(pair.pruned, pair.processor, images[image], question, {"retention_ratio": 0.5, **told})[0]
+                for told in ({"stages": stages}, {})
+            )
+            assert line["prediction"] == with_stages
+            patches, newlines = int(line["patch_tokens"]), int(line["newline_tokens"])
+            behind = newlines + patches - round(patches / 2)
+            assert float(line["tokens_per_layer"]) == pytest.approx((patches + newlines + 2 * behind) / 3, rel=1e-5)
+            different += with_stages != without
+    assert different  # or equal answers would prove nothing
+
+
 def test_one_run_has_the_answers_of_several_and_one_tower_pass(stock, tmp_path, monkeypatch):
     data, options = data_folder(tmp_path / "data"), {"methods": "hivtp,uniform", "ratios": "1/4", "batch_size": 3}
     named = {"published": {}, "weights": {"token_weights": "cluster_size"}, "positions": {"positions": "original"}}
@@ -171,7 +194,6 @@ def test_one_run_has_the_answers_of_several_and_one_tower_pass(stock, tmp_path, 
 
 def test_prompts_are_the_processors():
     pair = twins({"method": "uniform", "retention_ratio": 0.25})
-    words = pair.pruned.get_input_embeddings()
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
     for start in ("", "<s>"):  # a template may write the first token itself
         pair.processor.chat_template = start + pair.stock_processor.chat_template
@@ -184,13 +206,10 @@ def test_prompts_are_the_processors():
         )
         prompt = prompt_of(pair.processor, "How many?")
         tokens = int((inputs.input_ids == 3).sum())
-        assert prompt.length(tokens) == inputs.input_ids.shape[1]
-        features = words(torch.full((tokens,), 3))
-        assert torch.equal(embedded(prompt, features, words), words(inputs.input_ids[0]))
+        assert prompt.ids(tokens) == inputs.input_ids[0].tolist()
     text = pair.processor.apply_chat_template(chat, add_generation_prompt=True).replace("<image>", "")
     without = pair.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert torch.equal(embedded(prompt, features[:0], words), words(torch.tensor(without)))
-    assert prompt.length(0) == len(without)
+    assert prompt.ids(0) == without
 
 
 def test_base_only_is_the_base_tile():

@@ -209,10 +209,12 @@ def four_rows():
         Variant("base-only", None),
     ]
     table = [
-        VariantAnswers(["red", "blue.", "three", "one"], [100, 300, 300, 300], [5, 7, 7, 7], [0.004, 0.006, 0.1]),
-        VariantAnswers(["Red", "red", "two", "one"], [50, 150, 150, 150], [5, 7, 7, 7], [0.001, 0.003]),
-        VariantAnswers(["", "blue", "three", "two"], [50, 150, 150, 150], [5, 7, 7, 7], [0.002, 0.008]),
-        VariantAnswers(["red", "blue", "three", "one"], [40, 40, 40, 40], [0, 0, 0, 0], [0.0015]),
+        VariantAnswers(
+            ["red", "blue.", "three", "one"], [100, 300, 300, 300], [5, 7, 7, 7], [105, 307, 307, 307], [0.004, 0.006, 0.1]
+        ),
+        VariantAnswers(["Red", "red", "two", "one"], [50, 150, 150, 150], [5, 7, 7, 7], [55, 157, 157, 157], [0.001, 0.003]),
+        VariantAnswers(["", "blue", "three", "two"], [50, 150, 150, 150], [5, 7, 7, 7], [40.5, 100, 100, 100], [0.002, 0.008]),
+        VariantAnswers(["red", "blue", "three", "one"], [40, 40, 40, 40], [0, 0, 0, 0], [40, 40, 40, 40], [0.0015]),
     ]
     return data, plan, table
 
@@ -234,6 +236,7 @@ def test_metrics_are_counted_by_method_ratio_and_type(four_rows):
     # The share of all images' tokens, each image once: 80 of 400.
     assert {metrics["base-only", kind].ratio for kind in ("all", "colour", "count")} == {0.2}
     assert metrics["base-only", "all"].patch_tokens == 40
+    assert metrics["random", "colour"].tokens_per_layer == (55 + 157 + 40.5 + 100) / 4
 
 
 def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
@@ -242,28 +245,48 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0] == (
         "method,ratio,question_type,n,correct,accuracy,ci_low,ci_high,patch_tokens,newline_tokens,agreement,"
-        "prefill_ms,weights_and_positions"
+        "prefill_ms,weights_and_positions,tokens_per_layer"
     )
     low, high = wilson_interval(3, 4)
-    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6,published"
+    assert lines[1] == f"none,1,all,4,3,0.75,{low:.6g},{high:.6g},250,6.5,1,6,published,256.5"
     assert len(lines) == 1 + 9
     write_predictions(tmp_path / "predictions.csv", *four_rows)
     with open(tmp_path / "predictions.csv", newline="") as file:
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 16
     assert list(predictions[6].values()) == [
-        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7", "published")
+        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7", "published", "100")
     ]
     by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))
+
+
+@pytest.mark.parametrize("answer", ["a\rb", "a\nb", "\r\n", 'a "b", c'])
+def test_any_answer_can_be_read_again(four_rows, tmp_path, answer):
+    data, plan, table = four_rows
+    table[0].answers[0] = answer
+    write_predictions(tmp_path / "predictions.csv", data, plan, table)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert len(predictions) == 16
+    assert predictions[0]["prediction"] == answer
+    assert (tmp_path / "predictions.csv").read_bytes().partition(b"\n")[0].endswith(b"tokens_per_layer")
 
 
 def test_parts_come_together_in_the_order_of_the_rows():
     plan = [Variant("none", Fraction(1))]
     parts = [[ImageGroup("a", (0, 3)), ImageGroup("b", (1,))], [ImageGroup("c", (2,))]]
     results = {
-        1: [{"answers": ["c2"], "patches": [30], "newlines": [3], "prefill_seconds": [0.3]}],
-        0: [{"answers": ["a0", "a3", "b1"], "patches": [10, 20], "newlines": [1, 2], "prefill_seconds": [0.1, 0.2]}],
+        1: [{"answers": ["c2"], "patches": [30], "newlines": [3], "tokens_per_layer": [33], "prefill_seconds": [0.3]}],
+        0: [
+            {
+                "answers": ["a0", "a3", "b1"],
+                "patches": [10, 20],
+                "newlines": [1, 2],
+                "tokens_per_layer": [11, 22],
+                "prefill_seconds": [0.1, 0.2],
+            }
+        ],
     }
     (whole,) = answers_of_variants(plan, parts, results)
-    assert whole == VariantAnswers(["a0", "b1", "c2", "a3"], [10, 20, 30, 10], [1, 2, 3, 1], [0.1, 0.2, 0.3])
+    assert whole == VariantAnswers(["a0", "b1", "c2", "a3"], [10, 20, 30, 10], [1, 2, 3, 1], [11, 22, 33, 11], [0.1, 0.2, 0.3])

@@ -40,7 +40,7 @@ def names_in(folder):
 
 
 # What the language model is told of kept tokens beside their features: nothing.
-AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed"}
+AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": []}
 
 
 def counted_parts(monkeypatch, stop_at=None):
@@ -158,7 +158,7 @@ def test_a_finished_run_is_never_touched(stock, data, tmp_path):
 
 
 def test_what_goes_well_one_by_one_names_the_batch(stock, data, tmp_path, monkeypatch):
-    refuse(monkeypatch, "greedy_answers", lambda model, tokenizer, prompts, tokens: len(prompts) > 2)
+    refuse(monkeypatch, "greedy_answers", lambda model, processor, prompts, *rest: len(prompts) > 2)
     with pytest.raises(RuntimeError, match=r"row . .* to row . .*go well one by one .*--batch-size.*\(method none, ratio 1\)"):
         evaluated(stock, data, tmp_path / "runs", methods="uniform")
 
@@ -224,7 +224,7 @@ def test_numbers_that_are_none_stop_the_run(stock, data, tmp_path, monkeypatch, 
 def test_llava_has_no_crops_to_leave_out(data, tmp_path):
     llava, said = build_stock_checkpoint(tmp_path / "stock", family="llava", **GEOMETRY), []
     run = evaluated(llava, data, tmp_path / "runs", methods="base-only,downsample", ratios="1/2,1/4", say=said.append)
-    assert "base-only is left out: images of this model have a base tile and nothing else" in said[0]
+    assert "base-only is left out: images of this model have one view" in said[0]
     rows = [row for row in run.metrics if row.question_type == "all"]
     assert [(row.method, row.ratio, row.patch_tokens, row.newline_tokens) for row in rows] == [
         ("none", 1, 64, 0),

@@ -14,6 +14,7 @@ from hivtp_hf.methods.gprune import select_gprune
 from hivtp_hf.methods.hiprune import select_hiprune
 from hivtp_hf.methods.random import select_random
 from hivtp_hf.methods.uniform import select_uniform
+from hivtp_hf.methods.vflowopt import merge_vflowopt, strategy_vflowopt
 from hivtp_hf.pruning.evidence import methods_of
 from hivtp_hf.pruning.registry import METHODS
 from invented_family import (
@@ -105,6 +106,8 @@ def received_of(stock, given, layer):
 
 def test_methods_that_can():
     assert [name for name in METHODS if name != "cls_attention"] == METHODS_THAT_CAN
+    with pytest.raises(ValueError, match="'vflowopt' reads pixels, but the vision tower has no known scale of its pixels"):
+        HIVTPInventedModel(HIVTPInventedConfig(pruning_config={"method": "vflowopt", "entropy_weight": 0.1}))
     with pytest.raises(ValueError, match="'cls_attention' reads what the class token attends to, but the vision tower has no"):
         HIVTPInventedModel(HIVTPInventedConfig(pruning_config={"method": "cls_attention"}))
 
@@ -118,9 +121,13 @@ def test_counts_streams_and_neighbours(stock, pruned, method):
     for image, (rows, columns) in enumerate(SHAPES):
         kept = output.kept_indices[image]
         assert len(kept) == pruned.token_layout(rows * PATCH, columns * PATCH).num_retained
-        # Both streams are stock's own rows.
-        assert torch.equal(output.pooler_output[image], expected.pooler_output[image][kept])
-        assert torch.equal(output.deepstack_features[0][image], expected.deepstack_features[0][image][kept])
+        # Both streams are stock's own rows, except for averages.
+        is_own = torch.ones_like(kept, dtype=torch.bool) if output.is_average is None else ~output.is_average[image]
+        for found, of_stock in (
+            (output.pooler_output[image], expected.pooler_output[image]),
+            (output.deepstack_features[0][image], expected.deepstack_features[0][image]),
+        ):
+            assert torch.equal(found[is_own], of_stock[kept[is_own]])
         # A row of a batch does not depend on its neighbours.
         assert torch.equal(prune(pruned, alone(given, image), **settings_of(method)).kept_indices[0], kept)
 
@@ -154,8 +161,12 @@ def test_scores_equal_whole_maps(stock, pruned, implementation):
         torch.testing.assert_close(features, of_stock, atol=1e-5, rtol=1e-5)
 
 
-def kept_by(method, first, last, features, layout, pruning):
+def kept_by(method, first, last, features, layout, pruning, last_map):
     """The cells of one image that a method keeps, bool (1, rows, columns), from the scores of the two full layers."""
+    if method == "vflowopt":
+        importance = plain_importance(last_map, strategy_vflowopt(pruning).sink_threshold)
+        kept = merge_vflowopt(importance, layout, layout.pruning).kept_indices
+        return torch.zeros(layout.num_cells, dtype=torch.bool).index_fill(0, kept, True)
     valid = torch.ones(1, *first.shape, dtype=torch.bool)
     if method == "hivtp":
         return torch.from_numpy(hivtp_reference.select_view(((first + last) / 2).numpy(), valid[0].numpy(), pruning))
@@ -166,6 +177,42 @@ def kept_by(method, first, last, features, layout, pruning):
     if method == "random":
         return select_random([0], valid, pruning)
     return select_uniform(valid, pruning) if method == "uniform" else valid
+
+
+def plain_importance(maps, threshold):
+    """What the sinks of one view attend to, from its attention (heads, cells, cells)."""
+    attention = maps.mean(0)
+    received = attention.mean(0)
+    sinks = [cell for cell in range(len(received)) if received[cell] > threshold * received.mean()]
+    return attention[sinks or [int(received.argmax())]].mean(0)
+
+
+def test_averages_stand_in_both_streams(stock, pruned):
+    """Sinks by their rows in a packed tower, and one average of the same cells in each stream."""
+    given = inputs()
+    own = {"method": "vflowopt", "retention_ratio": 0.3, "sink_threshold": 1.3, "recycling_cell_side": 2.5}
+    output = prune(pruned, given, **own)
+    with torch.no_grad():
+        whole = stock.get_image_features(**given)
+        importance = pruned.look(given).importance().split(given["grids"].prod(1).tolist())
+    for image, (rows, columns) in enumerate(SHAPES):
+        expected = plain_importance(maps_of(stock, given)[3][image], 1.3)
+        torch.testing.assert_close(importance[image], expected, atol=1e-6, rtol=1e-5)
+        merged = merge_vflowopt(expected, pruned.token_layout(rows * PATCH, columns * PATCH), own)
+        assert torch.equal(output.kept_indices[image], merged.kept_indices)
+        assert torch.equal(output.is_average[image], merged.is_average)
+        for found, of_stock in (
+            (output.pooler_output[image], whole.pooler_output[image]),
+            (output.deepstack_features[0][image], whole.deepstack_features[0][image]),
+        ):
+            for place, (token, average) in enumerate(zip(merged.kept_indices, merged.source.tolist(), strict=True)):
+                row = of_stock[token]
+                if average < len(merged.members):
+                    members = merged.members[average][merged.weights[average] > 0]
+                    weights = expected[members] / expected[members].sum()
+                    row = (weights[:, None] * of_stock[members]).sum(0)
+                torch.testing.assert_close(found[place], row, atol=1e-5, rtol=1e-5)
+    assert sum(int(of_image.sum()) for of_image in output.is_average) > 10
 
 
 SOME_SHAPES = st.lists(
@@ -179,6 +226,7 @@ SOME_SHAPES = st.lists(
 def test_kept_cells_equal_plain_references(stock, pruned, shapes, ratio, seed):
     given = inputs(shapes, seed)
     first, last = received_of(stock, given, 1), received_of(stock, given, 3)
+    last_maps = maps_of(stock, given)[3]
     with torch.no_grad():
         features = stock.get_image_features(**given).pooler_output
     for method in METHODS_THAT_CAN:
@@ -186,7 +234,7 @@ def test_kept_cells_equal_plain_references(stock, pruned, shapes, ratio, seed):
         pruning = pruned.config.pruning_config
         for image, (rows, columns) in enumerate(shapes):
             layout = pruned.token_layout(rows * PATCH, columns * PATCH)
-            expected = kept_by(method, first[image], last[image], features[image], layout, pruning)
+            expected = kept_by(method, first[image], last[image], features[image], layout, pruning, last_maps[image])
             assert output.kept_indices[image].tolist() == expected.flatten().nonzero()[:, 0].tolist(), method
 
 

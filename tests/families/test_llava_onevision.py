@@ -12,6 +12,7 @@ import torch
 from examples.tiny_onevision_checkpoint import onevision_config
 from hivtp_hf import StitchedViews, VisualTokenPruningConfig
 from hivtp_hf.families.llava_onevision import llava_onevision_layout, most_tiles_of
+from hivtp_hf.methods.vflowopt import merge_vflowopt
 from hivtp_hf.pruning.compat import cache_argument, cache_of, prefills_images_in_chunks
 from hivtp_hf.pruning.evidence import methods_of
 from hivtp_hf.pruning.registry import METHODS
@@ -21,6 +22,8 @@ from tiny_models import image_inputs, photo
 from tiny_onevision import ENTRY, FAMILY, SMALL, StockWithoutVideos, onevision_parts, onevision_twins
 
 METHODS_THAT_CAN = methods_of(ENTRY.provides)
+# Of these every kept token is one of stock's, and the language model sees all of them in all layers.
+WITHOUT_AVERAGES = [method for method in METHODS_THAT_CAN if not METHODS[method].merges]
 RATIO = {"retention_ratio": 0.4}
 # Sizes of images by prompt: alone with few and with many (resampled) crops, narrow, several in a prompt, and a batch of all.
 PROMPTS = {
@@ -190,7 +193,7 @@ def test_each_piece_is_resampled_by_itself():
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("method", mostly_nightly(METHODS_THAT_CAN, lambda method: method in ("hivtp", "gprune")))
+@pytest.mark.parametrize("method", mostly_nightly(WITHOUT_AVERAGES, lambda method: method in ("hivtp", "gprune")))
 def test_logits_equal_the_oracle(pair, method, name):
     use(pair, own_settings(method))
     inputs = prepared(pair.processor, PROMPTS[name])
@@ -364,6 +367,46 @@ def test_scores_equal_stocks_own_maps(pair):
         )
         found = layout.packed(look.received[layer], -1, -1)[layout.cell_positions]
         torch.testing.assert_close(found / found.sum(), packed[:, 0] / packed.sum(), atol=1e-6, rtol=1e-4)
+
+
+def test_vflowopt_ranks_by_rows_packed_as_stock_packs_a_map(pair):
+    """What the sinks of every tile attend to, tile by tile, through stock's packing; averages of what is dropped."""
+    use(pair, {"method": "vflowopt", "retention_ratio": 0.25, "sink_threshold": 1.2, "recycling_cell_side": 3})
+    inputs = prepared(pair.processor, PROMPTS["resampled"])
+    look = pair.pruned.look(inputs)
+    eager = copy.deepcopy(pair.stock)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = eager.model.vision_tower(inputs["pixel_values"][0], output_attentions=True).attentions[-1].mean(1)
+        output = pair.pruned.get_image_features(**image_inputs(inputs))
+        (stock,) = pair.stock.get_image_features(**image_inputs(inputs)).pooler_output
+    received = attention.mean(1)
+    sinks = received > 1.2 * received.mean(1, keepdim=True)
+    assert sinks.any(1).all()
+    importance = torch.stack([of_tile[chosen].mean(0) for of_tile, chosen in zip(attention, sinks, strict=True)])
+    (packed,), _ = pair.stock.model.pack_image_features(
+        [importance[..., None]], [[170, 165]], image_newline=None, vision_aspect_ratio="anyres_max_4"
+    )
+    layout = pair.processor.token_layout(170, 165)
+    found = layout.packed(look.importance(), -1, -1)[layout.cell_positions]
+    torch.testing.assert_close(found, packed[:, 0], atol=1e-6, rtol=1e-4)
+    merged = merge_vflowopt(look.importance(), layout, layout.pruning)
+    assert torch.equal(output.kept_indices[0], merged.kept_indices)
+    assert len(merged.kept_indices) == layout.num_retained
+    assert merged.is_average.any()
+    (features,) = output.pooler_output
+    assert torch.equal(features[~merged.is_average], stock[merged.kept_indices][~merged.is_average])
+    assert not torch.equal(features[merged.is_average], stock[merged.kept_indices][merged.is_average])
+    with pytest.raises(ValueError, match=r"reads .* the vision tower has no"):
+        onevision_twins({"method": "vflowopt", "entropy_weight": 0.5})
+
+
+@pytest.mark.parametrize("name", ["batch", "several"])
+def test_vflowopt_generates_with_its_stages(pair, name):
+    use(pair, {"method": "vflowopt", "retention_ratio": 0.3})
+    together = greedy(pair.pruned, prepared(pair.processor, PROMPTS[name]))
+    alone = prepared(pair.processor, PROMPTS[name][:1])
+    assert torch.equal(greedy(pair.pruned, alone)[0], together[0])
 
 
 def test_stages_weights_and_positions_run_and_matter(pair):

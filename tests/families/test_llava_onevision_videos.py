@@ -18,7 +18,8 @@ from oracle import oracle_inputs
 from tiny_models import photo
 from tiny_onevision import ENTRY, FAMILY, onevision_parts, onevision_twins, video_oracle
 
-METHODS_THAT_CAN = methods_of(ENTRY.provides)
+# VFlowOpt drops tokens inside the language model, which videos do not.
+METHODS_THAT_CAN = [method for method in methods_of(ENTRY.provides) if method != "vflowopt"]
 SCOPES = ("frame", "video")
 TEXT = "USER: <video>\nWhat happens? ASSISTANT:"
 RATIO = {"retention_ratio": 0.4}
@@ -287,6 +288,16 @@ def test_inputs_and_settings_that_do_not_fit(pair):
             prepared(pair.processor, video())
         with pytest.raises(ValueError, match="with videos they must be True, 'none', 'packed' and empty"):
             pair.pruned.get_video_features(inputs["pixel_values_videos"])
+
+
+def test_methods_with_stages_of_their_own_are_refused(pair):
+    use(pair, {"method": "vflowopt", **RATIO})
+    with pytest.raises(ValueError, match="another than 'vflowopt', which has stages of its own"):
+        prepared(pair.processor, video())
+    # At a ratio of 1 there is nothing to drop.
+    use(pair, {"method": "vflowopt", "retention_ratio": 1})
+    inputs = prepared(pair.processor, video())
+    assert torch.equal(greedy(pair.pruned, inputs), greedy(pair.stock, inputs))
 
 
 def test_where_cells_of_a_frame_lie():

@@ -228,6 +228,36 @@ def test_published_stages_of_vflowopt():
             torch.testing.assert_close(got, torch.tensor(golden[f"E_causal_dec{step}"]), atol=1e-5, rtol=1e-5)
 
 
+def test_placeholders_without_a_token_take_no_part():
+    """VFlowOpt's published rule keeps a number that the content decides; then a prompt without the surplus answers alike."""
+    settings = {"method": "vflowopt", "retention_ratio": 0.4, "recycling_cell_side": 2.0, "exact_count": False}
+    pair = twins(settings, family="llava_next", text_layers=4)
+    inputs = inputs_of(pair, ("a <image> b c", "<image> d"), ((90, 60), (56, 110)))
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    encoded = pair.pruned.get_image_features(**images)
+    missing = [len(features) - len(kept) for features, kept in zip(encoded.pooler_output, encoded.kept_indices, strict=True)]
+    assert max(missing) > 0
+    for name in ("pooler_output", "stages_survived"):
+        values = [value[surplus:] for value, surplus in zip(encoded[name], missing, strict=True)]
+        setattr(encoded, name, values)
+    rows = []
+    for ids, mask, surplus in zip(inputs["input_ids"], inputs["attention_mask"], missing, strict=True):
+        first = int((ids == IMAGE_TOKEN).nonzero()[0])
+        rows.append(torch.cat((ids[:first], ids[first + surplus :]))[mask.logical_not().sum() :])
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    answers = pair.pruned.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    with torch.no_grad():
+        logits = pair.pruned(**inputs).logits[:, -1]
+    pair.pruned.config.pruning_config = pair.pruned.config.pruning_config.replace(exact_count=True)
+    without = {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": {"image": encoded}}
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        torch.testing.assert_close(logits, pair.pruned(**without, position_ids=positions).logits[:, -1], atol=2e-4, rtol=0)
+    assert torch.equal(answers, pair.pruned.generate(**without, max_new_tokens=5, do_sample=False)[:, longest:])
+
+
 # Refusals.
 
 

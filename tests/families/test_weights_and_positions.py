@@ -308,6 +308,30 @@ def test_a_quantised_cache_has_weights_and_places_in_every_step(told_pair):
         assert (got.logits[step] - expected.logits[step]).abs().max() < apart / 5
 
 
+class NothingToWaitFor:
+    """What an offloaded cache takes for a stream of CUDA, where all is in order anyway."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def wait_stream(self, other):
+        return None
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_has_weights_and_places_in_every_step(monkeypatch, pair, kind):
+    """transformers' own code around the streams, which a CPU does not have."""
+    monkeypatch.setattr(torch, "Stream", NothingToWaitFor)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NothingToWaitFor())
+    inputs = processed(pair)
+    with torch.compiler.set_stance("force_eager"):
+        answers = generated(pair.pruned, inputs, cache_implementation=kind)
+    assert torch.equal(answers, expected_of(pair, inputs))
+
+
 # Conversations.
 
 

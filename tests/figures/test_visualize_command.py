@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from checkpoints import GEOMETRY
 from families import FAMILIES
-from hivtp_hf import PruningMethod, TokenLayout
+from hivtp_hf import TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.cli.command_visualize import visualize
 from hivtp_hf.figures import score_maps as figures
 from hivtp_hf.figures.image_choice import choice_of_image
@@ -26,7 +26,7 @@ from tested_methods import TESTED
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, twins
 
-SCORED = [name for name, method in METHODS.items() if type(method).importance is not PruningMethod.importance]
+SCORED = [name for name, method in METHODS.items() if method.ranks and method.reads(VisualTokenPruningConfig(name))[0]]
 app = typer.Typer()
 app.command()(visualize)
 
@@ -267,5 +267,6 @@ def test_an_unfinished_figure_does_not_stay(stocks, images, tmp_path, monkeypatc
 
 def test_every_scored_method_has_a_map():
     """A method that looks at something says by which scores it ranks."""
-    assert {name for name, method in METHODS.items() if method.reads(None)[0]} == set(SCORED)
+    looking = [name for name, method in METHODS.items() if method.reads(VisualTokenPruningConfig(name))[0]]
+    assert looking == SCORED
     assert set(figures._WORDS) <= set(SCORED)

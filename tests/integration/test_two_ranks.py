@@ -17,11 +17,16 @@ TEXT_ONLY, WITH_IMAGE = "USER: Is there a dog? ASSISTANT: No.", "USER: <image>\n
 STEPS = {
     "averaged": [(WITH_IMAGE, TEXT_ONLY), (TEXT_ONLY, WITH_IMAGE), (WITH_IMAGE, WITH_IMAGE)],
     "sharded": [(WITH_IMAGE, WITH_IMAGE)] * 2,
+    # Each rank keeps and weighs tokens of images of its own.
+    "averaged, with weights": [(WITH_IMAGE, TEXT_ONLY), (WITH_IMAGE, WITH_IMAGE)],
+    "sharded, with weights": [(WITH_IMAGE, WITH_IMAGE)] * 2,
 }
+WEIGHTS_AND_POSITIONS = {"token_weights": "cluster_size", "positions": "original"}
 
 
-def new_pair():
-    return twins({**LOW_RATIO, "importance_start_layer": 0}, vision_layers=4)
+def new_pair(way):
+    told = WEIGHTS_AND_POSITIONS if "with weights" in way else {}
+    return twins({**LOW_RATIO, "importance_start_layer": 0, **told}, vision_layers=4)
 
 
 def inputs_of(pair, text, seed):
@@ -47,18 +52,20 @@ def of_one_rank(rank, port):
     torch.set_num_threads(1)
     address, timeout = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
-    averaged, sharded = new_pair(), new_pair()
-    # Where a rank has no image, its tower gets no gradient.
-    wrapped = DistributedDataParallel(averaged.pruned, find_unused_parameters=True)
-    for layer in (*sharded.pruned.model.vision_tower.encoder.layers, *sharded.pruned.model.language_model.layers):
-        fully_shard(layer)
     try:
-        return {
-            "averaged": losses(wrapped, averaged, STEPS["averaged"], [rank]),
-            "sharded": losses(fully_shard(sharded.pruned), sharded, STEPS["sharded"], [rank]),
-        }
+        return {way: losses_on_two_ranks(way, rank) for way in STEPS}
     finally:
         torch.distributed.destroy_process_group()
+
+
+def losses_on_two_ranks(way, rank):
+    pair = new_pair(way)
+    if way.startswith("averaged"):
+        # Where a rank has no image, its tower gets no gradient.
+        return losses(DistributedDataParallel(pair.pruned, find_unused_parameters=True), pair, STEPS[way], [rank])
+    for layer in (*pair.pruned.model.vision_tower.encoder.layers, *pair.pruned.model.language_model.layers):
+        fully_shard(layer)
+    return losses(fully_shard(pair.pruned), pair, STEPS[way], [rank])
 
 
 def test_losses_are_those_of_one_rank(free_port):
@@ -66,7 +73,7 @@ def test_losses_are_those_of_one_rank(free_port):
         other = process.submit(of_one_rank, 1, free_port)
         of_ranks = [of_one_rank(0, free_port), other.result()]
     for way, steps in STEPS.items():
-        pair = new_pair()
+        pair = new_pair(way)
         for step, expected in enumerate(losses(pair.pruned, pair, steps, [0, 1])):
             got = [loss for of_rank in of_ranks for loss in of_rank[way][step]]
             assert got == pytest.approx(expected, rel=1e-4), f"{way}, step {step}"

@@ -23,7 +23,7 @@ from benchmarks.speed.presets import PRESETS
 from benchmarks.speed.published_way import published_features
 from benchmarks.speed.rows import Row, compared, measured
 from benchmarks.speed.run import PARTS, run_benchmark
-from benchmarks.speed.sections import LANGUAGE_MODEL, SCORING, SELECTION, TOWER, VISION, watched
+from benchmarks.speed.sections import LANGUAGE_MODEL, SCORING, SELECTION, TOWER, VISION, WEIGHING, watched
 from benchmarks.speed.spread import median_interval, spread
 from benchmarks.speed.stopwatch import TOTAL, Stopwatch
 from benchmarks.speed.targets import MET, MISSED, NOT_JUDGED, NOT_MEASURED, judge
@@ -37,6 +37,7 @@ from benchmarks.speed.variants import (
     ours_variant,
     published_of,
     stock_variant,
+    weighted_of,
 )
 from hivtp_hf.checkpoints.language_model_cost import kv_cache_bytes
 from hivtp_hf.pruning.attention_scores import received_attention
@@ -86,6 +87,15 @@ EXPECTED = {
     "throughput": {"throughput", "throughput over stock", "throughput over limit"},
     "memory": {"peak memory of the vision pass", "extra peak memory over stock's vision pass", "peak memory to the first token"}
     | {"peak memory of scoring and selection alone", "FLOPs to the first token"},
+    "weights": {"time to first token", "language model prefill", "weighing", "KV cache", "decode per token"}
+    | {"peak memory to the first token", "peak memory of weighing alone"}
+    | {
+        f"{quantity} over the same without weights"
+        for quantity in (
+            *("time to first token", "language model prefill", "without weights plus own work", "KV cache"),
+            *("decode per token", "peak memory to the first token"),
+        )
+    },
     "processor": {"preprocessing", "counting placeholders", "added counting over stock's preprocessing"}
     | {"preprocessing over stock"},
     "import": {"import of what hivtp_hf needs", "import of hivtp_hf after what it needs", "import of hivtp_hf alone"}
@@ -112,7 +122,7 @@ def test_a_run_leaves_every_quantity_and_says_what_is_missing(tiny_run):
     of_ttft = [row for row in rows if row["quantity"] == "time to first token over limit" and row["variant"] == "ours"]
     found = {(row["method"], row["image"], round(float(row["ratio"]), 4)) for row in of_ttft}
     assert found == set(itertools.product(TINY.methods, ("672 x 672", "480 x 640"), (0.5, 0.2222, 0.1111)))
-    assert {row["variant"] for row in rows} == {"", "stock", "limit", "ours", "published"}
+    assert {row["variant"] for row in rows} == {"", "stock", "limit", "ours", "weighted", "published"}
     assert any("GPU was not measured" in line for line in said)
     page = paths[1].read_text()
     for text in ("the command", "abc1234", "## Targets", "published, not measured here", "## Not measured", "A GPU was not"):
@@ -143,7 +153,7 @@ def test_part_of_a_run_says_so_in_its_name_and_its_page(tmp_path, monkeypatch):
     assert paths[0].stem.endswith("_tiny-bfloat16_decode")
     assert {row["part"] for row in rows_of(paths[0])} == {"decode"}
     page = paths[1].read_text()
-    assert "`--only` left them out: vision, prefill, throughput, memory, processor, import." in page
+    assert "`--only` left them out: vision, prefill, throughput, memory, weights, processor, import." in page
     assert "| time to first token / limit | at most 1.030 | - | - | - | not measured |" in page
 
 
@@ -182,6 +192,23 @@ def test_the_limit_at_stocks_own_length_is_stock(models):
     assert first_token(models, images, stock).ids == logits[1][:, -1].argmax(-1).tolist()
 
 
+def test_the_weighted_variant_keeps_the_same_tokens_and_has_weights_and_places(models):
+    images = random_images(models.config, SIZES[1], 1, CPU, torch.float32)
+    ours = ours_variant(models, SIZES[1], "hivtp", 2 / 9)
+    found = []
+    for variant in (ours, weighted_of(ours)):
+        encoded = model_of(models, variant).get_image_features(images.pixel_values, images.image_sizes)
+        with torch.no_grad():
+            output = model_of(models, variant)(**model_inputs(models, images, variant))
+        found.append((encoded.kept_indices[0], encoded.log_weights, output.logits[0, -1]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] is None
+    assert found[1][1][0].any()
+    assert not torch.allclose(found[0][2], found[1][2])
+    first = [first_token(models, images, variant) for variant in (ours, weighted_of(ours))]
+    assert cache_bytes(first[0].cache) == cache_bytes(first[1].cache)
+
+
 @pytest.mark.parametrize("method", WITH_MAPS)
 def test_the_published_way_keeps_the_same_cells(models, method):
     for size, ratio in itertools.product(SIZES, RATIOS[:3]):
@@ -202,11 +229,13 @@ def test_the_stopwatch_sees_each_section_of_the_variants_that_have_it(models):
     ours = ours_variant(models, SIZES[0], "hivtp", 0.5)
     stopwatch, seen = Stopwatch(CPU), {}
     with watched(models, stopwatch):
-        for variant in (stock_variant(models, SIZES[0]), limit_of(ours), ours, published_of(ours)):
+        variants = stock_variant(models, SIZES[0]), limit_of(ours), ours, weighted_of(ours), published_of(ours)
+        for variant in variants:
             seen[variant.kind] = stopwatch.run(lambda chosen=variant: first_token(models, images, chosen))[1]
     everywhere = {TOTAL, VISION, TOWER, LANGUAGE_MODEL}
     assert seen["stock"].keys() == seen["limit"].keys() == everywhere
     assert seen["ours"].keys() == seen["published"].keys() == everywhere | {SCORING, SELECTION}
+    assert seen["weighted"].keys() == seen["ours"].keys() | {WEIGHING}
     assert stopwatch.run(lambda: first_token(models, images, ours))[1].keys() == {TOTAL}
 
 
@@ -307,6 +336,7 @@ def test_targets_are_judged_by_the_row_that_is_furthest_away():
         ({"images": [(0, 672)]}, "`--images` has 0"),
         ({"batches": []}, "`--batches` is empty"),
         ({"new_tokens": [2.5]}, "`--new-tokens` has 2.5"),
+        ({"clock": "sand"}, "`--clock` is 'sand'; it must be one of wall, process"),
         ({"only": ["visoin"]}, "`--only` is 'visoin'; it must be one of vision, prefill"),
     ],
 )

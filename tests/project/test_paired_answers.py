@@ -35,6 +35,24 @@ def test_pairs_are_counted(tmp_path, run_main):
     ]
 
 
+def test_the_published_way_may_be_of_another_run(tmp_path, run_main):
+    whole, others, published = tmp_path / "whole", tmp_path / "others", tmp_path / "published"
+    more = ("6", "count", "hivtp", "0.5", "", "1", "published")
+    parts = {
+        whole: list(lines()),
+        others: [line for line in lines() if line[-1] == "both"],
+        published: [*(line for line in lines() if line[-1] == "published"), more],
+    }
+    for folder, written in parts.items():
+        folder.mkdir()
+        with (folder / "predictions.csv").open("w", newline="") as table:
+            csv.writer(table).writerows([(*HEADINGS, "question"), *((*line, f"question {line[0]}") for line in written)])
+    together = run_main(paired.main, others, "--published", published).stdout
+    assert "both" in together
+    assert together == run_main(paired.main, whole).stdout
+    assert "not asked the same questions" in run_main(paired.main, published, "--published", others).stderr
+
+
 @pytest.mark.parametrize(
     ("won", "lost", "p"),
     # scipy.stats.binomtest(won, won + lost).pvalue

@@ -29,6 +29,8 @@ class InventedConfig(PreTrainedConfig):
     model_type = "invented"
     hidden_size: int = 32
     num_heads: int = 4
+    # Of a language model, which it has none of.
+    num_hidden_layers: int = 8
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -108,7 +110,7 @@ class InventedModel(PreTrainedModel):
 class InventedFamily(Family):
     name = "invented"
     title = "Invented"
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES})
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "grids")
     streams = ("pooler_output", "deepstack_features")
 

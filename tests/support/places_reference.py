@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
+from hivtp_hf.pruning.registry import METHODS
+from hivtp_hf.pruning.stages import stages_of_language_model
 from tiny_models import IMAGE_TOKEN, image_inputs
 
 
@@ -35,6 +37,7 @@ class Placed:
 
     def __init__(self, pair, inputs):
         self.stock, self.pruning = pair.stock, pair.pruned.config.pruning_config
+        self.in_stages = self.pruning.drops_in_stages
         with torch.no_grad():
             self.features, self.kept, self.log_weights, self.lost, self.survived = [], [], [], [], []
             self.first_images = [0] * len(inputs["input_ids"])
@@ -44,12 +47,13 @@ class Placed:
     def _see(self, pair, inputs):
         images = image_inputs(inputs)
         ratio = {"retention_ratio": inputs["retention_ratio"]} if "retention_ratio" in inputs else {}
-        kept_indices = pair.pruned.get_image_features(**images, **ratio).kept_indices
+        output = pair.pruned.get_image_features(**images, **ratio)
+        kept_indices = output.kept_indices
         stock = pair.stock.get_image_features(**images).pooler_output
         look = pair.pruned.look(images)
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else [(56, 56)] * len(stock)
         ratios = inputs["retention_ratio"].view(torch.float64).tolist() if ratio else [None] * len(stock)
-        for packed, kept, size, own in zip(stock, kept_indices, sizes, ratios, strict=True):
+        for image, (packed, kept, size, own) in enumerate(zip(stock, kept_indices, sizes, ratios, strict=True)):
             pruning = self.pruning if own is None else self.pruning.replace(retention_ratio=own)
             layout = pair.pruned.model.token_layout(*size, pruning)
             cells = {position: number for number, position in enumerate(layout.cell_positions.tolist())}
@@ -61,8 +65,11 @@ class Placed:
             elif pruning.token_weights == "inclusion":
                 weights[is_cell] = 1 / layout.pruning.retention_ratio
             number = len(self.features)
-            self.survived.append(self._survived(look, number, layout, kept.tolist(), cells) if pruning.stages else None)
-            self.features.append(packed[kept])
+            self.survived.append(self._survived(look, number, layout, kept.tolist(), cells) if self.in_stages else None)
+            features = packed[kept]
+            if output.is_average is not None:  # which averages these are is the method's, like the choice of tokens
+                features = torch.where(output.is_average[image][:, None], output.pooler_output[image], features)
+            self.features.append(features)
             self.kept.append(kept.tolist())
             self.log_weights.append(pruning.weight_strength * np.log(weights))
             self.lost.append(len(packed) - len(kept))
@@ -73,21 +80,28 @@ class Placed:
                 number -= len(self.kept[image])
                 image += 1
 
-    @staticmethod
-    def _survived(look, number, layout, kept, cells):
-        """After how many stages every kept token is still there; infinity for newlines and class tokens."""
+    def _survived(self, look, number, layout, kept, cells):
+        """After how many stages every kept token is still there; infinity for newlines and class tokens.
+
+        Where the method counts newlines, these are the last to go.
+        """
         layouts = look.layouts()
         layouts[number] = layout
         importance = look.importance(layout.pruning, layouts).split([each.num_cells for each in layouts])[number]
         numbers = layout.cell_numbers(layout.cell_positions).tolist()
         score = {place: float(importance[numbers[cell]]) for place, cell in cells.items()}
-        left = sorted((place for place in kept if place in cells), key=lambda place: (-score[place], place))
+        if METHODS[layout.pruning.method].counts_newlines:
+            score = {**dict.fromkeys(kept, float("inf")), **score}
+        left = sorted((place for place in kept if place in score), key=lambda place: (-score[place], place))
         survived = dict.fromkeys(kept, float("inf"))
-        for stage, (_, ratio) in enumerate(layout.pruning.stages):
+        for stage, (_, ratio) in enumerate(self._stages(layout.pruning)):
             stays = len(left) - round(len(left) * (1 - ratio))
             survived.update(dict.fromkeys(left[stays:], stage))
             left = left[:stays]
         return [survived[place] for place in kept]
+
+    def _stages(self, pruning):
+        return stages_of_language_model(pruning, len(self.stock.model.language_model.layers))
 
     def rows(self, input_ids, attention_mask=None):
         """Embeddings, positions and log weights of every column, one token after another; also in `self.stages_of_columns`."""
@@ -104,7 +118,7 @@ class Placed:
                 if token_id == IMAGE_TOKEN:
                     embeddings[row, column] = self.features[image][token]
                     weights[row, column] = self.log_weights[image][token]
-                    if self.pruning.stages:
+                    if self.in_stages:
                         self.stages_of_columns[row, column] = self.survived[image][token]
                     step = shift + self.kept[image][token] - token
                     token += 1
@@ -117,7 +131,7 @@ class Placed:
     def logits(self, input_ids, attention_mask=None):
         """Of the whole sequence, (batch, sequence, vocabulary), by stock's own layers."""
         embeddings, positions, weights = self.rows(input_ids, attention_mask)
-        if self.pruning.stages:
+        if self.in_stages:
             return self._logits_in_stages(embeddings, positions, weights, attention_mask)
         length = input_ids.shape[1]
         lowest = torch.finfo(torch.float32).min
@@ -132,9 +146,7 @@ class Placed:
     def _logits_in_stages(self, embeddings, positions, weights, attention_mask):
         mask = torch.ones(weights.shape) if attention_mask is None else attention_mask
         language_model = self.stock.model.language_model
-        starts = [
-            layer if isinstance(layer, int) else int(layer * len(language_model.layers)) for layer, _ in self.pruning.stages
-        ]
+        starts = [layer for layer, _ in self._stages(self.pruning)]
         logits = embeddings.new_zeros(*weights.shape, self.stock.lm_head.out_features)
         for row in range(len(weights)):
             columns = mask[row].nonzero()[:, 0]

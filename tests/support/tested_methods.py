@@ -21,10 +21,22 @@ _LAYERS = {"importance_start_layer": None, "importance_num_layers": None, "impor
 _HIVTP = {"global_ratio": 0.25, "local_window": 2, "regions": 2, **_LAYERS}
 _HIPRUNE = {"alpha": 0.1, "object_layer": None, "deep_layer": None, "published_borders": False}
 
+_VFLOWOPT = {
+    "sink_threshold": None,
+    "entropy_weight": 0.0,
+    "recycling_cell_side": None,
+    "first_stage_ratio": None,
+    "second_stage_ratio": None,
+    "second_stage_layer": None,
+    "third_stage_layer": None,
+}
+
 _KNOWN = {
     "hivtp": Tested(_HIVTP),
     "hiprune": Tested(_HIPRUNE, small={"object_layer": 5}),
     "gprune": Tested({"similarity_threshold": 0.5, "temperature": 0.03, "iterations": 5}),
+    # Of views of few cells the published strategies make no averages, and find no sinks.
+    "vflowopt": Tested(_VFLOWOPT, small={"sink_threshold": 1.5, "recycling_cell_side": 3, "entropy_weight": 0.2}),
     "cls_attention": Tested({"layer": None}),
     "random": Tested({"seed": 0}, small={"seed": 7}),
     "uniform": Tested({}),

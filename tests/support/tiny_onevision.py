@@ -12,7 +12,7 @@ from tiny_checkpoint import tiny_model
 from tiny_models import Twins
 
 # 8 x 8 cells a tile, of whose 58 pixels they see 56; resampled above 4 tiles of 9.
-SMALL = {"tile_size": 58, "patch_size": 7, "most_crops": 3, "vision_aspect_ratio": "anyres_max_4"}
+SMALL = {"tile_size": 58, "patch_size": 7, "most_crops": 3, "vision_aspect_ratio": "anyres_max_4", "text_layers": 3}
 ENTRY = family_of_model_type("llava_onevision", "the tests")
 FAMILY = Family(ENTRY.name, *ENTRY.stock_classes, *ENTRY.classes)
 

@@ -101,9 +101,7 @@ def qwen_twins(family: str, pruning: Any = None) -> Twins:
     torch.manual_seed(0)
     config, model = STOCK[family]
     stock = model(config(**CONFIGS[family])).eval()
-    for name, parameter in stock.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2 if "embed" not in name else 1.0)
+    _sharpen(stock)
     config, model = OURS[family]
     pruned = model(config(**CONFIGS[family], pruning_config=pruning)).eval()
     pruned.load_state_dict(stock.state_dict())
@@ -112,6 +110,12 @@ def qwen_twins(family: str, pruning: Any = None) -> Twins:
         one.generation_config.pad_token_id = PAD
         one.generation_config.suppress_tokens = list(range(TEXT_TOKENS, _TEXT["vocab_size"]))
     return Twins(family, stock, pruned)
+
+
+def _sharpen(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2 if "embed" not in name else 1.0)
 
 
 def images_of(grids: list[tuple[int, int]], model: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -248,8 +252,11 @@ def qwen_processor(family: str, pruning: Any = None, **image_processing: Any) ->
     )
 
 
-def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None) -> tuple[Any, Any]:
-    """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both."""
+def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None, sharp: bool = False) -> tuple[Any, Any]:
+    """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both.
+
+    With `sharp` weights are far from zero, so that answers differ between images and methods.
+    """
     processor = qwen_processor(family, pruning)
     config, model = OURS[family]
     ids = token_ids(processor.tokenizer)
@@ -263,6 +270,8 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None) -> tuple
     }
     torch.manual_seed(0)
     model = model(config(**values, pruning_config=pruning)).eval()
+    if sharp:
+        _sharpen(model)
     model.generation_config.suppress_tokens = list(ids.values())
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.eos_token_id = end
@@ -271,9 +280,9 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None) -> tuple
     return model, processor
 
 
-def save_stock_qwen_checkpoint(folder: Any, family: str) -> Any:
+def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False) -> Any:
     """A stock checkpoint in files as the Hub has them; returns its folder."""
-    model, processor = save_qwen_checkpoint(folder, family)
+    model, processor = save_qwen_checkpoint(folder, family, sharp=sharp)
     stock_config, stock_model = STOCK[family]
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "auto_map")}
     stock = stock_model(stock_config(**{name: value for name, value in values.items() if name != "pruning_config"}))

@@ -88,16 +88,18 @@ def evaluate(
 
 def _print_table(metrics: Sequence["MetricsRow"]) -> None:
     rows = [row for row in metrics if row.question_type == "all"]
+    # With stages in the language model, what a layer sees on average.
+    in_layers = [row.tokens_per_layer < row.patch_tokens + row.newline_tokens - 0.5 for row in rows]
     # The first is the unpruned model, which no seed multiplies.
     table = Table(box=box.SIMPLE, caption=f"{rows[0].n} questions. Tokens of an image: patches and newlines.")
     # With line breaks, as it is to fit into 80 columns.
     for heading in ("method", "ratio", "tokens", "accuracy", "95 %\ninterval", "agree-\nment", "prefill\nms"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for row in rows:
+    for row, has_stages in zip(rows, in_layers, strict=True):
         table.add_row(
             row.method if row.weights_and_positions == "published" else f"{row.method}\n+ {row.weights_and_positions}",
             f"{row.ratio:.3f}",
-            f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}",
+            f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}" + f"\n{row.tokens_per_layer:.0f} a layer" * has_stages,
             f"{row.accuracy:.3f}",
             f"{row.ci_low:.3f}-{row.ci_high:.3f}",
             f"{row.agreement:.3f}",

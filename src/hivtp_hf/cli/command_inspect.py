@@ -58,21 +58,23 @@ def _print_table(report: CheckpointReport) -> None:
     say(", ".join(f"{name} {value}" for name, value in report.pruning_config.items()))
     # The unit that leaves no zeros in front.
     unit, name = (1e12, "TFLOPs") if max(row.stock_prefill_flops for row in report.sizes) >= 1e11 else (1e9, "GFLOPs")
-    table = Table(box=box.SIMPLE, caption=f"Language model alone, on one image's tokens. Cache in {report.cache_dtype}.")
+    caption = f"Language model alone, on one image's tokens. Cache in {report.cache_dtype}."
+    layers = [str(stage["layer"]) for stage in report.sizes[0].stages]
+    if layers:
+        caption += f" Kept: tokens that enter, then those that go on from layer {' and '.join(layers)}; their mean over layers."
+    table = Table(box=box.SIMPLE, caption=caption)
     table.add_column("height x width", no_wrap=True)
-    layers = [stage["layer"] for stage in report.sizes[0].stages]
-    of_stages = [f"from\nlayer {layer}" for layer in layers] + ["mean of\nlayers"] * bool(layers)
-    headings = ("tokens\nstock", "\nkept", *of_stages, "new-\nlines", f"{name}\nstock", "\nkept", "KV MiB\nstock", "\nkept")
+    # Both do not fit into 80 columns.
+    third = "\nmean" if layers else "new-\nlines"
+    headings = ("tokens\nstock", "\nkept", third, f"{name}\nstock", "\nkept", "KV MiB\nstock", "\nkept")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.sizes:
         table.add_row(
             f"{row.height} x {row.width}",
             str(row.stock_tokens),
-            str(row.retained_tokens),
-            *(str(stage["tokens"]) for stage in row.stages),
-            *[f"{row.average_retention:.1%}"] * bool(layers),
-            str(row.newlines),
+            "\n".join(map(str, (row.retained_tokens, *(stage["tokens"] for stage in row.stages)))),
+            f"{row.average_retention:.1%}" if layers else str(row.newlines),
             _short(row.stock_prefill_flops / unit),
             _short(row.prefill_flops / unit),
             _short(row.stock_kv_bytes / 2**20),

@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
-from ..pruning.prompt_columns import COLUMN_ARGUMENTS, PromptColumns, unmarked_columns
 from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
-from .prompts import Prompt, embedded
-from .tower_pass import KeptTokens, base_tile_tokens, check_finite, pruned_tokens, see, shrunken_tokens
+from .prompts import Prompt
+from .tower_pass import (
+    KeptTokens,
+    base_tile_tokens,
+    check_finite,
+    pruned_tokens,
+    see,
+    shrunken_tokens,
+    smaller_images_tokens,
+    together,
+)
 from .variants import BASE_ONLY, Variant
 
 Item = TypeVar("Item")
@@ -64,8 +71,8 @@ class PartWork:
             advance: told how many questions were answered, time and again.
 
         Returns:
-            For every variant `answers` of the rows, image by image; `patches` and `newlines` of every image; and
-            `prefill_seconds` of every batch, per question in it.
+            For every variant `answers` of the rows, image by image; `patches`, `newlines` and `tokens_per_layer` of every
+            image; and `prefill_seconds` of every batch, per question in it.
 
         Raises:
             RuntimeError: where anything goes wrong; names the row, the method and the ratio.
@@ -74,9 +81,11 @@ class PartWork:
         return [self._of_variant(variant, part, encoded, advance) for variant in self._plan]
 
     def _encode(self, groups: Sequence[ImageGroup]) -> _Encoded:
-        images = [self._data.rows[group.rows[0]].open_image() for group in groups]
-        inputs = self._processor.image_processor(images, return_tensors="pt").to(self._model.device)
+        inputs = self._processor.image_processor(self._images(groups), return_tensors="pt").to(self._model.device)
         return _Encoded(inputs, see(self._model, inputs, self._prunings))
+
+    def _images(self, groups: Sequence[ImageGroup]) -> list[Any]:
+        return [self._data.rows[group.rows[0]].open_image() for group in groups]
 
     def _of_variant(
         self, variant: Variant, part: Sequence[ImageGroup], encoded: _Encoded, advance: Callable[[int], object]
@@ -89,16 +98,13 @@ class PartWork:
         tokens_of_row = {row: tokens for group, tokens in zip(part, kept, strict=True) for row in group.rows}
 
         def answer(chosen: Sequence[int], new_tokens: int = self._max_new_tokens) -> tuple[list[str], float]:
-            words = self._model.get_input_embeddings()
-            prompts = [embedded(self._prompts[row], tokens_of_row[row].features, words) for row in chosen]
-            if variant.settings is None or not variant.settings.marks_columns:
-                return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens)
-            places = [_places_in_prompt(self._prompts[row], tokens_of_row[row]) for row in chosen]
-            with _pruning_by(self._model, variant.settings):
-                return greedy_answers(self._model, self._processor.tokenizer, prompts, new_tokens, places)
+            prompts = [self._prompts[row].ids(len(tokens_of_row[row].features)) for row in chosen]
+            images = [tokens_of_row[row] for row in chosen if len(tokens_of_row[row].features)]
+            with _pruning_by(self._model, variant.settings or self._model.config.pruning_config):
+                return greedy_answers(self._model, self._processor, prompts, images, new_tokens)
 
         # Prompts of about one length together, for the least padding.
-        rows = sorted(tokens_of_row, key=lambda row: self._prompts[row].length(len(tokens_of_row[row].features)))
+        rows = sorted(tokens_of_row, key=lambda row: len(self._prompts[row].ids(len(tokens_of_row[row].features))))
         answers: dict[int, str] = {}
         prefill_seconds = []
         for start in range(0, len(rows), self._batch_size):
@@ -114,6 +120,7 @@ class PartWork:
             "answers": [answers[row] for group in part for row in group.rows],
             "patches": [tokens.patches for tokens in kept],
             "newlines": [tokens.newlines for tokens in kept],
+            "tokens_per_layer": [tokens.tokens_per_layer for tokens in kept],
             "prefill_seconds": prefill_seconds,
         }
 
@@ -123,6 +130,9 @@ class PartWork:
         stock = self._layouts(groups, self._plan[0].settings)
         if variant.method == BASE_ONLY:
             return base_tile_tokens(encoded.seen, stock)
+        if variant.grid is None and variant.ratio is not None:
+            images = self._images(groups)
+            return smaller_images_tokens(self._model, self._processor, images, stock, variant.ratio)
         return shrunken_tokens(self._model, encoded.inputs, stock, variant.grid or 1)
 
     def _layouts(self, groups: Sequence[ImageGroup], settings: VisualTokenPruningConfig | None) -> list[TokenLayout]:
@@ -184,18 +194,9 @@ class _Prefill:
         self.last_states = torch.tensor(torch.nan)
 
 
-def _places_in_prompt(prompt: Prompt, tokens: KeptTokens) -> PromptColumns:
-    """Where the tokens of a prompt stand and what they weigh, from those of its image."""
-    length = prompt.length(len(tokens.features))
-    nothing = unmarked_columns(tokens.features.device)
-    if tokens.places is None or not len(tokens.features):
-        return nothing.of_columns(length)
-    return nothing.followed_by(len(prompt.before), tokens.places).of_columns(length)
-
-
 @contextlib.contextmanager
 def _pruning_by(model: Any, settings: VisualTokenPruningConfig) -> Iterator[None]:
-    """Within it a model goes by a variant's settings: its language model takes places and weights under such settings alone."""
+    """Within it a model goes by a variant's settings, by which it takes what was encoded."""
     before = model.config.pruning_config
     model.config.pruning_config = settings
     try:
@@ -207,19 +208,22 @@ def _pruning_by(model: Any, settings: VisualTokenPruningConfig) -> Iterator[None
 @torch.no_grad()
 def greedy_answers(
     model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Tensor],
+    processor: Any,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[KeptTokens],
     max_new_tokens: int,
-    places: Sequence[PromptColumns] | None = None,
 ) -> tuple[list[str], float]:
     """What a model answers to some prompts by greedy decoding, until the end of sequence or a number of tokens.
 
+    It is `generate` of the model that answers, given images that are encoded already. So families see to positions and further
+    features by themselves, and an answer is the one that a user gets.
+
     Args:
-        model: a pruned model with a language modelling head.
-        tokenizer: of its processor.
-        prompts: the embeddings of each, (length, hidden); padded on the left to one length.
+        model: a pruned model with a language modelling head, under the settings that the images were encoded by.
+        processor: of the model.
+        prompts: the token ids of each, with placeholders; padded on the left to one length.
+        images: in the order of their placeholders.
         max_new_tokens: per answer.
-        places: of each prompt, as one row, where its tokens stand and what they weigh; None for packed and equal ones.
 
     Returns:
         The answers without special tokens, and the seconds that the language model's layers took for the whole prefill.
@@ -227,23 +231,19 @@ def greedy_answers(
     Raises:
         ValueError: where the prefill is not finite: an answer would mean nothing.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    embeddings = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
-    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeddings.device)
-    for index, prompt in enumerate(prompts):
-        embeddings[index, longest - len(prompt) :] = prompt
-        mask[index, longest - len(prompt) :] = 1
-    told = {}
-    if places is not None:
-        nothing = unmarked_columns(embeddings.device)
-        rows = [nothing.followed_by(longest - len(prompt), own) for prompt, own in zip(prompts, places, strict=True)]
-        told = {name: torch.cat(parts) for name, parts in zip(COLUMN_ARGUMENTS, zip(*rows, strict=True), strict=True)}
+    tokenizer = processor.tokenizer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with _watched(model.model.language_model) as prefill:
-        # Given embeddings alone, it returns new tokens alone. What a checkpoint sets for sampling plays no part.
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask, **together(images)}
+    if "mm_token_type_ids" in processor.model_input_names:
+        inputs["mm_token_type_ids"] = ((ids == processor.image_token_id) & mask.bool()).long()
+    with _watched(model.model) as prefill:
+        # What a checkpoint sets for sampling plays no part.
         tokens = model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
+            **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -251,17 +251,16 @@ def greedy_answers(
             top_p=None,
             top_k=None,
             pad_token_id=padding,
-            **told,
         )
     check_finite("states of the language model's prefill", [prefill.last_states])
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True), prefill.seconds
+    return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True), prefill.seconds
 
 
 @contextlib.contextmanager
-def _watched(language_model: torch.nn.Module) -> Iterator[_Prefill]:
-    """Takes the time of the first pass within it."""
+def _watched(base: Any) -> Iterator[_Prefill]:
+    """Takes the time of the first pass of a base model's language model within it."""
     prefill = _Prefill()
-    device = next(language_model.parameters()).device
+    device = base.device
     started: list[float] = []
 
     def clock() -> float:
@@ -278,9 +277,10 @@ def _watched(language_model: torch.nn.Module) -> Iterator[_Prefill]:
             prefill.seconds = clock() - started[0]
             prefill.last_states = output[0][:, -1]
 
+    # With stages the language model runs several times in one pass, so the base model says when that ends.
     handles = (
-        language_model.register_forward_pre_hook(before, with_kwargs=True),
-        language_model.register_forward_hook(after, with_kwargs=True),
+        base.language_model.register_forward_pre_hook(before, with_kwargs=True),
+        base.register_forward_hook(after, with_kwargs=True),
     )
     try:
         yield prefill

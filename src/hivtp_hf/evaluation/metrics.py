@@ -15,7 +15,7 @@ from .variants import Variant
 _Z = statistics.NormalDist().inv_cdf((1 + 0.95) / 2)
 _PREDICTION_COLUMNS = (
     *("row", "image", "question_type", "question", "answer", "method", "ratio", "seed"),
-    *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens", "weights_and_positions"),
+    *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens", "weights_and_positions", "tokens_per_layer"),
 )
 
 
@@ -25,12 +25,14 @@ class VariantAnswers(NamedTuple):
     Attributes:
         answers: of every row, as the model wrote it.
         patches, newlines: tokens of every row's image that entered the language model.
+        tokens_per_layer: of every row's image what a layer of the language model sees, the mean of all layers.
         prefill_seconds: of every batch, per question.
     """
 
     answers: list[str]
     patches: list[int]
     newlines: list[int]
+    tokens_per_layer: list[float]
     prefill_seconds: list[float]
 
 
@@ -47,13 +49,15 @@ def answers_of_variants(
     rows = sum(len(group.rows) for part in parts for group in part)
     table = []
     for number in range(len(plan)):
-        whole = VariantAnswers([""] * rows, [0] * rows, [0] * rows, [])
+        whole = VariantAnswers([""] * rows, [0] * rows, [0] * rows, [0.0] * rows, [])
         for index, part in enumerate(parts):
             of_part = results[index][number]
             answers = iter(of_part["answers"])
-            for group, patches, newlines in zip(part, of_part["patches"], of_part["newlines"], strict=True):
+            counts = (of_part[name] for name in ("patches", "newlines", "tokens_per_layer"))
+            for group, patches, newlines, per_layer in zip(part, *counts, strict=True):
                 for row in group.rows:
                     whole.answers[row], whole.patches[row], whole.newlines[row] = next(answers), patches, newlines
+                    whole.tokens_per_layer[row] = per_layer
             whole.prefill_seconds.extend(of_part["prefill_seconds"])
         table.append(whole)
     return table
@@ -78,6 +82,8 @@ class MetricsRow(NamedTuple):
         prefill_ms: milliseconds of the language model's layers on the whole prompt, per question: the median over batches.
         weights_and_positions: which of the two the language model was told of: "published" (neither), "weights", "positions" or
             "both".
+        tokens_per_layer: of a question's image that a layer of the language model sees, on average over layers and answers. A
+            class token and newlines are among them. Without `stages` it is what entered.
     """
 
     method: str
@@ -93,6 +99,7 @@ class MetricsRow(NamedTuple):
     agreement: float
     prefill_ms: float
     weights_and_positions: str
+    tokens_per_layer: float
 
 
 def metrics_rows(data: EvaluationData, plan: Sequence[Variant], table: Sequence[VariantAnswers]) -> list[MetricsRow]:
@@ -133,6 +140,7 @@ def metrics_rows(data: EvaluationData, plan: Sequence[Variant], table: Sequence[
                     sum(answer == unpruned[row] for answer, row in answers) / len(answers),
                     1000 * prefill,
                     weights_and_positions,
+                    statistics.fmean(table[number].tokens_per_layer[row] for number in members for row in rows),
                 )
             )
     return metrics
@@ -191,6 +199,7 @@ def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant],
                     *(variant.method, ratios[variant], "" if variant.seed is None else variant.seed, answers.answers[index]),
                     *(int(answer == normalised(row.answer)), int(answer == normalised(table[0].answers[index]))),
                     *(answers.patches[index], answers.newlines[index], variant.weights_and_positions),
+                    answers.tokens_per_layer[index],
                 )
 
     _write(path, _PREDICTION_COLUMNS, lines())
@@ -199,11 +208,21 @@ def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant],
 def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     def write(unfinished: Path) -> None:
         with open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            writer = csv.writer(_ShortLineEnds(file))
             writer.writerow(columns)
             writer.writerows([_shown(value) for value in line] for line in lines)
 
     atomic_write(path, write)
+
+
+class _ShortLineEnds:
+    r"""Lines ending in \n alone, written as if in \r\n: csv would otherwise leave an answer's \r without quotes."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line.removesuffix("\r\n") + "\n")
 
 
 def _shown(value: Any) -> Any:

@@ -78,7 +78,7 @@ def _draw_panel(axes: Any, metrics: Sequence[MetricsRow], question_type: str) ->
 
 
 def _tokens(row: MetricsRow) -> float:
-    return row.patch_tokens + row.newline_tokens
+    return row.tokens_per_layer
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:

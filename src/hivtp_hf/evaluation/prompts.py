@@ -1,9 +1,6 @@
-"""Prompts as a pipeline makes them, tokenised once and joined with whatever is kept of their image."""
+"""Prompts as a pipeline makes them, tokenised once, with a placeholder for whatever is kept of their image."""
 
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 
 class Prompt(NamedTuple):
@@ -11,16 +8,20 @@ class Prompt(NamedTuple):
 
     Attributes:
         before, after: what stands around the image's tokens.
+        placeholder: what stands for each of these.
         without_image: all of them where nothing is kept of the image, which then vanishes from the text.
     """
 
     before: list[int]
     after: list[int]
+    placeholder: int
     without_image: list[int]
 
-    def length(self, image_tokens: int) -> int:
-        """Of the prompt, where so many tokens are kept of the image."""
-        return len(self.before) + image_tokens + len(self.after) if image_tokens else len(self.without_image)
+    def ids(self, image_tokens: int) -> list[int]:
+        """The token ids, where so many tokens are kept of the image."""
+        if not image_tokens:
+            return self.without_image
+        return [*self.before, *[self.placeholder] * image_tokens, *self.after]
 
 
 def prompt_of(processor: Any, question: str) -> Prompt:
@@ -39,7 +40,8 @@ def prompt_of(processor: Any, question: str) -> Prompt:
             "one, and questions without that word."
         )
     place = ids.index(processor.image_token_id)
-    return Prompt(ids[:place], ids[place + 1 :], _token_ids(processor, text.replace(processor.image_token, "")))
+    without_image = _token_ids(processor, text.replace(processor.image_token, ""))
+    return Prompt(ids[:place], ids[place + 1 :], processor.image_token_id, without_image)
 
 
 def has_first_token(tokenizer: Any, text: str) -> bool:
@@ -49,20 +51,3 @@ def has_first_token(tokenizer: Any, text: str) -> bool:
 
 def _token_ids(processor: Any, text: str) -> list[int]:
     return processor.tokenizer(text, add_special_tokens=not has_first_token(processor.tokenizer, text))["input_ids"]
-
-
-@torch.no_grad()
-def embedded(prompt: Prompt, features: Tensor, words: torch.nn.Module) -> Tensor:
-    """The embeddings of a prompt with its image, (length, hidden).
-
-    Args:
-        prompt: of the question.
-        features: of the image's tokens that are kept, (tokens, hidden).
-        words: the language model's input embeddings.
-    """
-    device = next(words.parameters()).device
-    if not len(features):
-        return words(torch.tensor(prompt.without_image, device=device))
-    texts = words(torch.tensor([*prompt.before, *prompt.after], device=device))
-    before, after = texts.split([len(prompt.before), len(prompt.after)])
-    return torch.cat((before, features.to(device, texts.dtype), after))

@@ -115,18 +115,11 @@ def evaluate_checkpoint(
     asked = load_data(data, questions, split)
 
     source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
-    if not source.family.features_say_all:
-        raise ValueError(
-            f"{checkpoint} is of the family {source.family.title}, whose language model also takes places of visual tokens; "
-            "`hivtp evaluate` answers from features alone. Give a LLaVA checkpoint, or evaluate this one by lmms-eval with "
-            f"`--model {source.family.classes.config.model_type}`."
-        )
     base = source.base_without_weights(_UNPRUNED)
     chosen = _that_fit(asked_methods, base, methods is None, say)
     settings = settings_of_methods(chosen, source.settings(), changes, told)
-    _check_settings(base, settings)
-    vision = base.config.vision_config
-    plan = planned_variants(chosen, shares, settings, vision.image_size // vision.patch_size, told)
+    plan = planned_variants(chosen, shares, settings, _cells_a_side(base), told)
+    _check_settings(base, settings, plan)
     processor = source.load_processor(_UNPRUNED)
     prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
 
@@ -172,11 +165,18 @@ def _that_fit(methods: Sequence[str], base: Any, is_default: bool, say: Callable
     chosen = list(methods)
     if BASE_ONLY in chosen and not hasattr(base, "image_newline"):
         chosen.remove(BASE_ONLY)
-        say(f"{BASE_ONLY} is left out: images of this model have a base tile and nothing else, which the unpruned model sees.")
+        say(f"{BASE_ONLY} is left out: images of this model have one view, which the unpruned model sees.")
     if is_default and Evidence.CLASS_ATTENTION not in base.provided_evidence:
         chosen.remove("cls_attention")
         say("cls_attention is left out: the vision tower has no class token.")
     return chosen
+
+
+def _cells_a_side(base: Any) -> int | None:
+    """Of a tile; None where images have sizes of their own."""
+    vision = base.config.vision_config
+    size = getattr(vision, "image_size", None)
+    return None if size is None else size // vision.patch_size
 
 
 def _prompt(processor: Any, data: EvaluationData, row: int) -> Prompt:
@@ -228,10 +228,13 @@ def _config(
     return json.loads(json.dumps(config))
 
 
-def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig]) -> None:
-    """A ValueError where some method's settings do not fit the vision tower."""
+def _check_settings(base: Any, settings: dict[str, VisualTokenPruningConfig], plan: Sequence[Variant]) -> None:
+    """A ValueError where some method's settings do not fit the vision tower, or a variant's the family."""
     for method, pruning in settings.items():
         try:
             check_pruning_fits_encoder(pruning, base.encoder_facts(), base.provided_evidence)
         except ValueError as error:
             raise ValueError(f"{error} Here: `--set {method}.NAME=VALUE`, or leave {method} out of `--methods`.") from error
+    for variant in plan:
+        if variant.settings is not None:
+            base.family.check_pruning(variant.settings)

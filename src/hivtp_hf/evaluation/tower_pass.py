@@ -1,13 +1,15 @@
-"""What enters the language model of some images, under every variant: from one pass of the vision tower over the images.
+"""What `generate` is given of some images, under every variant: from one pass of the vision tower over the images.
 
 Shrunken images alone need passes of their own. Every tile is resized to fewer cells a side, and the tower runs on that as on
 any image of another size, with its position embeddings interpolated. Tiles stay what they were of the whole image; crops are
 stitched, un-padded in the same proportions and given a newline a row, as stock does. So an image costs about as many tokens as
-under a pruning method, and all of it is seen, blurred.
+under a pruning method, and all of it is seen, blurred. Models that take images at their own sizes see smaller images.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +17,13 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import without_unread_layers
-from ..pruning.features import choose, cut, weigh_features
+from ..pruning.features import choose_and_merge, cut_and_merge, rank_features, weigh_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
-from ..pruning.prompt_columns import PromptColumns, columns_of_images
+from ..pruning.model import PrunedImageFeaturesOutput
+from ..pruning.registry import pruning_method
 from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.stages import tokens_of_layers
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
 
@@ -46,16 +50,28 @@ class KeptTokens(NamedTuple):
     """What enters the language model of one image.
 
     Attributes:
-        features: (tokens, hidden), in order.
-        patches: how many of them show a part of the image.
-        newlines: how many are newlines. What is neither is a class token.
-        places: where they stand and what they weigh, as one row; None where the settings say nothing of that.
+        encoded: the image alone, as the model's `get_image_features` returns it under the variant's settings.
+        patches: how many of its tokens show a part of the image.
+        newlines: how many are newlines. What is neither is a class token, or with `exact_count=False` a placeholder without a
+            token.
+        tokens_per_layer: how many of its tokens a layer of the language model sees, the mean of all layers.
+        inputs: what the model is told of the image beside features, such as its grid of patches: a row each, by name.
     """
 
-    features: Tensor
+    encoded: PrunedImageFeaturesOutput
     patches: int
     newlines: int
-    places: PromptColumns | None = None
+    tokens_per_layer: float
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def features(self) -> Tensor:
+        """(tokens, hidden), in order, one for each placeholder."""
+        return self.encoded.pooler_output[0]
+
+
+# What `PrunedImageFeaturesOutput` has of every image beside streams.
+_OF_IMAGES = ("kept_indices", "num_stock", "log_weights", "stages_survived")
 
 
 @torch.no_grad()
@@ -69,27 +85,80 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
     Raises:
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
-    kept_of_images = []
-    evidence = seen.evidence(layouts[0].pruning, layouts)
-    all_kept = choose(evidence)
-    all_features = cut(seen.features, all_kept, layouts)
-    log_weights: Sequence[Tensor | None] = weigh_features(evidence, all_kept) or [None] * len(layouts)
-    for features, kept, weights, layout in zip(all_features, all_kept, log_weights, layouts, strict=True):
-        patches = check_kept_indices(kept, layout)
-        # With `exact_count=False` fewer may be kept than there are placeholders, and zeros stand in front. Those take no part.
-        own_features, places = features[len(features) - len(kept) :], None
-        if layout.pruning.marks_columns:
-            is_placeholder = torch.ones(1, len(kept), dtype=torch.bool, device=kept.device)
-            num_stock = None if layout.pruning.positions == "packed" else [layout.num_stock]
-            places = columns_of_images(is_placeholder, [kept], num_stock, None if weights is None else [weights])
-        kept_of_images.append(KeptTokens(own_features, patches, layout.num_newlines, places))
-    return kept_of_images
+    evidence, pruning = seen.evidence(layouts[0].pruning, layouts), layouts[0].pruning
+    kept, merged = choose_and_merge(evidence)
+    patches = [check_kept_indices(indices, layout) for indices, layout in zip(kept, layouts, strict=True)]
+    num_layers = seen.base.config.get_text_config().num_hidden_layers
+    encoded = PrunedImageFeaturesOutput(
+        **{name: cut_and_merge(stream, kept, merged, layouts) for name, stream in _streams(seen).items()},
+        kept_indices=kept,
+        num_stock=None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
+        log_weights=weigh_features(evidence, kept),
+        stages_survived=rank_features(evidence, kept, num_layers),
+    )
+    return [
+        KeptTokens(
+            _of_image(encoded, image),
+            patches[image],
+            len(kept[image]) - patches[image] - layout.num_class_tokens,
+            sum(tokens_of_layers(layout, num_layers)) / num_layers,
+            _inputs_of_image(seen, image),
+        )
+        for image, layout in enumerate(layouts)
+    ]
+
+
+def _streams(seen: Look) -> dict[str, Any]:
+    return {"pooler_output": seen.features, **(seen.further_streams or {})}
+
+
+def _of_image(encoded: PrunedImageFeaturesOutput, image: int) -> PrunedImageFeaturesOutput:
+    """One of several images."""
+    own: dict[str, Any] = {"pooler_output": [encoded.pooler_output[image]]}
+    if encoded.deepstack_features is not None:
+        own["deepstack_features"] = [[layer[image]] for layer in encoded.deepstack_features]
+    values = {name: getattr(encoded, name) for name in _OF_IMAGES}
+    return PrunedImageFeaturesOutput(**own, **{name: None if of is None else [of[image]] for name, of in values.items()})
+
+
+def _inputs_of_image(seen: Look, image: int) -> dict[str, Tensor]:
+    """What says how the image lies; its pixels are encoded."""
+    names = seen.base.family.image_inputs[1:]
+    return {name: seen.arguments[name][image : image + 1] for name in names if name in seen.arguments}
+
+
+def together(images: Sequence[KeptTokens]) -> dict[str, Any]:
+    """The arguments of `generate` that say what some images are, in the order of their placeholders.
+
+    Args:
+        images: under one variant, each with a placeholder at least; none is a prompt of text.
+    """
+    if not images:
+        return {}
+    parts = [image.encoded for image in images]
+    values: dict[str, Any] = {}
+    for name in ("pooler_output", *_OF_IMAGES):
+        of_parts = [getattr(part, name) for part in parts]
+        values[name] = None if of_parts[0] is None else [value for of_part in of_parts for value in of_part]
+    if parts[0].deepstack_features is not None:
+        layers = zip(*(part.deepstack_features for part in parts), strict=True)
+        values["deepstack_features"] = [[value for of_part in layer for value in of_part] for layer in layers]
+    inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
+    return {"mm_encoder_outputs": {"image": PrunedImageFeaturesOutput(**values)}, **inputs}
 
 
 def base_tile_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
     """The base tile of every image of LLaVA-NeXT, which stock packs first: no crop, no newline."""
-    cells = [layout.valid_per_view[0] for layout in layouts]
-    return [KeptTokens(features[:number], number, 0) for features, number in zip(seen.features, cells, strict=True)]
+    return [
+        KeptTokens(
+            PrunedImageFeaturesOutput(pooler_output=[features[: layout.valid_per_view[0]]]),
+            layout.valid_per_view[0],
+            0,
+            layout.valid_per_view[0],
+            _inputs_of_image(seen, image),
+        )
+        for image, (features, layout) in enumerate(zip(seen.features, layouts, strict=True))
+    ]
 
 
 def check_kept_indices(kept: Tensor, layout: TokenLayout) -> int:
@@ -102,7 +171,11 @@ def check_kept_indices(kept: Tensor, layout: TokenLayout) -> int:
     cells, wanted = len(layout.cells(kept)), sum(layout.group_totals)
     newlines = len(kept) - cells - layout.num_class_tokens
     fits = cells == wanted if layout.pruning.exact_count else cells <= wanted
-    if not fits or newlines != layout.num_newlines or not bool((kept.diff() > 0).all()):
+    if pruning_method(layout.pruning.method).counts_newlines:  # which of them stay is for the method to say
+        fits = len(kept) == layout.num_retained if layout.pruning.exact_count else len(kept) <= layout.num_retained
+    elif newlines != layout.num_newlines:
+        fits = False
+    if not fits or not bool((kept.diff() > 0).all()):
         raise ValueError(
             f"the method {layout.pruning.method!r} keeps {cells} patch tokens and {newlines} newlines, or not in their order; "
             f"{wanted} and {layout.num_newlines} were to be kept, ascending. Its selector is broken."
@@ -157,7 +230,41 @@ def shrunken_tokens(model: Any, inputs: Mapping[str, Any], stock: Sequence[Token
         shrunken = shrunken_layout(layout, grid, patch_size)
         packed = tiles[0] if shrunken.num_views == 1 else _packed(tiles, shrunken, base.image_newline)
         patches = shrunken.num_stock - shrunken.num_newlines - shrunken.num_class_tokens
-        kept.append(KeptTokens(packed, patches, shrunken.num_newlines))
+        encoded = PrunedImageFeaturesOutput(pooler_output=[packed])
+        kept.append(KeptTokens(encoded, patches, shrunken.num_newlines, shrunken.num_stock, {}))
+    return kept
+
+
+@torch.no_grad()
+def smaller_images_tokens(
+    model: Any, processor: Any, images: Sequence[Any], stock: Sequence[TokenLayout], ratio: Fraction
+) -> list[KeptTokens]:
+    """What enters the language model of every image where each is made smaller, for models that take images at their own sizes.
+
+    An image gets the largest size of its proportions that makes at most a ratio of its tokens, and at least one.
+
+    Args:
+        model: a pruned model with a language modelling head, whose settings prune nothing.
+        processor: of the model.
+        images: of Pillow.
+        stock: their unpruned layouts.
+        ratio: above 0 and below 1.
+
+    Raises:
+        ValueError: where features are not finite.
+    """
+    image_processor = processor.image_processor
+    cell = (image_processor.patch_size * image_processor.merge_size) ** 2
+    kept = []
+    for image, layout in zip(images, stock, strict=True):
+        most = max(1, math.floor(ratio * layout.num_stock))
+        size = {"shortest_edge": cell, "longest_edge": most * cell}
+        inputs = image_processor([image], size=size, return_tensors="pt").to(model.device)
+        encoded = model.model.get_image_features(**inputs, return_dict=True)
+        check_finite("the vision tower's visual features", encoded.pooler_output)
+        further = {name: inputs[name] for name in model.model.family.image_inputs[1:]}
+        tokens = len(encoded.pooler_output[0])
+        kept.append(KeptTokens(encoded, tokens, 0, tokens, further))
     return kept
 
 

@@ -37,7 +37,7 @@ class Variant:
         ratio: that was asked for; None for the base tile alone, whose share follows from the images.
         settings: of a method of the registry, the ratio among them.
         seed: of a random draw.
-        grid: cells per side of a shrunken tile.
+        grid: cells per side of a shrunken tile; None also where images have sizes of their own.
     """
 
     method: str
@@ -107,7 +107,7 @@ def planned_variants(
     methods: Sequence[str],
     ratios: Sequence[Fraction],
     settings: Mapping[str, VisualTokenPruningConfig],
-    grid: int,
+    grid: int | None,
     weights_and_positions: Sequence[str] | None = None,
 ) -> list[Variant]:
     """All that a run compares, the unpruned model first.
@@ -116,7 +116,7 @@ def planned_variants(
         methods: of `COMPARED`.
         ratios: above 0 and at most 1, largest first; at 1 every method is the unpruned model, which runs once.
         settings: of every method of the registry among them.
-        grid: cells per side of a tile.
+        grid: cells per side of a tile; None where images have sizes of their own, and each is shrunken by itself.
         weights_and_positions: of `WEIGHTS_AND_POSITIONS`, each of which every method of the registry runs with; None for what
             its settings say.
 
@@ -129,6 +129,9 @@ def planned_variants(
         if method == BASE_ONLY:
             plan.append(Variant(BASE_ONLY, None))
         elif method == DOWNSAMPLE:
+            if grid is None:
+                plan += [Variant(DOWNSAMPLE, ratio) for ratio in pruned]
+                continue
             by_grid: dict[int, Variant] = {}  # ratios that mean the same shrunken tile run once
             for ratio in pruned:
                 shrunken = shrunken_grid(grid, ratio)
@@ -246,7 +249,7 @@ def _by_method(changes: Sequence[str], known: Mapping[str, Any], varies_position
 
 
 def _value(text: str, name: str, value: str) -> Any:
-    if name in SHARED_SETTINGS and SHARED_SETTINGS[name].kind is str:
+    if name in SHARED_SETTINGS and SHARED_SETTINGS[name].kind in (str, list):
         return value
     if value.lower() in _WORDS:
         return _WORDS[value.lower()]

@@ -31,6 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..methods import register_methods
@@ -64,8 +65,6 @@ class Family(ABC):
         feature_arguments: the arguments that say how features are made of them.
         streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
             are cut together.
-        features_say_all: whether the language model is told of an image by its features alone, put among the embeddings of a
-            prompt; not where it also takes places or further streams.
     """
 
     name: ClassVar[str]
@@ -74,7 +73,6 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
-    features_say_all: ClassVar[bool] = True
 
     # What it is made of.
 
@@ -173,6 +171,20 @@ class Family(ABC):
             ValueError: where scores are not of images that lie so.
         """
 
+    def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
+        """The grey levels of the pixels of every cell, for families that provide `Evidence.PIXELS`.
+
+        From pixels as they were before the image processor's mean and standard deviation: the mean of red, green and blue of 8
+        bits each, rounded. A model is not told these two; they are the published ones of its tower's type.
+
+        Returns:
+            uint8 (cells of all images, pixels of a cell), in the order of views.
+
+        Raises:
+            ValueError: unless the family defines it.
+        """
+        raise ValueError(f"the family {self.name!r} provides pixels, but does not say them; define its `grey_levels`.")
+
     @abstractmethod
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:
         """The layout of an image of so many pixels, as a processor of ours sees it."""
@@ -192,3 +204,19 @@ class Family(ABC):
     @abstractmethod
     def tiny_image_processor(self, config: Any) -> dict[str, Any]:
         """The preprocessor_config.json of a small checkpoint with this configuration."""
+
+
+def as_grey_levels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Grey levels of normalised pixels.
+
+    Args:
+        pixels: (images, 3, ...), any float dtype, red, green and blue.
+        mean, std: of red, green and blue, of pixels from 0 to 1.
+
+    Returns:
+        uint8 (images, ...), the mean of the three levels of 8 bits, rounded.
+    """
+    across = [-1, *[1] * (pixels.ndim - 2)]
+    scale, shift = (torch.tensor(values, dtype=torch.float32, device=pixels.device).view(across) for values in (std, mean))
+    parts = [((part.float() * scale + shift) * 255).mean(1).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(512)]
+    return torch.cat(parts)

@@ -50,7 +50,8 @@ class LlavaOnevisionFamily(LlavaTowersFamily):
 
     name = "llava_onevision"
     title = "LLaVA-OneVision"
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES})
+    # Resampled cells have no pixels of their own.
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
     feature_arguments: ClassVar[tuple[str, ...]] = (*LlavaTowersFamily.feature_arguments, "vision_aspect_ratio")
 
@@ -470,10 +471,12 @@ class HIVTPLlavaOnevisionProcessor(OptionalVideoPartMixin, LlavaOnevisionProcess
 def check_video_pruning(pruning: VisualTokenPruningConfig) -> None:
     """Refuses settings under which videos cannot be pruned: a ValueError."""
     if not pruning.exact_count or pruning.marks_columns:
+        own = pruning.drops_in_stages and not pruning.stages
         raise ValueError(
             f"`exact_count` is {pruning.exact_count}, `token_weights` {pruning.token_weights!r}, `positions` "
-            f"{pruning.positions!r} and `stages` {pruning.stages!r}; with videos they must be True, 'none', 'packed' and "
-            "empty. Images take all of them. Change the pruning_config of model and processor."
+            f"{pruning.positions!r} and `stages` {pruning.stages!r}; with videos they must be True, 'none', 'packed' and empty"
+            + (f", and the method another than {pruning.method!r}, which has stages of its own" if own else "")
+            + ". Images take all of them. Change the pruning_config of model and processor."
         )
 
 

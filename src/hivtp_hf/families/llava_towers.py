@@ -5,6 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from ..pruning.compat import side_of
 from ..pruning.encoder_layers import without_unread_layers
@@ -12,13 +18,27 @@ from ..pruning.evidence import Evidence
 from ..pruning.layout import TokenLayout
 from ..pruning.processing import PrunedProcessorMixin
 from ..pruning.settings import check_no_setting_among
-from .base import Family
+from .base import Family, as_grey_levels
+
+# Mean and standard deviation of red, green and blue that image processors go by, by the vision tower's type.
+PIXEL_SCALES = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 
 class LlavaTowersFamily(Family):
     """A family over a `vision_tower` with `vision_feature_layer` and `vision_feature_select_strategy`."""
 
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.CLASS_ATTENTION, Evidence.FEATURES})
+    provides = frozenset(
+        {
+            Evidence.RECEIVED_ATTENTION,
+            Evidence.CLASS_ATTENTION,
+            Evidence.ATTENTION_ROWS,
+            Evidence.PIXELS,
+            Evidence.FEATURES,
+        }
+    )
     feature_arguments: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     def encoder(self, model: Any) -> nn.Module:
@@ -37,8 +57,8 @@ class LlavaTowersFamily(Family):
         # CLIP puts a class token before the patches, SigLIP does not.
         names = (name.rpartition(".")[2] for name, _ in self.encoder(model).named_parameters())
         has_class_token = any(name in ("class_embedding", "cls_token") for name in names)
-        of_class = {Evidence.CLASS_ATTENTION}
-        return self.provides | of_class if has_class_token else self.provides - of_class
+        provided = self.provides | {Evidence.CLASS_ATTENTION} if has_class_token else self.provides - {Evidence.CLASS_ATTENTION}
+        return provided if model.config.vision_config.model_type in PIXEL_SCALES else provided - {Evidence.PIXELS}
 
     def ending_early(
         self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
@@ -61,6 +81,16 @@ class LlavaTowersFamily(Family):
             return of_cells.flatten()
         of_parts = of_cells.split([sum(views.num_views for views in part.of_tower) for part in parts])
         return torch.cat([part.from_tower(values.flatten()) for part, values in zip(parts, of_parts, strict=True)])
+
+    def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
+        vision, pixels = model.config.vision_config, arguments["pixel_values"]
+        if pixels.ndim == 5:  # images with fewer tiles are padded
+            pixels = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixels, layouts, strict=True)])
+        patch, (rows, columns) = vision.patch_size, layouts[0].view_shapes[0]
+        levels = as_grey_levels(pixels, *PIXEL_SCALES[vision.model_type])
+        # What of a tile fills no patch belongs to no cell.
+        cells = levels[:, : rows * patch, : columns * patch].unflatten(2, (columns, patch)).unflatten(1, (rows, patch))
+        return cells.transpose(2, 3).flatten(3).flatten(0, 2)
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}

@@ -1,17 +1,25 @@
 """Qwen3-VL with visual token pruning: what is particular to it, and thin subclasses of transformers' classes."""
 
+import dataclasses
 import functools
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from transformers.utils import can_return_tuple
 
 from ..pruning.compat import with_stock_signature
 from ..pruning.configuration import PrunedConfigMixin
+from ..pruning.look import Look
 from .base import Family, FamilyClasses
 from .qwen_vl import QwenVLFamily, QwenVLGenerationMixin, QwenVLModelMixin
 from .qwen_vl_processing import QwenVLProcessorMixin
+
+# What stock returned beside features, while `look` runs. `look` itself asks for features alone.
+_deepstack_of_look: ContextVar[list[Any] | None] = ContextVar("hivtp_deepstack_of_look", default=None)
 
 
 class Qwen3VLFamily(QwenVLFamily):
@@ -20,6 +28,7 @@ class Qwen3VLFamily(QwenVLFamily):
     name = "qwen3_vl"
     title = "Qwen3-VL"
     streams = ("pooler_output", "deepstack_features")
+    pixel_scale = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 
     @property
     def classes(self) -> FamilyClasses:
@@ -82,7 +91,20 @@ class HIVTPQwen3VLProcessor(QwenVLProcessorMixin, Qwen3VLProcessor):
     video_processor_type = "Qwen3VLVideoProcessor"
 
 
-class HIVTPQwen3VLModel(QwenVLModelMixin, Qwen3VLModel):
+class WatchedQwen3VLModel(Qwen3VLModel):
+    """Stock's model, whose DeepStack features `look` takes along."""
+
+    @can_return_tuple
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock."""
+        output = super().get_image_features(*args, **{**kwargs, "return_dict": True})
+        found = _deepstack_of_look.get()
+        if found is not None:
+            found.append(output.deepstack_features)
+        return output
+
+
+class HIVTPQwen3VLModel(QwenVLModelMixin, WatchedQwen3VLModel):
     r"""
     The Qwen3-VL model without a language modelling head, pruning its visual tokens by `config.pruning_config`.
 
@@ -103,6 +125,18 @@ class HIVTPQwen3VLModel(QwenVLModelMixin, Qwen3VLModel):
     def __init__(self, config: HIVTPQwen3VLConfig):
         super().__init__(config)
         self._start_pruning()
+
+    def look(
+        self, inputs: Mapping[str, Any], prunings: Iterable[Any] | None = None, layers: Iterable[int] | None = None
+    ) -> Look:
+        """As every family's, with DeepStack features beside the others."""
+        found: list[Any] = []
+        token = _deepstack_of_look.set(found)
+        try:
+            look = super().look(inputs, prunings, layers)
+        finally:
+            _deepstack_of_look.reset(token)
+        return dataclasses.replace(look, further_streams={"deepstack_features": found[0]})
 
     # Stock's takes the way of images, which prunes.
     @can_return_tuple

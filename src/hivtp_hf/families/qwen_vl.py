@@ -11,11 +11,12 @@ cache remembers it: one conversation, one cache.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import can_return_tuple
 
 from ..pruning.call_budget import refuse_budget_among
@@ -28,7 +29,7 @@ from ..pruning.model import PrunedImageFeaturesOutput, PrunedModelMixin
 from ..pruning.prompt_columns import COLUMN_ARGUMENTS, refuse_columns_among
 from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.surplus_placeholders import cached_length
-from .base import Family
+from .base import Family, as_grey_levels
 
 _DELTAS_ATTRIBUTE = "hivtp_rope_deltas"
 # What `mm_token_type_ids` calls the tokens of an image.
@@ -38,9 +39,8 @@ _IMAGE_TYPE = 1
 class QwenVLFamily(Family):
     """A family over a `visual` tower whose patches are merged 2 x 2."""
 
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES})
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.PIXELS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_grid_thw")
-    features_say_all = False
 
     def encoder(self, model: Any) -> nn.Module:
         return model.visual
@@ -102,6 +102,15 @@ class QwenVLFamily(Family):
                 for of_image, layout in zip(scores, layouts, strict=True)
             ]
         )
+
+    # Mean and standard deviation of red, green and blue that the published image processors go by.
+    pixel_scale: ClassVar[tuple[Sequence[float], Sequence[float]]] = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+    def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
+        # Patches come cell by cell, in raster order: red, green and blue, each several times over for an image.
+        vision, pixels = model.config.vision_config, arguments["pixel_values"]
+        pixels = pixels.unflatten(1, (3, vision.temporal_patch_size, -1))[:, :, 0]
+        return as_grey_levels(pixels, *self.pixel_scale).view(-1, vision.spatial_merge_size**2 * pixels.shape[-1])
 
     def in_raster_order(self, model: Any, of_cells: Tensor, layout: TokenLayout) -> Tensor:
         """Values of the merged cells of one image, (cells,), from the order in which the tower has them; that by default."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..pruning.layout import TokenLayout
+from ..pruning.registry import pruning_method
 
 
 class ImageChoice(NamedTuple):
@@ -38,5 +39,7 @@ def choice_of_image(model: Any, inputs: Mapping[str, Any], layout: TokenLayout) 
     if len(look.features) != 1:
         raise ValueError(f"`inputs` holds {len(look.features)} images; give one at a time.")
     _, (kept_indices,) = look.kept(layout.pruning, [layout])
-    importance = look.importance(layout.pruning, [layout])
+    # What a method draws without looking says nothing of an image.
+    looks = bool(pruning_method(layout.pruning.method).reads(layout.pruning)[0])
+    importance = look.importance(layout.pruning, [layout]) if looks else None
     return ImageChoice(kept_indices, None if importance is None else importance.float().cpu())

@@ -10,12 +10,14 @@ from .hivtp import HIVTP
 from .keep_everything import KeepEverything
 from .random import Random
 from .uniform import Uniform
+from .vflowopt import VFlowOpt
 
 # In this order they are listed everywhere.
 METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
     HIVTP,
     HiPrune,
     GPrune,
+    VFlowOpt,
     ClassAttention,
     Random,
     Uniform,

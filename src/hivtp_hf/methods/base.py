@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import EncoderFacts, Evidence
+from ..pruning.evidence import EncoderFacts, Evidence, VisualEvidence
 from ..pruning.layout import TokenLayout
+from ..pruning.merging import MergedTokens
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from ..pruning.stages import layer_of_stage
 from .ranking import share_of_views
@@ -36,6 +37,9 @@ class PruningMethod(ABC):
         group: among which cells it chooses. "view": those of one view, so it is given `ViewEvidence`, views of one shape at a
             time, and answers with (views, rows, columns). "image": those of a whole image, so it is given `VisualEvidence`, and
             answers with (cells of all images,).
+        counts_newlines: whether its budget is of all tokens of an image as stock packs them, newlines too. `count` then gives
+            one number, of tokens; token budgets, layouts and processors follow it.
+        merges: whether some tokens that it keeps hold averages of others, so that `merge` says what stays.
     """
 
     name: ClassVar[str]
@@ -48,6 +52,8 @@ class PruningMethod(ABC):
     content_dependent_count: ClassVar[bool] = False
     knows_inclusion: ClassVar[bool] = False
     group: ClassVar[str] = "view"
+    counts_newlines: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     def check_settings(self, pruning: VisualTokenPruningConfig) -> None:  # noqa: B027  (most have nothing to add)
         """Refuses settings, each in its range, that contradict each other: a ValueError."""
@@ -70,7 +76,8 @@ class PruningMethod(ABC):
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         """How many cells are kept of each group of cells among which it chooses, from geometry alone.
 
-        By default a rounded share of every view. `pruning` has the ratio, not `layout`.
+        By default a rounded share of every view. `pruning` has the ratio, not `layout`. Where the method `counts_newlines`, one
+        number: how many of the `num_offered` tokens of the image.
         """
         return share_of_views(layout, pruning)
 
@@ -89,19 +96,52 @@ class PruningMethod(ABC):
         By default the setting `stages`. The layers must not depend on the ratio, which may differ from image to image.
 
         Args:
-            pruning: the settings.
+            pruning: the settings. They may have a token budget in place of a ratio; ratios of stages then say nothing.
             num_layers: of the language model.
+
+        Raises:
+            ValueError: for stages that the language model is not deep enough for, or that no ratio fulfils.
         """
         return [(layer_of_stage(layer, num_layers), ratio) for layer, ratio in pruning.stages]
+
+    def rows(self, received: Tensor, prunings: Sequence[VisualTokenPruningConfig]) -> tuple[Tensor, Tensor]:
+        """The tokens of an encoder whose attention rows it reads, for methods that read `Evidence.ATTENTION_ROWS`.
+
+        Asked inside the pass, once for every layer read, before queries and keys are gone.
+
+        Args:
+            received: the attention that tokens receive from each other, float32 (sequences, tokens), class tokens left out. A
+                sequence is a view; a tower that merges cells has several tokens a cell.
+            prunings: the settings of every sequence.
+
+        Returns:
+            int64 (sequences, n), the tokens, and float32 (sequences, n), the weights by which their rows are summed.
+
+        Raises:
+            ValueError: unless the method defines it.
+        """
+        raise ValueError(f"the method {self.name!r} reads attention rows, but does not say of which tokens; define its `rows`.")
 
     @abstractmethod
     def select(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor:
         """The cells that stay, bool, as many of each group as `count` says. `group` says evidence and shape."""
 
+    def merge(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Sequence[MergedTokens]:
+        """Of every image which tokens stay, and which of them hold averages of which others; for methods that say they merge.
+
+        Asked in place of `select`, always of whole images. The count is the layout's, as without averages. Tokens of the packed
+        sequence are meant, newlines too, and what a method leaves out here is dropped.
+
+        Raises:
+            ValueError: unless the method defines it.
+        """
+        raise ValueError(f"the method {self.name!r} says that it merges tokens, but not how; define its `merge`.")
+
     def importance(self, evidence: Any, pruning: VisualTokenPruningConfig) -> Tensor | None:
         """The scores by which it ranks, float, NaN for cells that have none; None where it does not rank.
 
-        Stages inside a language model drop the lowest of what is kept.
+        Stages inside a language model drop the lowest of what is kept. Of a method that `counts_newlines` they drop newlines
+        too, last of all; there these have an importance of 1, the most.
         """
         return None
 

@@ -15,16 +15,16 @@ Source: HIVTP, arXiv 2509.23663, section 3.1 (importance from the middle layers)
 import contextlib
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_scores import received_attention
+from .attention_scores import attention_of_rows, received_attention
 from .config_views import ConfigView, ModuleView
 from .encoder_layers import find_layers
 
@@ -32,6 +32,19 @@ _IMPLEMENTATION_NAME = f"hivtp_received_attention_{uuid.uuid4().hex}"
 # Towers that pack images into one sequence look for this word, and call the implementation otherwise where they find it.
 _FLASH_NAME = f"flash_attention_{_IMPLEMENTATION_NAME}"
 _KEYWORD = "hivtp_received_attention"
+
+
+class RowsWanted(NamedTuple):
+    """What is wanted of the attention rows of some tokens, which follow from what tokens receive.
+
+    Attributes:
+        layers: the encoder layers, 0-based.
+        choose: of the attention that tokens receive from each other, float32 (sequences, tokens), and the first sequence's
+            number among those of the pass: the tokens, int64 (sequences, n), and the weights by which their rows are summed.
+    """
+
+    layers: tuple[int, ...]
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class CollectedAttention:
@@ -43,16 +56,28 @@ class CollectedAttention:
     Args:
         received: the encoder layers, 0-based, of which the attention that tokens receive from all tokens is wanted.
         class_attention: those of which it is wanted what the class token (the first) attends to.
+        rows: by any name, of which layers it is wanted what some tokens attend to.
+        class_tokens: how many class tokens stand first. They have no part in `rows`, neither as rows nor as columns.
 
     Attributes:
         layers: all layers that have to report.
     """
 
-    def __init__(self, received: Iterable[int] = (), class_attention: Iterable[int] = ()):
+    def __init__(
+        self,
+        received: Iterable[int] = (),
+        class_attention: Iterable[int] = (),
+        rows: Mapping[Any, RowsWanted] | None = None,
+        class_tokens: int = 0,
+    ):
         self._received = tuple(sorted(set(received)))
         self._class_attention = tuple(sorted(set(class_attention)))
-        self.layers = tuple(sorted({*self._received, *self._class_attention}))
-        self._scores: dict[tuple[bool, int], list[Tensor]] = {}
+        self._rows = dict(rows or {})
+        self._class_tokens = class_tokens
+        of_rows = [layer for wanted in self._rows.values() for layer in wanted.layers]
+        self.layers = tuple(sorted({*self._received, *self._class_attention, *of_rows}))
+        self._scores: dict[tuple[Hashable, int], list[Tensor]] = {}
+        self._sequences: dict[int, int] = {}
 
     def reduce(self, layer: int, query: Tensor, key: Tensor, scaling: float, num_heads: int) -> None:
         """Takes queries and keys of one call of a layer, (sequences, heads, tokens, head_dim), and keeps what is wanted.
@@ -62,9 +87,22 @@ class CollectedAttention:
         for from_class_token, layers in ((False, self._received), (True, self._class_attention)):
             if layer in layers:
                 rows = query[:, :, :1] if from_class_token else query
-                scores = received_attention(rows, key, scaling, num_heads)
-                # A new list each time, which compilers trace where they would not trace one that grows.
-                self._scores[from_class_token, layer] = [*self._scores.get((from_class_token, layer), ()), scores]
+                self._keep(from_class_token, layer, received_attention(rows, key, scaling, num_heads))
+        of_layer = [name for name, wanted in self._rows.items() if layer in wanted.layers]
+        if not of_layer:
+            return
+        # The class token's row goes, and its column afterwards: shares of attention are those of all tokens.
+        others, first = query[:, :, self._class_tokens :], self._sequences.get(layer, 0)
+        received = received_attention(others, key, scaling, num_heads)[:, self._class_tokens :]
+        self._sequences[layer] = first + query.shape[0]
+        for name in of_layer:
+            chosen, weights = self._rows[name].choose(received, first)
+            scores = attention_of_rows(others, key, scaling, num_heads, chosen, weights)[:, self._class_tokens :]
+            self._keep(("rows", name), layer, scores)
+
+    def _keep(self, kind: Hashable, layer: int, scores: Tensor) -> None:
+        # A new list each time, which compilers trace where they would not trace one that grows.
+        self._scores[kind, layer] = [*self._scores.get((kind, layer), ()), scores]
 
     def received(self) -> dict[int, list[Tensor]]:
         """Of every layer wanted the attention that tokens receive: float32 (sequences, tokens) for each call of the layer.
@@ -78,15 +116,19 @@ class CollectedAttention:
         """The same of what the class token attends to."""
         return self._of(True, self._class_attention)
 
-    def _of(self, from_class_token: bool, layers: tuple[int, ...]) -> dict[int, list[Tensor]]:
-        silent = [layer for layer in layers if (from_class_token, layer) not in self._scores]
+    def rows(self) -> dict[Hashable, dict[int, list[Tensor]]]:
+        """By name the same of what the tokens attend to that were chosen, class tokens left out."""
+        return {name: self._of(("rows", name), wanted.layers) for name, wanted in self._rows.items()}
+
+    def _of(self, kind: Hashable, layers: tuple[int, ...]) -> dict[int, list[Tensor]]:
+        silent = [layer for layer in layers if (kind, layer) not in self._scores]
         if silent:
             raise ValueError(
                 f"the encoder layers {silent} ran without reporting their attention, so visual tokens cannot be chosen. "
                 "The vision tower's attention modules were replaced, or do not call transformers' attention interface. "
                 "Load the tower with a transformers implementation such as CLIP or SigLIP."
             )
-        return {layer: self._scores[from_class_token, layer] for layer in layers}
+        return {layer: self._scores[kind, layer] for layer in layers}
 
 
 _active: ContextVar["CollectedAttention | None"] = ContextVar(_IMPLEMENTATION_NAME, default=None)

@@ -1,4 +1,4 @@
-"""Queries and keys of one attention layer, reduced to the attention that every token receives.
+"""Queries and keys of one attention layer, reduced to the attention that every token receives, or to what some attend to.
 
 In chunks of bounded memory: the maps of one LLaVA-NeXT image and layer alone would take 100 MB.
 
@@ -6,6 +6,7 @@ Source: HIVTP, arXiv 2509.23663, section 3.1: the mean over heads and over all q
 """
 
 import uuid
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,22 +35,51 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, num_heads: in
     """
     with torch.no_grad():
         summed = _summed_attention(query.detach(), key.detach(), scaling)
-        heads = query.shape[1]
-        if heads != num_heads:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            world_size = torch.distributed.get_world_size() if distributed else 1
-            if heads * world_size != num_heads:
-                raise ValueError(
-                    f"a scored layer shows {heads} of its {num_heads} heads on {world_size} ranks. Shard the heads evenly "
-                    "over the default process group, or not at all."
-                )
-            torch.distributed.all_reduce(summed)
-        return summed / (num_heads * query.shape[2])
+        return _over_all_heads(summed, query.shape[1], num_heads) / (num_heads * query.shape[2])
+
+
+def attention_of_rows(query: Tensor, key: Tensor, scaling: float, num_heads: int, rows: Tensor, weights: Tensor) -> Tensor:
+    """What some tokens attend to, as a weighted sum of their attention rows, each the mean over all heads.
+
+    Args:
+        query, key, scaling, num_heads: as for `received_attention`, `query` of all tokens.
+        rows: int64 (sequences, n), of every sequence the tokens whose rows are wanted.
+        weights: float32 (sequences, n), by which they are summed.
+
+    Returns:
+        float32 (sequences, tokens), without gradient.
+
+    Raises:
+        ValueError: as `received_attention`.
+    """
+    with torch.no_grad():
+        summed = _summed_rows(query.detach(), key.detach(), scaling, rows, weights)
+        return _over_all_heads(summed, query.shape[1], num_heads) / num_heads
+
+
+def _over_all_heads(summed: Tensor, heads: int, num_heads: int) -> Tensor:
+    """Sums over this rank's heads as those over all heads."""
+    if heads != num_heads:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        world_size = torch.distributed.get_world_size() if distributed else 1
+        if heads * world_size != num_heads:
+            raise ValueError(
+                f"a scored layer shows {heads} of its {num_heads} heads on {world_size} ranks. Shard the heads evenly "
+                "over the default process group, or not at all."
+            )
+        torch.distributed.all_reduce(summed)
+    return summed
 
 
 def _summed_in_chunks(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention summed over heads and query rows, float32 (sequences, tokens), in chunks of bounded memory."""
-    sequences, heads, num_rows, _ = query.shape
+    return _rows_in_chunks(query, key, scaling, None, None)
+
+
+def _rows_in_chunks(query: Tensor, key: Tensor, scaling: float, wanted: Tensor | None, weights: Tensor | None) -> Tensor:
+    """The same of some rows of every sequence, (sequences, n), by their weights; of all rows, alike, where these are None."""
+    sequences, heads, num_rows, size = query.shape
+    num_rows = num_rows if wanted is None else wanted.shape[1]
     tokens = key.shape[2]
     chunk_bytes = _CPU_CHUNK_BYTES if query.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     rows = min(num_rows, max(1, chunk_bytes // (4 * tokens)))
@@ -62,21 +92,32 @@ def _summed_in_chunks(query: Tensor, key: Tensor, scaling: float) -> Tensor:
                 at = (slice(first, first + at_once), slice(head, head + heads_at_once))
                 keys = key[at].float().transpose(-1, -2)
                 for row in range(0, num_rows, rows):
-                    logits = (query[at][:, :, row : row + rows].float() * scaling) @ keys
-                    summed[at[0]] += logits.softmax(-1).sum(dim=(1, 2))
+                    if wanted is None or weights is None:
+                        logits = (query[at][:, :, row : row + rows].float() * scaling) @ keys
+                        summed[at[0]] += logits.softmax(-1).sum(dim=(1, 2))
+                        continue
+                    of_chunk = (at[0], slice(row, row + rows))
+                    places = wanted[of_chunk][:, None, :, None].expand(-1, keys.shape[1], -1, size)
+                    attention = ((query[at].gather(2, places).float() * scaling) @ keys).softmax(-1)
+                    summed[at[0]] += attention.mul_(weights[of_chunk][:, None, :, None]).sum(dim=(1, 2))
     return summed
 
 
-def _empty_sums(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """What `_summed_in_chunks` returns, without its values: all that compilers want to know of it."""
+def _empty_sums(query: Tensor, key: Tensor, *others: Any) -> Tensor:
+    """What `_summed_in_chunks` and `_rows_in_chunks` return, without its values: all that compilers want to know of it."""
     return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
 
 
-# An operator of its own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
+# Operators of their own, so that compilers take the loop over chunks as one node. Unrolled, it would be traced anew for
 # every number of sequences. Registered piece by piece: `torch.library.custom_op` looks through all loaded modules for the line
 # that calls it, which is most of what importing this package would take.
 _library = torch.library.Library(f"hivtp_{uuid.uuid4().hex}", "DEF")
-_library.define("summed_attention(Tensor query, Tensor key, float scaling) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("summed_attention", _summed_in_chunks, "CompositeExplicitAutograd")
-_library.impl("summed_attention", _empty_sums, "Meta")
+for _operator, _arguments, _in_chunks in (
+    ("summed_attention", "Tensor query, Tensor key, float scaling", _summed_in_chunks),
+    ("summed_rows", "Tensor query, Tensor key, float scaling, Tensor rows, Tensor weights", _rows_in_chunks),
+):
+    _library.define(f"{_operator}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_operator, _in_chunks, "CompositeExplicitAutograd")
+    _library.impl(_operator, _empty_sums, "Meta")
 _summed_attention = getattr(torch.ops, _library.ns).summed_attention
+_summed_rows = getattr(torch.ops, _library.ns).summed_rows

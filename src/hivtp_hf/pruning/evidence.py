@@ -22,6 +22,8 @@ class Evidence(enum.Enum):
 
     RECEIVED_ATTENTION = ("the attention that tokens receive", "attention layers that can be read")
     CLASS_ATTENTION = ("what the class token attends to", "class token")
+    ATTENTION_ROWS = ("what some tokens attend to", "attention layers that can be read")
+    PIXELS = ("pixels", "known scale of its pixels")
     FEATURES = ("the visual features", "feature for every cell")
 
     def __init__(self, words: str, source: str):
@@ -77,6 +79,9 @@ class ViewEvidence(NamedTuple):
         received: of every layer read the attention that cells receive, float32 (views, rows, columns).
         class_attention: the same of what the class token attends to.
         encoder: the vision encoder.
+        attention_rows: the same of what those tokens attend to that the method's `rows` names.
+        grey_levels: uint8 (views, rows, columns, pixels of a cell): the mean of red, green and blue, rounded, from 0 to 255;
+            None unless pixels are read.
     """
 
     valid: Tensor
@@ -85,6 +90,8 @@ class ViewEvidence(NamedTuple):
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    attention_rows: Mapping[int, Tensor] = {}
+    grey_levels: Tensor | None = None
 
     def mean_scores(self) -> Tensor:
         """The average of the attention that cells receive, over the layers read: float32 (views, rows, columns)."""
@@ -100,6 +107,9 @@ class VisualEvidence(NamedTuple):
         received: of every layer read the attention that cells receive, float32 (cells of all images,), in the order of views.
         class_attention: the same of what the class token attends to.
         encoder: the vision encoder.
+        attention_rows: the same of what those tokens attend to that the method's `rows` names.
+        grey_levels: uint8 (cells of all images, pixels of a cell): the mean of red, green and blue, rounded, from 0 to 255;
+            None unless pixels are read.
     """
 
     layouts: Sequence[TokenLayout]
@@ -107,13 +117,14 @@ class VisualEvidence(NamedTuple):
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    attention_rows: Mapping[int, Tensor] = {}
+    grey_levels: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where cells are chosen: where the attention is, else where the features are."""
-        return next(
-            (scores.device for scores in (*self.received.values(), *self.class_attention.values())), self.features[0].device
-        )
+        kinds = (self.received, self.class_attention, self.attention_rows)
+        return next((scores.device for of_kind in kinds for scores in of_kind.values()), self.features[0].device)
 
     def of_images(self, members: Sequence[int]) -> "VisualEvidence":
         """The evidence of some of the images, by their indices, ascending."""
@@ -121,16 +132,21 @@ class VisualEvidence(NamedTuple):
             return self
         cells = [layout.num_cells for layout in self.layouts]
 
-        def part(scores: Mapping[int, Tensor]) -> dict[int, Tensor]:
-            split = {layer: of_layer.split(cells) for layer, of_layer in scores.items()}
-            return {layer: torch.cat([of_images[member] for member in members]) for layer, of_images in split.items()}
+        def part(of_cells: Tensor) -> Tensor:
+            of_images = of_cells.split(cells)
+            return torch.cat([of_images[member] for member in members])
+
+        def parts(scores: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: part(of_layer) for layer, of_layer in scores.items()}
 
         return VisualEvidence(
             [self.layouts[member] for member in members],
             [self.features[member] for member in members],
-            part(self.received),
-            part(self.class_attention),
+            parts(self.received),
+            parts(self.class_attention),
             self.encoder,
+            parts(self.attention_rows),
+            None if self.grey_levels is None else part(self.grey_levels),
         )
 
     def ask(
@@ -164,10 +180,10 @@ class VisualEvidence(NamedTuple):
         rows, columns = shapes[members[0]]
 
         def part(of_cells: Tensor) -> Tensor:
-            if len(members) == len(shapes):
-                return of_cells.view(-1, rows, columns)
-            split = of_cells.split(sizes)
-            return torch.stack([split[member] for member in members]).view(-1, rows, columns)
+            if len(members) < len(shapes):
+                split = of_cells.split(sizes)
+                of_cells = torch.cat([split[member] for member in members])
+            return of_cells.view(-1, rows, columns, *of_cells.shape[1:])
 
         return ViewEvidence(
             part(torch.cat([layout.valid for layout in self.layouts])).to(self.device),
@@ -176,6 +192,8 @@ class VisualEvidence(NamedTuple):
             {layer: part(scores) for layer, scores in self.received.items()},
             {layer: part(scores) for layer, scores in self.class_attention.items()},
             self.encoder,
+            {layer: part(scores) for layer, scores in self.attention_rows.items()},
+            None if self.grey_levels is None else part(self.grey_levels),
         )
 
 

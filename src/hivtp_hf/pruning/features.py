@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read, methods_of
 from .layout import TokenLayout
+from .merging import MergedTokens, with_averages
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
 from .stages import stages_of_language_model, stages_survived
@@ -67,6 +68,8 @@ def gather_evidence(
     received: Mapping[int, Tensor],
     class_attention: Mapping[int, Tensor],
     encoder: EncoderFacts,
+    attention_rows: Mapping[int, Tensor] | None = None,
+    grey_levels: Tensor | None = None,
 ) -> VisualEvidence:
     """What a method may look at, brought together from one pass of the vision tower.
 
@@ -75,13 +78,16 @@ def gather_evidence(
         layouts: of every image its layout, each under its own settings.
         received, class_attention: of every layer read that of the cells, float32 (cells of all images,).
         encoder: the vision encoder.
+        attention_rows: of every layer read what the method's tokens attend to, float32 (cells of all images,).
+        grey_levels: uint8 (cells of all images, pixels of a cell), or None where pixels are not read.
 
     Raises:
         ValueError: where features do not fit the layouts.
     """
     for feature, layout in zip(features, layouts, strict=True):
         check_packed_length(feature, layout)
-    scores = (*received.values(), *class_attention.values())
+    rows = attention_rows or {}
+    scores = (*received.values(), *class_attention.values(), *rows.values())
     device = scores[0].device if scores else features[0].device
     return VisualEvidence(
         layouts=layouts,
@@ -89,6 +95,8 @@ def gather_evidence(
         received={layer: of_layer.to(device) for layer, of_layer in received.items()},
         class_attention={layer: of_layer.to(device) for layer, of_layer in class_attention.items()},
         encoder=encoder,
+        attention_rows={layer: of_layer.to(device) for layer, of_layer in rows.items()},
+        grey_levels=None if grey_levels is None else grey_levels.to(device),
     )
 
 
@@ -97,15 +105,28 @@ def choose(evidence: VisualEvidence) -> list[Tensor]:
 
     There are `num_retained` of each image, or fewer with `exact_count=False`.
     """
-    kept_cells: dict[int, Tensor] = {}
+    return choose_and_merge(evidence)[0]
+
+
+def choose_and_merge(evidence: VisualEvidence) -> tuple[list[Tensor], list[MergedTokens | None]]:
+    """As `choose`, and of every image what its tokens hold averages of; None where the method makes none."""
+    kept: dict[int, Tensor] = {}
+    merged: dict[int, MergedTokens] = {}
     for pruning, members in _images_by_pruning(evidence.layouts).items():
         seen, method = evidence.of_images(members), pruning_method(pruning.method)
+        if method.merges:
+            merged.update(zip(members, method.merge(seen, pruning), strict=True))
+            kept.update((image, merged[image].kept_indices) for image in members)
+            continue
         of_cells: Any = seen.ask(method, method.select, pruning)
-        kept_cells.update(zip(members, of_cells.split([layout.num_cells for layout in seen.layouts]), strict=True))
-    return [
-        layout.kept_indices(kept_cells[image].to(feature.device))
-        for image, (feature, layout) in enumerate(zip(evidence.features, evidence.layouts, strict=True))
-    ]
+        parts = of_cells.split([layout.num_cells for layout in seen.layouts])
+        for image, of_image, layout in zip(members, parts, seen.layouts, strict=True):
+            kept[image] = layout.kept_indices(of_image.to(evidence.features[image].device))
+    images = range(len(evidence.layouts))
+    return (
+        [kept[image].to(evidence.features[image].device) for image in images],
+        [merged.get(image) for image in images],
+    )
 
 
 def cut(stream: Sequence[Any], kept_indices: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Any]:
@@ -132,6 +153,16 @@ def cut(stream: Sequence[Any], kept_indices: Sequence[Tensor], layouts: Sequence
     return pieces
 
 
+def cut_and_merge(
+    stream: Sequence[Any],
+    kept_indices: Sequence[Tensor],
+    merged: Sequence[MergedTokens | None],
+    layouts: Sequence[TokenLayout],
+) -> list[Any]:
+    """As `cut`, with averages in the rows that hold one, as `choose_and_merge` says them."""
+    return with_averages(stream, cut(stream, kept_indices, layouts), merged)
+
+
 def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> list[Tensor] | None:
     """What is added to the logits of the kept tokens' keys, float32 (num_retained,) for each image; None where all are alike.
 
@@ -150,7 +181,7 @@ def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> 
 def rank_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor], num_layers: int) -> list[Tensor] | None:
     """After how many stages inside the language model kept tokens are still there, int64 (num_retained,) for each image.
 
-    Newlines and class tokens stay.
+    Newlines and class tokens stay, or go last where the method counts them. What an inexact count lacks goes first.
 
     Args:
         evidence: of all images of a call.
@@ -170,8 +201,10 @@ def rank_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor], num_
         parts = importance.split([layout.num_cells for layout in seen.layouts])
         for image, of_cells, layout in zip(members, parts, seen.layouts, strict=True):
             packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_indices[image].to(of_cells.device)
-            is_cell = layout.packed(torch.ones_like(of_cells), 0, 0) > 0
-            of_image[image] = stages_survived(packed[kept], is_cell[kept], ratios)
+            others = float(method.counts_newlines)
+            is_ranked = layout.packed(torch.ones_like(of_cells), others, others) > 0
+            survived = stages_survived(packed[kept], is_ranked[kept], ratios)
+            of_image[image] = torch.nn.functional.pad(survived, (layout.num_retained - len(kept), 0))
     return [of_image[image] for image in range(len(evidence.layouts))]
 
 

@@ -144,9 +144,14 @@ class TokenLayout:
         num_newlines: newline tokens kept.
         num_class_tokens: class tokens kept, 0 or 1.
         num_retained: placeholders of this image: `sum(group_totals) + num_newlines + num_class_tokens`.
+        num_offered: tokens that a method may keep: all that stock uses, without newlines where `keep_newlines` is False.
         keeps_everything: whether the kept sequence is the stock one, so that there is nothing to select.
 
     With `at_least_one`, a ratio that keeps no cell of the image becomes the smallest one that does.
+
+    Where the method `counts_newlines`, its count is of all tokens, so a budget is too; newlines and the class token are taken
+    to be kept first, as far as the count goes, and `group_totals` has one number, the cells that are left. With `at_least_one`
+    the count is then 1 where it would be 0.
     """
 
     def __init__(
@@ -166,8 +171,11 @@ class TokenLayout:
 
         self.view_shapes = tuple((part.rows, part.columns) for part in self.parts for _ in range(part.num_views))
         self.num_stock = sum(part.num_tokens for part in self.parts) + has_class_token - skips_first_cell
-        self.num_newlines = sum(part.num_newlines for part in self.parts) if pruning.keep_newlines else 0
+        newlines = sum(part.num_newlines for part in self.parts)
+        self.num_newlines = newlines if pruning.keep_newlines else 0
+        self.num_offered = self.num_stock - newlines + self.num_newlines
         self.num_class_tokens = int(has_class_token)
+        self._counts_newlines = pruning_method(pruning.method).counts_newlines
         # By arithmetic: a processor asks for nothing else as a rule, and tensors would take longer than all the counting.
         valid = [number for part in self.parts for number in part.valid_per_view()]
         self.valid_per_view: tuple[int, ...] = (valid[0] - skips_first_cell, *valid[1:])
@@ -176,9 +184,14 @@ class TokenLayout:
         # the CPU, each by itself, as a device context would double what counting takes.
         with torch.inference_mode(False):
             self.pruning = self._with_ratio(pruning)
-            if at_least_one:
+            if at_least_one and not self._counts_newlines:
                 self.pruning = self._with_a_cell(self.pruning)
             self.group_totals: tuple[int, ...] = self._count(self.pruning)
+        if self._counts_newlines:
+            tokens = max(sum(self.group_totals), int(at_least_one))
+            self.num_class_tokens = min(self.num_class_tokens, tokens)
+            self.num_newlines = min(self.num_newlines, tokens - self.num_class_tokens)
+            self.group_totals = (tokens - self.num_newlines - self.num_class_tokens,)
         self.num_retained = sum(self.group_totals) + self.num_newlines + self.num_class_tokens
         # Without an exact count the number kept may stay below that of the placeholders, except at a ratio of 1.
         certain = self.pruning.exact_count or self.pruning.retention_ratio == 1
@@ -290,6 +303,16 @@ class TokenLayout:
         """The packed positions that show a cell, not a newline or a class token: int64, ascending, on the CPU."""
         return (self._cell_of_token >= 0).nonzero()[:, 0]
 
+    @property
+    def offered_positions(self) -> Tensor:
+        """The packed positions that a method may keep: int64 (num_offered,), ascending, on the CPU."""
+        return ((self._cell_of_token != _NEWLINE) | self.pruning.keep_newlines).nonzero()[:, 0]
+
+    @property
+    def is_no_cell(self) -> Tensor:
+        """Which packed positions show a newline or a class token: bool (num_stock,), on the CPU."""
+        return self._cell_of_token < 0
+
     def packed(self, of_cells: Tensor, newline: float, class_token: float) -> Tensor:
         """Values of all cells, (cells,), as those of packed positions, (num_stock,): newlines and a class token as given."""
         cell_of_token = self._cell_of_token.to(of_cells.device)
@@ -369,7 +392,9 @@ class TokenLayout:
         """`pruning`, with a ratio in place of a token budget: the largest one whose tokens do not exceed it."""
         if pruning.token_budget is None:
             return pruning
-        budget = pruning.token_budget - self.num_newlines - self.num_class_tokens
+        budget = pruning.token_budget
+        if not self._counts_newlines:
+            budget -= self.num_newlines + self.num_class_tokens
         if budget < 0:
             names = [f"{self.num_newlines} newline tokens"] * (self.num_newlines > 0)
             names += ["the class token"] * self.num_class_tokens
@@ -421,7 +446,7 @@ class TokenLayout:
     @torch.inference_mode(False)
     def _cell_of_token(self) -> Tensor:
         """For every packed position the cell it shows, as an index into `valid`. Counting does without."""
-        packed = [torch.full((self.num_class_tokens,), _CLASS_TOKEN, device="cpu")]
+        packed = [torch.full((int(self.has_class_token),), _CLASS_TOKEN, device="cpu")]
         for part, cells in zip(self.parts, self.by_part(torch.arange(self.num_cells, device="cpu")), strict=True):
             rows, columns = part.used_rows, part.used_columns
             used = part.stitched(cells)[rows.start : rows.stop, columns.start : columns.stop]
@@ -432,6 +457,22 @@ class TokenLayout:
                 packed.append(torch.full((1,), _NEWLINE, device="cpu"))
         # What stock drops as if it were a class token is the first cell of all.
         return torch.cat(packed)[int(self.skips_first_cell) :]
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def token_places(self) -> Tensor:
+        """Where every packed token lies: int64 (num_stock, 3), part, and row and column among those of it that stock uses.
+
+        A newline stands behind its row, one after all behind the last. The class token is in no part: -1, 0, 0.
+        """
+        places = [torch.tensor([[-1, 0, 0]] * int(self.has_class_token), dtype=torch.int64, device="cpu").view(-1, 3)]
+        for number, part in enumerate(self.parts):
+            rows, columns = len(part.used_rows), len(part.used_columns)
+            lines = [torch.arange(side, device="cpu") for side in (rows, columns + (part.newlines == "rows"))]
+            places.append(torch.cartesian_prod(torch.tensor([number], device="cpu"), *lines))
+            if part.newlines == "end":
+                places.append(torch.tensor([[number, rows - 1, columns]], device="cpu"))
+        return torch.cat(places)[int(self.skips_first_cell) :]
 
     @functools.cached_property
     @torch.inference_mode(False)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read
-from .features import choose, cut, gather_evidence
+from .features import choose_and_merge, cut_and_merge, gather_evidence
 from .layout import TokenLayout
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
@@ -27,6 +27,10 @@ class Look:
             order of views.
         class_attention: the same of what the class token attends to; empty where the encoder has none.
         encoder: the vision encoder's depth, and the layer whose output is the visual feature.
+        further_streams: by the names of `Family.streams` what else has a row for every token, such as DeepStack features: a
+            list of layers, each of every image (num_stock, hidden); None for families without such.
+        attention_rows: what some tokens attend to, the same by layer; by the settings that read it, as these say which tokens.
+        grey_levels: uint8 (cells of all images, pixels of a cell), or None where no settings read pixels.
     """
 
     base: Any
@@ -35,6 +39,9 @@ class Look:
     received: Mapping[int, Tensor]
     class_attention: Mapping[int, Tensor]
     encoder: EncoderFacts
+    attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]]
+    grey_levels: Tensor | None
+    further_streams: Mapping[str, Any] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
         """How the tokens of every image lie, under some settings or under the model's own."""
@@ -57,6 +64,9 @@ class Look:
         layers = settings.scored_layers(self.encoder)
         read = {Evidence.RECEIVED_ATTENTION: self.received, Evidence.CLASS_ATTENTION: self.class_attention}
         missing = [layer for kind, scores in read.items() for layer in layers if kind in kinds and layer not in scores]
+        rows = self.attention_rows.get(settings, {}) if Evidence.ATTENTION_ROWS in kinds else {}
+        if Evidence.ATTENTION_ROWS in kinds and not rows:
+            missing = list(layers)
         if missing:
             raise ValueError(
                 f"the method {settings.method!r} reads the encoder layers {list(layers)}, and {missing} were not looked at. "
@@ -66,13 +76,17 @@ class Look:
         received, class_attention = (
             {layer: scores[layer] for layer in layers if kind in kinds} for kind, scores in read.items()
         )
-        return gather_evidence(self.features, layouts, received, class_attention, self.encoder)
+        grey_levels = self.grey_levels if Evidence.PIXELS in kinds else None
+        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, rows, grey_levels)
 
     def kept(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence."""
+        """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence.
+
+        Of a method that merges, some features are averages.
+        """
         evidence = self.evidence(pruning, layouts)
-        kept = choose(evidence)
-        return cut(self.features, kept, evidence.layouts), kept
+        kept, merged = choose_and_merge(evidence)
+        return cut_and_merge(self.features, kept, merged, evidence.layouts), kept
 
     def importance(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> Tensor | None:
         """The scores by which a method ranks, float (cells of all images,) in the order of views; None where it does not."""

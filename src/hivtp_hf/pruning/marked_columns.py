@@ -25,7 +25,7 @@ from .prompt_columns import (
 )
 from .staged_language_model import StagedLanguageModel, calling_in_stages
 from .stages import stages_of_language_model
-from .surplus_placeholders import cached_length
+from .surplus_placeholders import cached_length, remember_surplus
 from .weighted_attention import check_language_model_can_mark, let_keys_weigh, mask_with_weights, needs_own_mask
 
 
@@ -38,20 +38,20 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
         arguments, to_remember, staged = self._with_columns(args, kwargs, torch.compiler.is_compiling())
         model: Any = self if staged is None else calling_in_stages(self, staged)
         output = super(MarkedColumnsMixin, model).forward(**arguments, return_dict=True)
-        if to_remember is not None:
-            _remember_columns_of_call(output, to_remember)
+        if to_remember != (None, None):
+            _remember_columns_of_call(output, *to_remember)
         return output
 
     # Python over images and caches, which a compiler would trace anew for each call; it compiles what comes behind.
     @torch.compiler.disable
     def _with_columns(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool
-    ) -> tuple[dict[str, Any], PromptColumns | None, StagedLanguageModel | None]:
+    ) -> tuple[dict[str, Any], tuple[PromptColumns | None, Tensor | None], StagedLanguageModel | None]:
         """The arguments of a forward for stock's, with places in its positions and weights in its mask.
 
         Returns:
-            The arguments; what its cache is to remember, or None where generate() sees to that; and what runs in place of the
-            language model, or None where no stage drops anything.
+            The arguments; what its cache is to remember of columns, or None where generate() sees to that, and of placeholders
+            without a token; and what runs in place of the language model, or None where no stage drops anything.
         """
         refuse_budget_among(kwargs)
         pruning = self.config.pruning_config
@@ -60,14 +60,17 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
         text_config = self.config.get_text_config()
         check_language_model_can_mark(text_config, pruning)
         encoded = self.encode_ahead(arguments)
+        surplus = None if pruning.exact_count else self._mask_surplus(arguments, encoded)
         prompt = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if prompt is None:
-            return arguments, None, None  # stock says what is missing
+            return arguments, (None, surplus), None  # stock says what is missing
         cache = cache_among(arguments)
         cached = 0 if cache is None else cached_length(cache)
-        to_remember, columns = None, given
+        to_remember: tuple[PromptColumns | None, Tensor | None] = (None, surplus)
+        columns = given
         if columns is None:
-            columns = to_remember = self.columns_of_prompt(arguments, encoded, checked_columns_in_cache(cache, cached), cached)
+            columns = self.columns_of_prompt(arguments, encoded, checked_columns_in_cache(cache, cached), cached)
+            to_remember = (columns, surplus)
         if columns.is_empty:
             return arguments, to_remember, None
         check_rows_are_not_packed(arguments, cache)
@@ -161,7 +164,14 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
     def is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
         raise NotImplementedError
 
+    def _mask_surplus(self, arguments: dict[str, Any], encoded: Any) -> Tensor | None:
+        raise NotImplementedError
+
 
 @torch.compiler.disable
-def _remember_columns_of_call(output: Any, columns: PromptColumns) -> None:
-    remember_columns(cache_of(output), columns)
+def _remember_columns_of_call(output: Any, columns: PromptColumns | None, surplus: Tensor | None) -> None:
+    cache = cache_of(output)
+    if columns is not None:
+        remember_columns(cache, columns)
+    if surplus is not None:
+        remember_surplus(cache, surplus)

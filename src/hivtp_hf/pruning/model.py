@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 
-from .attention_interface import CollectedAttention, attach
+from .attention_interface import CollectedAttention, RowsWanted, attach
 from .call_budget import refuse_budget_among
 from .compat import cache_among, cache_of, named_arguments, take_stock_keys
 from .evidence import EncoderFacts, Evidence
 from .features import (
     check_placeholders,
     check_pruning_fits_encoder,
-    choose,
-    cut,
+    choose_and_merge,
+    cut_and_merge,
     gather_evidence,
     keep_all_features,
     rank_features,
@@ -31,6 +31,7 @@ from .layout import TokenLayout
 from .look import Look
 from .marked_columns import MarkedColumnsMixin
 from .prompt_columns import COLUMN_ARGUMENTS, SURVIVES_ALL, refuse_columns_among
+from .registry import pruning_method
 from .retention_bits import ratios_of_images
 from .settings import VisualTokenPruningConfig
 from .stages import drops_any, stages_of_language_model
@@ -52,13 +53,16 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
             One (num_retained, hidden) tensor per image, which enters the language model.
         kept_indices (`list[torch.LongTensor]`):
             One ascending int64 tensor per image, newlines included: `pooler_output[i]` equals the stock model's
-            `pooler_output[i][kept_indices[i]]`. With `exact_count=False` fewer may be kept; `pooler_output[i]` then begins
-            with as many rows of zeros.
+            `pooler_output[i][kept_indices[i]]`, except where it holds averages. With `exact_count=False` fewer may be kept;
+            `pooler_output[i]` then begins with as many rows of zeros.
         num_stock (`list[int]`):
             How many tokens the unpruned model uses for each image; None unless `positions` are the original ones.
         log_weights (`list[torch.FloatTensor]`):
             One float32 (num_retained,) tensor per image, what the language model adds to the logits of the tokens' keys; None
             unless `token_weights` are on.
+        is_average (`list[torch.BoolTensor]`):
+            One tensor per image as long as `kept_indices`: which of these tokens hold an average of themselves and dropped
+            ones; None unless the method makes averages.
         deepstack_features (`list[list[torch.Tensor]]`):
             Of families whose language model takes features at several layers, for each of these layers one
             (num_retained, hidden) tensor per image; else None.
@@ -68,6 +72,7 @@ class PrunedImageFeaturesOutput(BaseModelOutputWithPooling):
     num_stock: list[int] | None = None
     log_weights: list[Tensor] | None = None
     stages_survived: list[Tensor] | None = None
+    is_average: list[Tensor] | None = None
     deepstack_features: list[list[Tensor]] | None = None
 
 
@@ -156,16 +161,28 @@ class PrunedModelMixin(MarkedColumnsMixin):
             )
         class_attention = set(received) if has_class_token else set()
         wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
+        rows, reads_pixels = {}, False
         for settings in map(VisualTokenPruningConfig.coerce, wanted):
             kinds = check_pruning_fits_encoder(settings, encoder, self.provided_evidence)
             for kind, read in ((Evidence.RECEIVED_ATTENTION, received), (Evidence.CLASS_ATTENTION, class_attention)):
                 if kind in kinds:
                     read.update(settings.scored_layers(encoder))
-        collector = CollectedAttention(received, class_attention)
+            reads_pixels |= Evidence.PIXELS in kinds
+            if Evidence.ATTENTION_ROWS in kinds:
+                rows[settings] = _rows_wanted(settings.scored_layers(encoder), self._layouts(arguments, pruning=settings))
+        collector = CollectedAttention(received, class_attention, rows, int(has_class_token))
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
         call = self.family.ending_early(call, self.config, arguments, collector.layers)
         output = self._received_attention_tap.call(call, collector)
-        return Look(self, arguments, list(output.pooler_output), *self._scores_of_cells(collector, layouts), encoder)
+        return Look(
+            self,
+            arguments,
+            list(output.pooler_output),
+            *self._scores_of_cells(collector, layouts),
+            encoder,
+            attention_rows=self._rows_of_cells(collector, layouts),
+            grey_levels=self.family.grey_levels(self, arguments, layouts) if reads_pixels else None,
+        )
 
     def _image_arguments(self) -> tuple[str, ...]:
         return (*self.family.image_inputs, *self.family.feature_arguments)
@@ -205,15 +222,22 @@ class PrunedModelMixin(MarkedColumnsMixin):
             streams: dict[str, Any] = {}
             kept_indices, log_weights = keep_all_features(output.pooler_output, layouts), None
             survived = [torch.full_like(kept, SURVIVES_ALL) for kept in kept_indices] if pruning.drops_in_stages else None
+            merged = [torch.zeros_like(kept, dtype=torch.bool) for kept in kept_indices]
             if pruning.weighs_tokens:
                 log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
         else:
             collector = CollectedAttention(
-                layers if Evidence.RECEIVED_ATTENTION in kinds else (), layers if Evidence.CLASS_ATTENTION in kinds else ()
+                layers if Evidence.RECEIVED_ATTENTION in kinds else (),
+                layers if Evidence.CLASS_ATTENTION in kinds else (),
+                {pruning: _rows_wanted(layers, layouts)} if Evidence.ATTENTION_ROWS in kinds else None,
+                int(Evidence.CLASS_ATTENTION in self.provided_evidence),
             )
             output = self._received_attention_tap.call(call, collector)
             of_stock = {name: getattr(output, name) for name in self.family.streams}
-            streams, kept_indices, log_weights, survived = self._prune(of_stock, layouts, collector, encoder)
+            grey_levels = self.family.grey_levels(self, arguments, layouts) if Evidence.PIXELS in kinds else None
+            streams, kept_indices, merged, log_weights, survived = self._prune(
+                of_stock, layouts, collector, encoder, grey_levels
+            )
         stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
         num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
         return PrunedImageFeaturesOutput(
@@ -222,6 +246,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             num_stock=num_stock,
             log_weights=log_weights,
             stages_survived=survived,
+            is_average=merged if pruning_method(pruning.method).merges else None,
         )
 
     def _scores_of_cells(
@@ -233,6 +258,13 @@ class PrunedModelMixin(MarkedColumnsMixin):
             for of_kind in (collector.received(), collector.class_attention())
         )
         return received, class_attention
+
+    def _rows_of_cells(self, collector: CollectedAttention, layouts: Sequence[TokenLayout]) -> dict[Any, dict[int, Tensor]]:
+        """By settings and layer what the tokens attend to that a method named, float32 (cells of images,)."""
+        return {
+            settings: {layer: self.family.cell_scores(self, found, layouts) for layer, found in of_settings.items()}
+            for settings, of_settings in collector.rows().items()
+        }
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
@@ -267,12 +299,16 @@ class PrunedModelMixin(MarkedColumnsMixin):
         layouts: Sequence[TokenLayout],
         collector: CollectedAttention,
         encoder: EncoderFacts,
-    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
-        evidence = gather_evidence(streams["pooler_output"], layouts, *self._scores_of_cells(collector, layouts), encoder)
-        kept_indices = choose(evidence)
-        kept_streams = {name: cut(stream, kept_indices, layouts) for name, stream in streams.items()}
+        grey_levels: Tensor | None,
+    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+        rows = next(iter(self._rows_of_cells(collector, layouts).values()), None)
+        scores = self._scores_of_cells(collector, layouts)
+        evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels)
+        kept_indices, merged = choose_and_merge(evidence)
+        kept_streams = {name: cut_and_merge(stream, kept_indices, merged, layouts) for name, stream in streams.items()}
         survived = rank_features(evidence, kept_indices, self.config.get_text_config().num_hidden_layers)
-        return kept_streams, kept_indices, weigh_features(evidence, kept_indices), survived
+        is_average = [of_image.is_average for of_image in merged if of_image is not None]
+        return kept_streams, kept_indices, is_average, weigh_features(evidence, kept_indices), survived
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -373,3 +409,10 @@ class PrunedModelMixin(MarkedColumnsMixin):
                 arguments["position_ids"] = positions_of(masked, is_placeholder.shape[1])
             arguments["attention_mask"] = masked
         return surplus
+
+
+def _rows_wanted(layers: Sequence[int], layouts: Sequence[TokenLayout]) -> RowsWanted:
+    """What is wanted of attention rows by the method of some layouts. A sequence is a view, as the tower sees it."""
+    prunings = [layout.pruning for layout in layouts for _ in range(layout.num_tiles)]
+    method = pruning_method(prunings[0].method)
+    return RowsWanted(tuple(layers), lambda received, first: method.rows(received, prunings[first : first + received.shape[0]]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .call_budget import CallBudget, as_model_input
 from .layout import TokenLayout
+from .registry import pruning_method
 from .remote_code_file import RemoteCodeMixin
 from .settings import VisualTokenPruningConfig, check_no_setting_among
 
@@ -90,11 +91,15 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
                 "that an image's size determines. Set `exact_count=True` in the pruning_config of model and processor."
             )
         if self.pruning_config.marks_columns:
+            own = pruning_method(self.pruning_config.method).drops_in_stages(self.pruning_config.replace(stages=()))
             raise ValueError(
                 f"`token_weights` is {self.pruning_config.token_weights!r}, `positions` {self.pruning_config.positions!r} and "
-                f"`stages` {self.pruning_config.stages!r}; serving engines decide by themselves where tokens stand, how they "
-                "attend to each other, and that every layer sees all of them. Set `token_weights='none'`, `positions='packed'` "
-                "and no `stages` in the pruning_config of model and processor, or serve with `hivtp serve`."
+                f"`stages` {self.pruning_config.stages!r}"
+                + (f", and the method {self.pruning_config.method!r} has stages of its own" if own else "")
+                + "; serving engines decide by themselves where tokens stand, how they attend to each other, and that every "
+                "layer sees all of them. Set `token_weights='none'`, `positions='packed'`, no `stages`"
+                + (" and another method" if own else "")
+                + " in the pruning_config of model and processor, or serve with `hivtp serve`."
             )
         budget = CallBudget(self.pruning_config, retention_ratio, token_budget)
         if image_sizes is not None:

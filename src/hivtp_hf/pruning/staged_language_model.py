@@ -111,7 +111,7 @@ class StagedLanguageModel:
             if segment:
                 held.append(_followed(stored[segment - 1], index + cached, is_real, not drops))
             seen = _cache_from(cache, first, len(model.layers))
-            output = _layers(model, first, behind)(
+            output = layers_of(model, first, behind)(
                 inputs_embeds=states,
                 attention_mask=self._mask_of(mask, held[segment], seen, columns.log_weights, states),
                 position_ids=positions.expand(*positions.shape[:-2], rows, new).gather(
@@ -155,7 +155,7 @@ def _check_mask(mask: Any, columns: int) -> None:
     )
 
 
-def _layers(model: Any, first: int, behind: int) -> Any:
+def layers_of(model: Any, first: int, behind: int) -> Any:
     """A language model of some of its layers; the last ones end in its norm."""
     view: Any = object.__new__(type(model))
     view.__dict__.update({name: value for name, value in vars(model).items() if name not in _OF_THE_MODULE})

@@ -90,7 +90,8 @@ def tokens_of_layers(layout: Any, num_layers: int) -> list[int]:
         num_layers: of the language model.
     """
     stages = stages_of_language_model(layout.pruning, num_layers)
-    staying = layout.num_newlines + layout.num_class_tokens
+    counts_newlines = pruning_method(layout.pruning.method).counts_newlines
+    staying = 0 if counts_newlines else layout.num_newlines + layout.num_class_tokens
     left = left_after_stages(layout.num_retained - staying, [ratio for _, ratio in stages])
     bounds = [*(layer for layer, _ in stages), num_layers]
     tokens = [layout.num_retained] * bounds[0]

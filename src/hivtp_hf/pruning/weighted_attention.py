@@ -130,8 +130,7 @@ def let_keys_weigh(language_model: nn.Module, num_layers: int) -> None:
         ValueError: if there is not one attention module a layer that is recognised.
     """
     with _attaching:
-        modules: list[Any] = list(language_model.modules())
-        found = [module for module in modules if hasattr(module, "config") and hasattr(module, "is_causal")]
+        found = _attention_modules(language_model)
         if len(found) != num_layers:
             raise ValueError(
                 f"{type(language_model).__name__} has {len(found)} attention modules that are recognised, and {num_layers} "
@@ -140,6 +139,19 @@ def let_keys_weigh(language_model: nn.Module, num_layers: int) -> None:
         for module in found:
             if not isinstance(module.config, _WeightedConfigView):
                 module.config = _WeightedConfigView(module.config, eager=eager_attention_of(module))
+
+
+def _attention_modules(language_model: nn.Module) -> list[Any]:
+    """Its attention modules. Every step of a generation asks, so what lies inside of them is not looked at."""
+    found: list[Any] = []
+    ahead: list[Any] = [language_model]
+    while ahead:
+        module = ahead.pop()
+        if "config" in vars(module) and hasattr(module, "is_causal"):
+            found.append(module)
+        else:
+            ahead += module.children()
+    return found
 
 
 def mask_with_weights(
@@ -251,8 +263,9 @@ def _attention_by_key(
     """Registered with transformers' attention interface; query, key and value are (batch, heads, tokens, head_dim)."""
     view = module.config
     config = view._hivtp_config
-    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, view._hivtp_eager)
-    if is_flash_attention_requested(config=config):
+    name = config._attn_implementation  # looked up once: every layer of every step comes here
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(name, view._hivtp_eager)
+    if is_flash_attention_requested(requested_attention_implementation=name):
         shown = ModuleView(module, config)
         return _flash_attention(implementation, shown, query, key, value, attention_mask, *args, **kwargs)
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
