@@ -436,6 +436,11 @@ class HIVTPLlavaOnevisionProcessor(OptionalVideoPartMixin, LlavaOnevisionProcess
         grid = self.cells_per_side()
         return llava_onevision_video_layout(frames, settings, grid, *self.tile_and_patch_size(), image_size)
 
+    def prompt_token_layouts(self, sizes: Sequence[tuple[int, int]]) -> list[TokenLayout]:
+        """As every family's; several images in a prompt get no crops."""
+        alone = len(sizes) == 1
+        return [self.family.processor_layout(self, *size, self.pruning_config, alone=alone) for size in sizes]
+
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
         """The placeholders of one image; stock asks for each in turn."""
         return self.image_token * self.layout_in_inputs(image_inputs, image_idx, self._next_pruning()).num_retained

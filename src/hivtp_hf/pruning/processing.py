@@ -1,6 +1,7 @@
 """What every family's processor shares: settings, the budget of one call, and how both are stored and loaded."""
 
 import copy
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +83,14 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
         """
         pruning = self.pruning_config.for_call(retention_ratio, token_budget)
         return self.family.processor_layout(self, height, width, pruning)
+
+    def prompt_token_layouts(self, sizes: Sequence[tuple[int, int]]) -> list[TokenLayout]:
+        """The layouts of the images of one prompt; in most families each as if it were alone.
+
+        Args:
+            sizes: (height, width) in pixels, in the order of the prompt.
+        """
+        return [self.token_layout(height, width) for height, width in sizes]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, retention_ratio=None, token_budget=None, **kwargs):
         # Only serving engines ask. They count tokens before the image is seen, and never mask a placeholder out.
