@@ -48,7 +48,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
 TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
 RATIOS = {"50 %": 1 / 2, "22 %": 2 / 9, "11 %": 1 / 9}
-# A wide vision tower and a language model that takes most of the time are the others' part.
+# Its tiles are larger and more than theirs.
 TINY_ONEVISION = {"vision_width": 32}
 # Of the patch tokens, where answers are compared.
 KEPT_SHARE = 2 / 9
@@ -225,8 +225,12 @@ def report(
     repeats: int,
     sees: bool,
     prefix: str = "",
+    methods: bool = True,
 ) -> None:
-    """Prints the table and, of models that see, the answers of both; saves the pictures, under names with the prefix."""
+    """Prints the table and, of models that see, the answers of both; saves the pictures, under names with the prefix.
+
+    The last argument says whether all methods are drawn as well.
+    """
     print("\nPrefill is one forward pass over image and question (vision tower, projector, language model), the median of")
     print(f"{repeats} after a warm-up, stock and pruned in turn. KV cache is the size of its tensors after that pass.\n")
     print(f"{'':23}{'image tokens':>17}{'prefill':>23}{'KV cache':>24}")
@@ -244,10 +248,11 @@ def report(
     if answers:
         print(f"\n{question}", *answers, sep="\n")
     print(f"\nThe kept cells are drawn in {folder / f'{prefix}*_kept.png'}.")
-    name, image = next(iter(photographs.items()))
-    methods = folder / f"{prefix}{name}_methods.png"
-    compare_methods(pruned, image).save(methods)
-    print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {methods}.")
+    if methods:
+        name, image = next(iter(photographs.items()))
+        target = folder / f"{prefix}{name}_methods.png"
+        compare_methods(pruned, image).save(target)
+        print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {target}.")
 
 
 def pan_across(image: Image.Image) -> list[Image.Image]:
@@ -322,7 +327,7 @@ def main(
         checkpoint = build_onevision_checkpoint(output / "onevision_checkpoint", **TINY_ONEVISION)
         onevision = load_whole_and_pruned(str(checkpoint), ONEVISION)
         name, photograph = next(iter(photographs.items()))
-        report(*onevision, {name: photograph}, question, output, repeats, sees=False, prefix="onevision_")
+        report(*onevision, {name: photograph}, question, output, repeats, sees=False, prefix="onevision_", methods=False)
         report_frames(onevision[1], photograph, output)
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 

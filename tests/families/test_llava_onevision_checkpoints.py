@@ -2,15 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from typer.testing import CliRunner
 
 from checkpoints import KEY_LAYOUTS, run_without_package
 from examples.tiny_onevision_checkpoint import CHAT_TEMPLATE, build_onevision_checkpoint
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.checkpoints.inspection import inspect_checkpoint
+from hivtp_hf.cli import app
+from hivtp_hf.figures import draw_kept_frames
+from hivtp_hf.figures.kept_cells import CAPTION_HEIGHT, FRAME_SIDE, MARGIN
 from tiny_models import photo
 from tiny_onevision import FAMILY, SMALL, StockWithoutVideos, onevision_parts, onevision_twins
 
@@ -152,3 +158,28 @@ def test_inspected(stock):
     assert [(row.stock_tokens, row.retained_tokens) for row in report.sizes] == [
         (layout.num_stock, layout.num_retained) for layout in wanted
     ]
+
+
+def test_drawn(saved, stock, tmp_path):
+    """`hivtp visualize` and the pictures of frames: resampled cells and frames lie where the layout says."""
+    image = tmp_path / "large.png"
+    photo(340, 330).save(image)
+    arguments = ("visualize", str(saved), str(image), "-o", str(tmp_path / "figures"))
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "figures" / "large_hivtp.png") as figure:
+        assert np.ptp(np.asarray(figure.convert("L"))) > 200
+    layout = stock[1].processor.video_token_layout(2, image_size=(320, 320))
+    frames = [photo(320, 320, seed) for seed in (0, 1)]
+    cell = torch.tensor([int(layout.cell_positions[16 + 5])])  # the second row and column of the second frame
+    picture = draw_kept_frames(frames, layout, cell)
+    left = MARGIN + (FRAME_SIDE + MARGIN)
+    drawn = np.asarray(picture)[CAPTION_HEIGHT : CAPTION_HEIGHT + FRAME_SIDE, left : left + FRAME_SIDE]
+    coloured = (drawn != drawn[..., :1]).any(-1)
+    rows, columns = coloured.nonzero()
+    # A cell is a quarter of 56 of 58 pixels.
+    side = 320 * 56 / 58 / 4
+    assert [rows.min(), columns.min()] == pytest.approx([side, side], abs=2)
+    assert [rows.max(), columns.max()] == pytest.approx([2 * side, 2 * side], abs=2)
+    with pytest.raises(ValueError, match="there must be a view for each frame"):
+        draw_kept_frames(frames[:1], layout, cell)
