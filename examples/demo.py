@@ -29,22 +29,27 @@ from hivtp_hf import (
     HIVTPLlavaForConditionalGeneration,
     HIVTPLlavaNextForConditionalGeneration,
     HIVTPLlavaNextProcessor,
+    HIVTPLlavaOnevisionForConditionalGeneration,
+    HIVTPLlavaOnevisionProcessor,
     HIVTPLlavaProcessor,
     HIVTPQwen2_5_VLForConditionalGeneration,
     HIVTPQwen2_5_VLProcessor,
 )
-from hivtp_hf.figures import draw_comparison, draw_kept_cells
+from hivtp_hf.figures import draw_comparison, draw_kept_cells, draw_kept_frames
 from hivtp_hf.pruning.compat import cache_of
 from hivtp_hf.pruning.registry import METHODS
 
 from .shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from .tiny_checkpoint import build_stock_checkpoint
+from .tiny_onevision_checkpoint import build_onevision_checkpoint
 from .tiny_qwen_checkpoint import build_qwen_checkpoint
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 # Beside LLaVA-NeXT's geometry, which is the default: a language model that takes most of the time, as it does in real ones.
 TINY_MODEL = {"vision_width": 32, "text_layers": 4, "text_width": 256}
 RATIOS = {"50 %": 1 / 2, "22 %": 2 / 9, "11 %": 1 / 9}
+# Its tiles are larger and more than theirs.
+TINY_ONEVISION = {"vision_width": 32}
 # Of the patch tokens, where answers are compared.
 KEPT_SHARE = 2 / 9
 # By the model type of a stock checkpoint, stock's classes and ours.
@@ -58,6 +63,9 @@ FAMILIES = {
         (HIVTPLlavaForConditionalGeneration, HIVTPLlavaProcessor),
     ),
 }
+QWEN = (HIVTPQwen2_5_VLForConditionalGeneration, HIVTPQwen2_5_VLProcessor)
+ONEVISION = (HIVTPLlavaOnevisionForConditionalGeneration, HIVTPLlavaOnevisionProcessor)
+NUM_FRAMES = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -102,9 +110,8 @@ def load_pair(stock_name: str, pruned_name: str) -> tuple:
     return load(stock_name, *family[0]), pruned
 
 
-def load_qwen_pair(name: str) -> tuple:
-    """Pipelines of a Qwen2.5-VL at a ratio of 1, which is stock's result bit for bit, and of the same weights pruned."""
-    classes = (HIVTPQwen2_5_VLForConditionalGeneration, HIVTPQwen2_5_VLProcessor)
+def load_whole_and_pruned(name: str, classes: tuple) -> tuple:
+    """Pipelines of a checkpoint at a ratio of 1, which is stock's result bit for bit, and of the same weights pruned."""
     unpruned = load(name, *classes)
     unpruned.model.config.pruning_config = unpruned.processor.pruning_config = {"method": "none"}
     return unpruned, load(name, *classes)
@@ -218,8 +225,12 @@ def report(
     repeats: int,
     sees: bool,
     prefix: str = "",
+    methods: bool = True,
 ) -> None:
-    """Prints the table and, of models that see, the answers of both; saves the pictures, under names with the prefix."""
+    """Prints the table and, of models that see, the answers of both; saves the pictures, under names with the prefix.
+
+    The last argument says whether all methods are drawn as well.
+    """
     print("\nPrefill is one forward pass over image and question (vision tower, projector, language model), the median of")
     print(f"{repeats} after a warm-up, stock and pruned in turn. KV cache is the size of its tensors after that pass.\n")
     print(f"{'':23}{'image tokens':>17}{'prefill':>23}{'KV cache':>24}")
@@ -237,10 +248,33 @@ def report(
     if answers:
         print(f"\n{question}", *answers, sep="\n")
     print(f"\nThe kept cells are drawn in {folder / f'{prefix}*_kept.png'}.")
-    name, image = next(iter(photographs.items()))
-    methods = folder / f"{prefix}{name}_methods.png"
-    compare_methods(pruned, image).save(methods)
-    print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {methods}.")
+    if methods:
+        name, image = next(iter(photographs.items()))
+        target = folder / f"{prefix}{name}_methods.png"
+        compare_methods(pruned, image).save(target)
+        print(f"What every method keeps of {name} at {', '.join(RATIOS)} is drawn in {target}.")
+
+
+def pan_across(image: Image.Image) -> list[Image.Image]:
+    """Frames of a video: a window of two thirds of a photograph that moves across it."""
+    width, height = image.width * 2 // 3, image.height * 2 // 3
+    steps = [number / (NUM_FRAMES - 1) for number in range(NUM_FRAMES)]
+    corners = [(round(step * (image.width - width)), round(step * (image.height - height))) for step in steps]
+    return [image.convert("RGB").crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def report_frames(pipe, photograph: Image.Image, folder: Path) -> None:
+    """Prints how many tokens a video makes, chosen in each frame and among all, and saves pictures of the kept cells."""
+    frames, settings = pan_across(photograph), pipe.model.config.pruning_config.replace(retention_ratio=KEPT_SHARE)
+    layout = pipe.processor.video_token_layout(len(frames), pruning=settings, image_size=(frames[0].height, frames[0].width))
+    for scope, words in (("frame", "in every frame"), ("video", "among all frames")):
+        pipe.model.config.pruning_config = pipe.processor.pruning_config = settings.replace(video_scope=scope)
+        inputs = pipe.processor(videos=[frames], text=pipe.processor.video_token, return_tensors="pt").to(pipe.device)
+        with torch.inference_mode():
+            (kept,) = pipe.model.get_video_features(inputs["pixel_values_videos"].to(pipe.model.dtype)).kept_indices
+        target = folder / f"onevision_frames_kept_by_{scope}.png"
+        draw_kept_frames(frames, layout, kept).save(target)
+        print(f"Of {layout.num_stock} tokens of {len(frames)} frames {len(kept)} are kept, chosen {words}: {target}")
 
 
 def main(
@@ -286,9 +320,15 @@ def main(
         print(
             "\nA tiny Qwen2.5-VL of real geometry, with random weights as well, whole (which is stock bit for bit) and pruned."
         )
-        qwen = load_qwen_pair(str(build_qwen_checkpoint(output / "qwen_checkpoint")))
+        qwen = load_whole_and_pruned(str(build_qwen_checkpoint(output / "qwen_checkpoint")), QWEN)
         some = dict(list(photographs.items())[:3])
         report(*qwen, some, question, output, repeats, sees=False, prefix="qwen_")
+        print("\nA tiny LLaVA-OneVision in the same way, and six frames of a video.")
+        checkpoint = build_onevision_checkpoint(output / "onevision_checkpoint", **TINY_ONEVISION)
+        onevision = load_whole_and_pruned(str(checkpoint), ONEVISION)
+        name, photograph = next(iter(photographs.items()))
+        report(*onevision, {name: photograph}, question, output, repeats, sees=False, prefix="onevision_", methods=False)
+        report_frames(onevision[1], photograph, output)
     print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 

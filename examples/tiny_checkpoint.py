@@ -30,14 +30,14 @@ _CORPUS = [
 ]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with LLaVA's special tokens, trained on three sentences."""
+def tiny_tokenizer(**extra_tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with LLaVA's special tokens, and further ones by their names, trained on three sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        special_tokens=["<pad>", "<s>", "</s>", "<image>", *extra_tokens.values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -47,7 +47,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", **extra_tokens},
         padding_side="left",
     )
 

@@ -20,6 +20,12 @@ from .families.llava_next import (
     HIVTPLlavaNextModel,
     HIVTPLlavaNextProcessor,
 )
+from .families.llava_onevision import (
+    HIVTPLlavaOnevisionConfig,
+    HIVTPLlavaOnevisionForConditionalGeneration,
+    HIVTPLlavaOnevisionModel,
+    HIVTPLlavaOnevisionProcessor,
+)
 from .families.qwen2_5_vl import (
     HIVTPQwen2_5_VLConfig,
     HIVTPQwen2_5_VLForConditionalGeneration,
@@ -54,6 +60,10 @@ __all__ = [
     "HIVTPLlavaNextForConditionalGeneration",
     "HIVTPLlavaNextModel",
     "HIVTPLlavaNextProcessor",
+    "HIVTPLlavaOnevisionConfig",
+    "HIVTPLlavaOnevisionForConditionalGeneration",
+    "HIVTPLlavaOnevisionModel",
+    "HIVTPLlavaOnevisionProcessor",
     "HIVTPLlavaProcessor",
     "HIVTPQwen2VLConfig",
     "HIVTPQwen2VLForConditionalGeneration",

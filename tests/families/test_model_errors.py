@@ -108,8 +108,7 @@ OF_BOTH_FAMILIES = [
     ("geometry", "pruning", "message"),
     [
         *(({"family": family, **geometry}, *rest) for family in FAMILIES for geometry, *rest in OF_BOTH_FAMILIES),
-        # Of LLaVA-NeXT: un-padding counts whole cells, so tiles must divide. LLaVA-1.5 drops what is left, as stock does.
-        ({"family": "llava_next", "patch_size": 6}, {}, "56 pixels does not divide into patches of 6 pixels"),
+        ({"family": "llava_next", "patch_size": 57}, {}, "56 pixels is smaller than a patch of 57 pixels"),
         ({"family": "llava_next", "pinpoints": [[56, 100]]}, {}, "does not divide into tiles of 56 pixels"),
     ],
 )

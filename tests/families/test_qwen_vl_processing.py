@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import is_torchvision_available
 
-from hivtp_hf.families import qwen_vl_processing
+from hivtp_hf.families import video_processing
 from hivtp_hf.families.qwen_vl import qwen_vl_layout
 from hivtp_hf.pruning.checked_values import MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence, methods_of
@@ -326,7 +326,7 @@ def test_videos_are_counted_as_stock_counts_them(family):
 def test_settings_of_videos_are_looked_for_where_the_call_says(monkeypatch):
     """Without the network where that is what was asked for, as all other files."""
     asked = {}
-    monkeypatch.setattr(qwen_vl_processing, "found_file", lambda name, file, where: asked.update(where))
+    monkeypatch.setattr(video_processing, "found_file", lambda name, file, where: asked.update(where))
     monkeypatch.setattr(ProcessorMixin, "get_processor_dict", classmethod(lambda cls, name, **kwargs: ({}, kwargs)))
     given = {"local_files_only": True, "cache_dir": "here", "revision": "main", "subfolder": "part"}
     OURS["qwen2_5_vl"][0].family.classes.processor.get_processor_dict("owner/name", **given)

@@ -98,7 +98,8 @@ def test_the_choice_is_the_models_own(method, tower, monkeypatch):
     layout = pair.processor.token_layout(60, 100)
     inputs, choice = choice_of(pair, photo(60, 100), layout)
     # What the selector itself is given, by the model's own pass.
-    name, module = f"select_{method}", sys.modules.get(f"hivtp_hf.methods.{method}")
+    name = f"merge_{method}" if METHODS[method].merges else f"select_{method}"
+    module = sys.modules.get(f"hivtp_hf.methods.{method}")
     given, original = [], getattr(module, name, None)
     if method in SCORED and hasattr(module, name):
         monkeypatch.setattr(module, name, lambda *arguments: given.append(arguments) or original(*arguments))

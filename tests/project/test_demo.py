@@ -10,12 +10,15 @@ from PIL import Image
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples import demo
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.families.llava_onevision import llava_onevision_layout, llava_onevision_video_layout
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
+from tiny_onevision import SMALL
 
 pytestmark = pytest.mark.once
 
+SIDES = tuple((58 * rows, 58 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3))
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 
 
@@ -58,12 +61,22 @@ def row_of(name: str, output: str) -> list[str]:
 def test_tiny_model_on_a_photograph(tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(demo, "PHOTOGRAPHS", ("chelsea",))
     monkeypatch.setattr(demo, "TINY_MODEL", GEOMETRY)
+    monkeypatch.setattr(demo, "TINY_ONEVISION", SMALL)
     output = run_main(demo.main, "--output", tmp_path, "--repeats", 1).stdout
-    expected, (of_llava, of_qwen) = layout(300, 451), rows_of("chelsea", output)
+    expected, (of_llava, of_qwen, of_onevision) = layout(300, 451), rows_of("chelsea", output)
     assert of_llava[:4] == ["chelsea", "451x300", str(expected.num_stock), str(expected.num_retained)]
     # Of 11 x 16 cells a quarter of each quadrant (5 or 6 rows of 8), rounded down, and one of each of 6 x 8 windows.
     assert of_qwen[:4] == ["chelsea", "451x300", "176", str(sum([5 * 8 // 4] * 2 + [6 * 8 // 4] * 2) + 6 * 8)]
     assert (tmp_path / "qwen_chelsea_methods.png").exists()
+    whole, pruned = (
+        llava_onevision_layout(300, 451, True, VisualTokenPruningConfig(**pruning), 58, 7, SIDES, "anyres_max_4")
+        for pruning in ({"method": "none"}, {})
+    )
+    assert of_onevision[:4] == ["chelsea", "451x300", str(whole.num_stock), str(pruned.num_retained)]
+    video = llava_onevision_video_layout(6, VisualTokenPruningConfig(retention_ratio=2 / 9), 8, 58, 7)
+    assert f"Of 97 tokens of 6 frames {video.num_retained} are kept, chosen in every frame" in output
+    for scope in ("frame", "video"):
+        assert Image.open(tmp_path / f"onevision_frames_kept_by_{scope}.png").width > 6 * 320
     assert "nonsense" in output
     assert Image.open(tmp_path / "chelsea_kept.png").format == "PNG"
     assert Image.open(tmp_path / "chelsea_methods.png").width > 300 * len(METHODS)

@@ -145,7 +145,7 @@ def test_a_layout_does_not_take_on_its_first_callers_surroundings(pruning):
         ({"width": -3}, "`width` is -3"),
         ({"height": True}, "`height` is True"),
         ({"height": 10**5000}, "`height` is a value that cannot be printed"),
-        ({"patch_size": 13}, "336 pixels does not divide into patches of 13"),
+        ({"patch_size": 337}, "336 pixels is smaller than a patch of 337"),
         ({"pinpoints": [[336, 500]]}, r"\(336, 500\) does not divide into tiles of 336"),
         ({"pinpoints": [[336]]}, "`pinpoints` is"),
         ({"pruning": {"retention_ratio": 2}}, "`retention_ratio` is 2"),

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 SHARED = {
     **{"token_budget": None, "exact_count": True, "keep_newlines": True},
-    **{"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": []},
+    **{"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": [], "video_scope": "frame"},
 }
 EVERY_SETTING = [
     pytest.param(method.name, setting, id=f"{method.name}-{setting.name}")

@@ -159,7 +159,7 @@ OTHER_PROCESSORS = {
 OTHER_PROCESSORS_BY_FAMILY = {
     "llava_next": {
         **OTHER_PROCESSORS,
-        "patches that do not divide": ({"patch_size": 9}, "56 pixels does not divide into patches of 9 pixels"),
+        "patches that do not divide": ({"patch_size": 9}, "the prompt has"),
     },
     "llava": {
         **OTHER_PROCESSORS,

@@ -1,12 +1,12 @@
 """The LLaVA families, as the tests that they share are parametrised over them: stock's classes and ours.
 
-Qwen-VL's prompts, sizes and positions are others; its tests are in files of their own.
+Qwen-VL's prompts, sizes and positions are others, and stock's processor of LLaVA-OneVision needs torchvision; their tests are
+in files of their own.
 """
 
 from typing import Any, NamedTuple
 
 from hivtp_hf.families import FAMILIES as REGISTERED
-from hivtp_hf.families.llava_towers import LlavaTowersFamily
 
 
 class Family(NamedTuple):
@@ -32,7 +32,7 @@ class Family(NamedTuple):
 FAMILIES = {
     family.name: Family(family.name, *family.stock_classes, *family.classes)
     for family in REGISTERED
-    if isinstance(family, LlavaTowersFamily)
+    if family.name in ("llava_next", "llava")
 }
 
 

@@ -101,7 +101,7 @@ def settings(pair: Twins, pruning):
 
 def image_inputs(inputs) -> dict[str, Any]:
     """The inputs of a call that say what its images are, without a ratio, which stock does not know."""
-    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None}
+    return {name: inputs[name] for name in ("pixel_values", "image_sizes", "batch_num_images") if inputs.get(name) is not None}
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:

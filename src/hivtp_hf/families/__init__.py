@@ -8,11 +8,19 @@ from ..pruning.checked_values import shown
 from .base import Family
 from .llava import LlavaFamily
 from .llava_next import LlavaNextFamily
+from .llava_onevision import LlavaOnevisionFamily
 from .qwen2_5_vl import Qwen2_5_VLFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_vl import Qwen3VLFamily
 
-FAMILIES: tuple[Family, ...] = (LlavaNextFamily(), LlavaFamily(), Qwen2_5_VLFamily(), Qwen3VLFamily(), Qwen2VLFamily())
+FAMILIES: tuple[Family, ...] = (
+    LlavaNextFamily(),
+    LlavaFamily(),
+    Qwen2_5_VLFamily(),
+    Qwen3VLFamily(),
+    Qwen2VLFamily(),
+    LlavaOnevisionFamily(),
+)
 
 
 def register_auto_classes() -> None:

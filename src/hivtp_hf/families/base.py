@@ -4,13 +4,14 @@ A family is one file: a subclass of `Family`, and thin subclasses of the stock c
 Add the `Family` to `FAMILIES` of families/__init__.py, and every method, command, card and test knows it. Which methods run on
 it is derived from `provides`, and written down nowhere.
 
-How the families here answer, LLaVA-1.5, LLaVA-NeXT and Qwen-VL, and how one that is to come will, LLaVA-OneVision:
+How the families here answer, LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Qwen-VL:
 
 * `image_sizes`. LLaVA-1.5: the tower's own size, once for each tile of `pixel_values`. LLaVA-NeXT: the rows of `image_sizes`.
-  OneVision: these, each with the number of images in its prompt (`batch_num_images`), as several images get no crops. Qwen: the
+  OneVision: these, each with whether it is alone in its prompt (`batch_num_images`), as several images get no crops. Qwen: the
   rows of `image_grid_thw`; `pixel_values` is a list of patches there, whose length says nothing of images.
 * `layout`. LLaVA-1.5: one square tile. LLaVA-NeXT: a base tile and stitched crops, un-padded, a newline a row. OneVision: the
-  same, and above nine crops a rectangle of resampled cells. Qwen: one rectangle of merged cells, without newlines.
+  same, and above nine crops a rectangle of resampled cells; beside other images one tile and a newline. Qwen: one rectangle of
+  merged cells, without newlines.
 * `processor_layout`. LLaVA: from `crop_size` and the original image. OneVision: the same. Qwen: from `smart_resize` of it.
 * `encoder`, `num_layers`, `feature_layer`. LLaVA and OneVision: `vision_tower`, and the hidden state that
   `vision_feature_layer` names. Qwen: `visual`, whose last block's output is merged 2 x 2.

@@ -20,7 +20,15 @@ from ..pruning.layout import TokenLayout
 from ..pruning.model import PrunedImageFeaturesOutput, PrunedModelMixin
 from ..pruning.settings import VisualTokenPruningConfig
 from .base import Family, FamilyClasses
-from .llava_towers import LlavaTowersFamily, LlavaTowersProcessorMixin, feature_argument, has_class_token
+from .llava_towers import (
+    LlavaTowersFamily,
+    LlavaTowersProcessorMixin,
+    check_feature_selection,
+    check_tiles,
+    feature_argument,
+    has_class_token,
+    sizes_of_images,
+)
 
 
 class LlavaNextFamily(LlavaTowersFamily):
@@ -41,18 +49,11 @@ class LlavaNextFamily(LlavaTowersFamily):
         return FamilyClasses(LlavaNextConfig, LlavaNextModel, LlavaNextForConditionalGeneration, LlavaNextProcessor)
 
     def image_sizes(self, model: Any, arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-        given = arguments.get("image_sizes")
-        if given is None:
-            raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
-        sizes = given.tolist() if hasattr(given, "tolist") else given
-        try:
-            return [(height, width) for height, width in sizes]
-        except (TypeError, ValueError):
-            raise ValueError(f"`image_sizes` is {sizes!r}; it must be (height, width) in pixels for every image.") from None
+        return sizes_of_images(arguments.get("image_sizes"))
 
     def layout(self, model: Any, size: Any, pruning: VisualTokenPruningConfig, arguments: Mapping[str, Any]) -> TokenLayout:
         strategy = feature_argument(model.config, arguments, "vision_feature_select_strategy")
-        _check_feature_selection(strategy, has_class_token(model))
+        check_feature_selection(strategy, has_class_token(model))
         height, width = size
         return TokenLayout.from_image_size(
             height,
@@ -64,18 +65,7 @@ class LlavaNextFamily(LlavaTowersFamily):
         )
 
     def check_pixels(self, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> None:
-        pixel_values, tiles = arguments["pixel_values"], [layout.num_views for layout in layouts]
-        if pixel_values.ndim == 5 and (pixel_values.shape[0] != len(tiles) or pixel_values.shape[1] < max(tiles, default=0)):
-            raise ValueError(
-                f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "
-                f"names {len(tiles)} images that need up to {max(tiles, default=0)} tiles. Pass both as the processor "
-                "returned them."
-            )
-        if pixel_values.ndim == 4 and pixel_values.shape[0] != sum(tiles):
-            raise ValueError(
-                f"`pixel_values` holds {pixel_values.shape[0]} tiles; the {len(tiles)} images that `image_sizes` names need "
-                f"{sum(tiles)}. Pass both as the processor returned them."
-            )
+        check_tiles(arguments["pixel_values"], [layout.num_tiles for layout in layouts])
 
     def processor_layout(
         self,
@@ -116,21 +106,6 @@ class LlavaNextFamily(LlavaTowersFamily):
             "crop_size": {"height": side, "width": side},
             "image_grid_pinpoints": config.image_grid_pinpoints,
         }
-
-
-def _check_feature_selection(strategy: str, has_class_token: bool) -> None:
-    """Refuses a `vision_feature_select_strategy` whose features are not one per cell of a tile.
-
-    Raises:
-        ValueError: for "full" where there is a class token, and for "default" (drop the first token) where there is none.
-    """
-    needed = "default" if has_class_token else "full"
-    if strategy != needed:
-        token = "has a class token, which is no cell of the image" if has_class_token else "has no class token to drop"
-        raise ValueError(
-            f"`vision_feature_select_strategy` is {strategy!r}, but the vision tower {token}. Pruning needs one feature per "
-            f"cell: use {needed!r}, in the model's configuration and in the processor's."
-        )
 
 
 class HIVTPLlavaNextConfig(PrunedConfigMixin, LlavaNextConfig):
@@ -180,7 +155,7 @@ class HIVTPLlavaNextProcessor(LlavaTowersProcessorMixin, LlavaNextProcessor):
     exactly stock's keys.
 
     Raises:
-        ValueError: for settings out of range, and at a call for tiles that do not divide into patches.
+        ValueError: for settings out of range, and at a call for tiles smaller than a patch.
     """
 
     family: ClassVar[Any] = HIVTPLlavaNextConfig.family
@@ -205,9 +180,8 @@ class HIVTPLlavaNextModel(PrunedModelMixin, LlavaNextModel):
         config ([`HIVTPLlavaNextConfig`]): the configuration.
 
     Raises:
-        ValueError: where the settings do not fit the vision tower: layers beyond its depth, tiles that do not divide into
-            patches, a feature selection that is not one feature per cell, a method that needs a class token where there
-            is none.
+        ValueError: where the settings do not fit the vision tower: layers beyond its depth, a feature selection that is
+            not one feature per cell, a method that needs a class token where there is none.
 
     Source: the methods that `VisualTokenPruningConfig` names.
     """

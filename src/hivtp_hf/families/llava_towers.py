@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class LlavaTowersFamily(Family):
             Evidence.ENCODED,
         }
     )
-    feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
+    feature_arguments: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     def encoder(self, model: Any) -> nn.Module:
         return model.vision_tower
@@ -58,12 +58,9 @@ class LlavaTowersFamily(Family):
     def provided_by(self, model: Any) -> frozenset[Evidence]:
         # CLIP puts a class token before the patches, SigLIP does not.
         names = (name.rpartition(".")[2] for name, _ in self.encoder(model).named_parameters())
-        lacking = set()
-        if not any(name in ("class_embedding", "cls_token") for name in names):
-            lacking.add(Evidence.CLASS_ATTENTION)
-        if model.config.vision_config.model_type not in PIXEL_SCALES:
-            lacking.add(Evidence.PIXELS)
-        return self.provides - lacking
+        has_class_token = any(name in ("class_embedding", "cls_token") for name in names)
+        provided = self.provides | {Evidence.CLASS_ATTENTION} if has_class_token else self.provides - {Evidence.CLASS_ATTENTION}
+        return provided if model.config.vision_config.model_type in PIXEL_SCALES else provided - {Evidence.PIXELS}
 
     def ending_early(
         self, stock: Callable[..., Any], config: Any, arguments: Mapping[str, Any], layers: Sequence[int]
@@ -73,19 +70,24 @@ class LlavaTowersFamily(Family):
 
     def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
         of_tiles = torch.cat(list(scores)) if len(scores) > 1 else scores[0]
-        cells, tiles = math.prod(layouts[0].view_shapes[0]), sum(layout.num_views for layout in layouts)
+        parts = [part for layout in layouts for part in layout.parts]
+        cells, tiles = parts[0].of_tower[0].rows * parts[0].of_tower[0].columns, sum(layout.num_tiles for layout in layouts)
         class_tokens = of_tiles.shape[1] - cells
         if of_tiles.shape[0] != tiles or class_tokens not in (0, 1):
             raise ValueError(
                 f"the vision tower scored {of_tiles.shape[0]} tiles of {of_tiles.shape[1]} tokens; the images need {tiles} "
                 f"tiles of {cells} cells, with or without a class token. Check `image_sizes` and the tower's image size."
             )
-        return of_tiles[:, class_tokens:].flatten()
+        of_cells = of_tiles[:, class_tokens:]
+        if not any(part.resampled_from for part in parts):
+            return of_cells.flatten()
+        of_parts = of_cells.split([sum(views.num_views for views in part.of_tower) for part in parts])
+        return torch.cat([part.from_tower(values.flatten()) for part, values in zip(parts, of_parts, strict=True)])
 
     def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
         vision, pixels = model.config.vision_config, arguments["pixel_values"]
         if pixels.ndim == 5:  # images with fewer tiles are padded
-            pixels = torch.cat([tiles[: layout.num_views] for tiles, layout in zip(pixels, layouts, strict=True)])
+            pixels = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixels, layouts, strict=True)])
         patch, (rows, columns) = vision.patch_size, layouts[0].view_shapes[0]
         levels = as_grey_levels(pixels, *PIXEL_SCALES[vision.model_type])
         # What of a tile fills no patch belongs to no cell.
@@ -109,6 +111,52 @@ class LlavaTowersFamily(Family):
 def has_class_token(model: Any) -> bool:
     """Whether the encoder of one of our models has a class token."""
     return Evidence.CLASS_ATTENTION in model.provided_evidence
+
+
+def check_feature_selection(strategy: str, has_class_token: bool) -> None:
+    """Refuses a `vision_feature_select_strategy` whose features are not one per cell of a tile.
+
+    Raises:
+        ValueError: for "full" where there is a class token, and for "default" (drop the first token) where there is none.
+    """
+    needed = "default" if has_class_token else "full"
+    if strategy != needed:
+        token = "has a class token, which is no cell of the image" if has_class_token else "has no class token to drop"
+        raise ValueError(
+            f"`vision_feature_select_strategy` is {strategy!r}, but the vision tower {token}. Pruning needs one feature per "
+            f"cell: use {needed!r}, in the model's configuration and in the processor's."
+        )
+
+
+def check_tiles(pixel_values: Tensor, tiles: Sequence[int]) -> None:
+    """A ValueError where pixels are not those of images with so many tiles each.
+
+    Args:
+        pixel_values: (images, tiles, channels, height, width), padded, or (tiles of all images, channels, height, width).
+        tiles: of every image that `image_sizes` names.
+    """
+    if pixel_values.ndim == 5 and (pixel_values.shape[0] != len(tiles) or pixel_values.shape[1] < max(tiles, default=0)):
+        raise ValueError(
+            f"`pixel_values` holds {pixel_values.shape[0]} images of {pixel_values.shape[1]} tiles; `image_sizes` "
+            f"names {len(tiles)} images that need up to {max(tiles, default=0)} tiles. Pass both as the processor "
+            "returned them."
+        )
+    if pixel_values.ndim == 4 and pixel_values.shape[0] != sum(tiles):
+        raise ValueError(
+            f"`pixel_values` holds {pixel_values.shape[0]} tiles; the {len(tiles)} images that `image_sizes` names need "
+            f"{sum(tiles)}. Pass both as the processor returned them."
+        )
+
+
+def sizes_of_images(given: Any) -> list[tuple[int, int]]:
+    """The rows of an argument `image_sizes`, (height, width) in pixels; ValueError for anything else."""
+    if given is None:
+        raise ValueError("`pixel_values` came without `image_sizes`; pass both as the processor returned them.")
+    sizes = given.tolist() if hasattr(given, "tolist") else given
+    try:
+        return [(height, width) for height, width in sizes]
+    except (TypeError, ValueError):
+        raise ValueError(f"`image_sizes` is {sizes!r}; it must be (height, width) in pixels for every image.") from None
 
 
 def feature_argument(config: Any, arguments: Mapping[str, Any], name: str) -> Any:

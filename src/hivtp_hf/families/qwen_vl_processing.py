@@ -2,28 +2,19 @@
 
 import copy
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_torchvision_available
 
-from ..pruning.base_checkpoint import ACCESS
-from ..pruning.compat import found_file, side_of
+from ..pruning.compat import side_of
 from ..pruning.processing import PrunedProcessorMixin
 from ..pruning.settings import check_no_setting_among
 from .qwen_vl import qwen_vl_layout
-
-# Where older releases store the settings of a video processor; before that file was, they took those of the image processor.
-_VIDEO_FILE, _IMAGE_FILE = "video_preprocessor_config.json", "preprocessor_config.json"
-_NO_VIDEOS = (
-    "Videos need a video processor, and that of transformers needs torchvision, which is not installed: "
-    "`pip install torchvision`, in the version that fits torch. Images go without."
-)
-
+from .video_processing import NO_VIDEOS, OptionalVideoPartMixin
 
 _EDGES = ("shortest_edge", "longest_edge")
 # What belongs to a vision tower's patches, by the part of a processor and its arguments in a call.
@@ -33,14 +24,8 @@ _PARTS = {"image_processor": "images_kwargs", "video_processor": "videos_kwargs"
 _NO_WHOLE_PATCHES = re.compile("cannot reshape array|is invalid for input of size")
 
 
-class QwenVLProcessorMixin(PrunedProcessorMixin):
-    """A processor of these families. Comes before the stock class.
-
-    Without torchvision there is no video processor. What is stored of one is then kept aside, and written back on saving.
-    """
-
-    # What stock reads stored settings of a video processor with, where they name no class.
-    video_processor_type: ClassVar[str]
+class QwenVLProcessorMixin(OptionalVideoPartMixin):
+    """A processor of these families. Comes before the stock class."""
 
     # Spelled out, as transformers takes from this signature which stored settings it may hand over.
     def __init__(
@@ -54,15 +39,8 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
     ):
         check_no_setting_among(kwargs)
         self.pruning_config = pruning_config
-        self._stored_video_processor = video_processor if isinstance(video_processor, Mapping) else None
-        part = None if self._stored_video_processor is not None else video_processor
+        part = self._video_part(video_processor)
         super().__init__(image_processor, tokenizer, part, chat_template=chat_template, **kwargs)
-
-    @classmethod
-    def get_attributes(cls):
-        """The names of the parts; the video processor is one where torchvision is there."""
-        parts = super().get_attributes()
-        return parts if is_torchvision_available() else [part for part in parts if part != "video_processor"]
 
     @property
     def model_input_names(self):
@@ -72,30 +50,9 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
         names = (*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids")
         return list(dict.fromkeys(names))
 
-    @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        where = {key: value for key, value in kwargs.items() if key in (*ACCESS, "revision", "subfolder")}
-        processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if not is_torchvision_available() and "video_processor" not in processor_dict:
-            files = (found_file(pretrained_model_name_or_path, name, where) for name in (_VIDEO_FILE, _IMAGE_FILE))
-            stored = next((file for file in files if file is not None), None)
-            if stored is not None:
-                with open(stored, encoding="utf-8") as file:
-                    settings = json.load(file)
-                settings.pop("image_processor_type", None)
-                processor_dict["video_processor"] = {"video_processor_type": cls.video_processor_type, **settings}
-        return processor_dict, kwargs
-
-    def to_dict(self) -> dict[str, Any]:
-        """As for any of our processors, with what is stored of a video processor."""
-        output = super().to_dict()
-        if self._stored_video_processor is not None:
-            output["video_processor"] = dict(self._stored_video_processor)
-        return output
-
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         if videos is not None and not is_torchvision_available():
-            raise ValueError(f"`videos` was given. {_NO_VIDEOS}")
+            raise ValueError(f"`videos` was given. {NO_VIDEOS}")
         self._check_patches(kwargs)
         try:
             return super().__call__(images, text, videos, **self._with_both_edges(kwargs))
@@ -179,7 +136,7 @@ class QwenVLProcessorMixin(PrunedProcessorMixin):
         if video_sizes is None:
             return counted
         if getattr(self, "video_processor", None) is None:
-            raise ValueError(f"`video_sizes` was given. {_NO_VIDEOS}")
+            raise ValueError(f"`video_sizes` was given. {NO_VIDEOS}")
         given = {**kwargs, **(kwargs.get("videos_kwargs") or {})}
         if given.get("do_resize") is False:
             raise ValueError(

@@ -1,6 +1,7 @@
 """`draw_kept_cells`: the kept visual tokens of one image, as a picture."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..pruning.layout import TokenLayout
 
 # In pixels. Panels have one size for all images: small images would lack the room for borders, large ones need no more.
 PANEL_SIDE = 720
+FRAME_SIDE = 320
 MARGIN = 12
 CAPTION_HEIGHT = 28
 
@@ -52,11 +54,38 @@ def draw_kept_cells(image: Image.Image, layout: TokenLayout, kept_indices: Tenso
     return _side_by_side(drawn)
 
 
+def draw_kept_frames(frames: Sequence[Image.Image], layout: TokenLayout, kept_indices: Tensor) -> Image.Image:
+    """Draws which cells of the frames of a video are kept, frames side by side, as `draw_kept_cells` draws an image.
+
+    Args:
+        frames: the images that the processor was given, all of one size.
+        layout: theirs, each frame a view of its own, `processor.video_token_layout(len(frames), image_size=(height, width))`
+            under `video_scope="frame"`; also for tokens that were chosen among all frames, as positions are the same.
+        kept_indices: int64 (n,) on any device, positions in the packed sequence of the video:
+            `model.get_video_features(...).kept_indices[i]`.
+
+    Raises:
+        ValueError: as `draw_kept_cells`, and for another number of frames than the layout's.
+    """
+    if len(frames) != layout.num_views or not frames:
+        raise ValueError(
+            f"`frames` has {len(frames)} images, `layout` {layout.num_views} views; there must be a view for each frame. Build "
+            'it with `video_scope="frame"`.'
+        )
+    for frame in frames:
+        kept_indices = checked_arguments(frame, layout, kept_indices)
+    drawn = []
+    for number, frame in enumerate(frames):
+        panel, kept, cells = draw_tiles(frame, layout, kept_indices, range(number, number + 1), FRAME_SIDE)
+        drawn.append((f"Frame {number + 1}: {kept} of {cells}", panel))
+    return _side_by_side(drawn)
+
+
 def panels_of(layout: TokenLayout) -> list[tuple[str, range]]:
     """The titles and tiles of an image's panels: the base tile, and the crops where there are any."""
     if len(layout.parts) == 1:
         return [("Whole image", range(layout.num_views))]
-    crops = layout.num_views - 1
+    crops = layout.num_tiles - 1
     return [("Base tile", range(1)), ("1 crop" if crops == 1 else f"{crops} crops", range(1, layout.num_views))]
 
 

@@ -191,9 +191,10 @@ class PrunedLmms(lmms):
 
     def _inputs(self, prompts: Sequence[RowPrompt]) -> Any:
         """The model's inputs for some prompts, on its device and in its dtype."""
-        images = [image for prompt in prompts for image in prompt.images]
+        # By prompt, as how many images a prompt has may change what is made of them.
+        images = [prompt.images for prompt in prompts]
         inputs = self.processor(
-            images=images or None,
+            images=images if any(images) else None,
             text=[prompt.text for prompt in prompts],
             padding=True,
             return_tensors="pt",
@@ -205,8 +206,8 @@ class PrunedLmms(lmms):
         sums = TokenSums()
         for prompt in prompts:
             sums.rows += 1
-            for image in prompt.images:
-                sums.add_image(self.processor.token_layout(image.height, image.width))
+            for layout in self.processor.prompt_token_layouts([(image.height, image.width) for image in prompt.images]):
+                sums.add_image(layout)
         return sums
 
     def clean(self) -> None:

@@ -32,6 +32,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "PreTrainedConfig": ("_upload_modified_files",),
     "ProcessorMixin": ("_get_arguments_from_pretrained", "_load_tokenizer_from_pretrained", "_upload_modified_files"),
     "LlavaNextProcessor": ("_get_num_multimodal_tokens", "_get_number_of_features"),
+    "LlavaOnevisionProcessor": ("_get_num_multimodal_tokens", "replace_image_token", "replace_video_token"),
     "LlavaProcessor": ("_get_num_multimodal_tokens", "replace_image_token"),
 }
 

@@ -213,7 +213,8 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         chunk = self._setting(prompt, "prefill_chunk_size")
         if chunk is None or prefills_images_in_chunks():
             return
-        if has_pixels(prompt) or encoded_images(prompt) is not None:
+        has_videos = prompt.get("pixel_values_videos") is not None
+        if has_videos or has_pixels(prompt) or encoded_images(prompt) is not None:
             raise ValueError(
                 f"`prefill_chunk_size` is {chunk}, with images: transformers {transformers.__version__} drops the images from "
                 "a prefill in chunks. The first release that works is 5.23.0 (`pip install --upgrade "

@@ -6,12 +6,15 @@ Words. A *view* is a rectangle of cells that methods choose from, rows x columns
 *cell* is one visual token of a view. *Stitched views* are views of one shape, side by side, that are packed as one grid. The
 *packed sequence* is what stock transformers hands to the language model. For LLaVA-NeXT these are the base tile's cells, then
 the rows of the stitched and un-padded crops, each row followed by one newline. LLaVA-1.5 has the base tile alone; where its
-class token is kept, that comes first.
+class token is kept, that comes first. LLaVA-OneVision resamples large stitched crops to fewer cells, and pools the frames of a
+video: there cells are those of the result, and `resampled_from` says what the tower saw.
 
-Source of the geometry: transformers' LLaVA-NeXT (`pack_image_features`, `unpad_image`); of the counts: the methods.
+Source of the geometry: transformers' LLaVA-NeXT and LLaVA-OneVision (`pack_image_features`, `unpad_image`, `apply_pooling`); of
+the counts: the methods.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +44,10 @@ class StitchedViews(NamedTuple):
         newlines: where newline tokens follow: "none", "rows" (one after every row) or "end" (one after all).
         box: (left, top, right, bottom) of the stitched grid in pixels of the original image; it may reach beyond the image.
             None for the whole image.
+        covered: the share of a view's height and width that its cells show, from the upper left. Towers leave a rest that is
+            no whole patch unused: of 384 pixels, patches of 14 pixels cover 378.
+        resampled_from: the stitched views of the tower, where stock resamples these to other cells: the used rectangle of each
+            becomes as many of the rows here, all of its columns, one below the other. Empty where cells are the tower's own.
     """
 
     rows: int
@@ -51,6 +58,13 @@ class StitchedViews(NamedTuple):
     column_range: tuple[int, int] | None = None
     newlines: str = "none"
     box: tuple[float, float, float, float] | None = None
+    covered: float = 1.0
+    resampled_from: "tuple[StitchedViews, ...]" = ()
+
+    @property
+    def of_tower(self) -> "tuple[StitchedViews, ...]":
+        """The stitched views as the tower sees them."""
+        return self.resampled_from or (self,)
 
     @property
     def num_views(self) -> int:
@@ -91,6 +105,22 @@ class StitchedViews(NamedTuple):
         """Values of cells in the order of views, (..., cells), as the stitched grid: (..., down * rows, across * columns)."""
         views = of_cells.unflatten(-1, (self.down, self.across, self.rows, self.columns))
         return views.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+
+    def from_tower(self, of_cells: Tensor) -> Tensor:
+        """Values of the tower's cells, float (cells,), as those of the cells here, resampled as stock resamples features."""
+        if not self.resampled_from:
+            return of_cells
+        sizes = [views.num_views * views.rows * views.columns for views in self.resampled_from]
+        shape = (self.rows * self.down // len(sizes), self.columns * self.across)
+        resampled = []
+        for views, values in itertools.groupby(
+            zip(self.resampled_from, of_cells.split(sizes), strict=True), lambda pair: pair[0]
+        ):
+            grids = views.stitched(torch.stack([value for _, value in values]))
+            rows, columns = views.used_rows, views.used_columns
+            used = grids[:, None, rows.start : rows.stop, columns.start : columns.stop]
+            resampled.append(torch.nn.functional.interpolate(used, shape, mode="bilinear").flatten())
+        return self.unstitched(torch.cat(resampled).view(self.down * self.rows, self.across * self.columns))
 
     def unstitched(self, grid: Tensor) -> Tensor:
         """The reverse of `stitched`."""
@@ -182,13 +212,13 @@ class TokenLayout:
         Args:
             height, width: of the original image, in pixels.
             pruning: which tokens to keep.
-            tile_size: side of a tile in pixels.
+            tile_size: side of a tile in pixels. A rest that is no whole patch is not seen.
             patch_size: side of a cell in pixels.
             pinpoints: the resolutions (height, width) that crops may form, in pixels.
 
         Raises:
-            ValueError: for sizes that are no positive integers below 2**31, tiles that do not divide into patches, pinpoints
-                that do not divide into tiles, and more than 2**17 cells an image.
+            ValueError: for sizes that are no positive integers below 2**31, tiles smaller than a patch, pinpoints that do not
+                divide into tiles, and more than 2**17 cells an image.
         """
         return _llava_next_layout(
             positive_integer("height", height),
@@ -248,6 +278,11 @@ class TokenLayout:
     def num_views(self) -> int:
         """How many views the image has; in LLaVA-NeXT the base tile and the crops."""
         return len(self.view_shapes)
+
+    @property
+    def num_tiles(self) -> int:
+        """How many views the tower sees: `num_views`, unless stock resamples them."""
+        return sum(views.num_views for part in self.parts for views in part.of_tower)
 
     @property
     def num_cells(self) -> int:
@@ -339,13 +374,16 @@ class TokenLayout:
         first = 0
         for part in self.parts:
             of_part = (view >= first) & (view < first + part.num_views)
-            stitched_row = (view - first) // part.across * part.rows + row
-            stitched_column = (view - first) % part.across * part.columns + column
+            view_row, view_column = (view - first) // part.across, (view - first) % part.across
+            stitched_row, stitched_column = view_row * part.rows + row, view_column * part.columns + column
             left, top, right, bottom = part.box or (0, 0, width, height)
+            view_size = [(right - left) / part.across, (bottom - top) / part.down]
             step = [(right - left) / (part.across * part.columns), (bottom - top) / (part.down * part.rows)]
             corners = torch.stack((stitched_column, stitched_row, stitched_column + 1, stitched_row + 1), dim=1)
-            step_of_side = torch.tensor(step * 2, dtype=torch.float64, device="cpu")
-            origin = torch.tensor([left, top] * 2, dtype=torch.float64, device="cpu")
+            step_of_side = torch.tensor(step * 2, dtype=torch.float64, device="cpu") * part.covered
+            unseen = torch.tensor(view_size * 2, dtype=torch.float64, device="cpu") * (1 - part.covered)
+            views_before = torch.stack((view_column, view_row), dim=1).repeat(1, 2)
+            origin = torch.tensor([left, top] * 2, dtype=torch.float64, device="cpu") + views_before * unseen
             boxes = torch.where(of_part[:, None], corners * step_of_side + origin, boxes)
             first += part.num_views
         return boxes.clamp(min=0).minimum(limit)
@@ -471,6 +509,26 @@ def _llava_next_layout(
     pinpoints: tuple[tuple[int, int], ...],
 ) -> TokenLayout:
     grid = cells_per_side(tile_size, patch_size)
+    covered = grid * patch_size / tile_size
+    crops = stitched_crops(height, width, grid, tile_size, pinpoints, covered)
+    return TokenLayout((height, width), pruning, (StitchedViews(grid, grid, covered=covered), crops))
+
+
+def stitched_crops(
+    height: int, width: int, grid: int, tile_size: int, pinpoints: Sequence[tuple[int, int]], covered: float = 1.0
+) -> StitchedViews:
+    """The crops of an image, which are packed with a newline a row.
+
+    Args:
+        height, width: of the image in pixels.
+        grid: cells per side of a tile.
+        tile_size: side of a tile in pixels.
+        pinpoints: the resolutions (height, width) that crops may form, in pixels.
+        covered: the share of a tile's side that its cells show.
+
+    Raises:
+        ValueError: for pinpoints that do not divide into tiles, and more than 2**17 cells an image.
+    """
     odd = [pinpoint for pinpoint in pinpoints if pinpoint[0] % tile_size or pinpoint[1] % tile_size]
     if odd:
         raise ValueError(
@@ -491,7 +549,7 @@ def _llava_next_layout(
     scale = min(target_width / width, target_height / height)
     left = -max(target_width - width * scale, 0) / 2 / scale
     top = -max(target_height - height * scale, 0) / 2 / scale
-    crops = StitchedViews(
+    return StitchedViews(
         grid,
         grid,
         down=tile_rows,
@@ -500,8 +558,8 @@ def _llava_next_layout(
         column_range=column_range,
         newlines="rows",
         box=(left, top, left + target_width / scale, top + target_height / scale),
+        covered=covered,
     )
-    return TokenLayout((height, width), pruning, (StitchedViews(grid, grid), crops))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -518,11 +576,11 @@ def _single_tile_layout(
 
 
 def cells_per_side(tile_size: int, patch_size: int) -> int:
-    """Cells per side of a tile; a ValueError if the tile does not divide into patches."""
-    if tile_size % patch_size:
+    """Cells per side of a tile, whole patches alone; a ValueError if it has none."""
+    if tile_size < patch_size:
         raise ValueError(
-            f"a tile of {tile_size} pixels does not divide into patches of {patch_size} pixels. Pruning needs tiles whose "
-            "side is a multiple of the patch size (`image_size` and `patch_size` of the vision configuration)."
+            f"a tile of {tile_size} pixels is smaller than a patch of {patch_size} pixels. Check `image_size` and `patch_size` "
+            "of the vision configuration."
         )
     return tile_size // patch_size
 

@@ -415,7 +415,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
 
 
 def _rows_wanted(layers: Sequence[int], layouts: Sequence[TokenLayout]) -> RowsWanted:
-    """What is wanted of attention rows by the method of some layouts. A sequence of the encoder is a view."""
-    prunings = [layout.pruning for layout in layouts for _ in range(layout.num_views)]
+    """What is wanted of attention rows by the method of some layouts. A sequence is a view, as the tower sees it."""
+    prunings = [layout.pruning for layout in layouts for _ in range(layout.num_tiles)]
     method = pruning_method(prunings[0].method)
     return RowsWanted(tuple(layers), lambda received, first: method.rows(received, prunings[first : first + received.shape[0]]))

@@ -1,6 +1,7 @@
 """What every family's processor shares: settings, the budget of one call, and how both are stored and loaded."""
 
 import copy
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,11 +55,12 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
             layouts = self.family.layouts_of_inputs(self, inputs, prunings)
             # The settings of a layout hold the ratio that a token budget means for its image.
             ratios = [layout.pruning.retention_ratio or 1.0 for layout in layouts]
-            inputs["retention_ratio"] = as_model_input(ratios, like=inputs["pixel_values"])
+            pixels = next(inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+            inputs["retention_ratio"] = as_model_input(ratios, like=pixels)
         return inputs
 
     def _num_images(self, inputs: Any) -> int:
-        """How many images a finished call has."""
+        """How many images, and videos that are pruned, a finished call has."""
         return len(inputs.get("pixel_values", ()))
 
     def _changed_image_processing(self, given: Any) -> dict[str, Any]:
@@ -81,6 +83,14 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
         """
         pruning = self.pruning_config.for_call(retention_ratio, token_budget)
         return self.family.processor_layout(self, height, width, pruning)
+
+    def prompt_token_layouts(self, sizes: Sequence[tuple[int, int]]) -> list[TokenLayout]:
+        """The layouts of the images of one prompt; in most families each as if it were alone.
+
+        Args:
+            sizes: (height, width) in pixels, in the order of the prompt.
+        """
+        return [self.token_layout(height, width) for height, width in sizes]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, retention_ratio=None, token_budget=None, **kwargs):
         # Only serving engines ask. They count tokens before the image is seen, and never mask a placeholder out.

@@ -139,12 +139,22 @@ _STAGES = Setting(
         "methods that rank"
     ),
 )
+_VIDEO_SCOPE = Setting(
+    "video_scope",
+    str,
+    "frame",
+    choices=("frame", "video"),
+    meaning=(
+        "among which cells of a video tokens are chosen: those of each frame by itself, or those of all frames together, as if "
+        "these stood one below the other; for families that prune videos"
+    ),
+)
 # By name. These mean nothing else in a configuration; a method's own may (`temperature`, for one).
 SHARED_SETTINGS = {
     setting.name: setting
     for setting in (
         *(_RETENTION_RATIO, _TOKEN_BUDGET, _EXACT_COUNT, _KEEP_NEWLINES),
-        *(_TOKEN_WEIGHTS, _WEIGHT_STRENGTH, _POSITIONS, _STAGES),
+        *(_TOKEN_WEIGHTS, _WEIGHT_STRENGTH, _POSITIONS, _STAGES, _VIDEO_SCOPE),
     )
 }
 
@@ -248,7 +258,8 @@ class VisualTokenPruningConfig:
     Args:
         method (`str`, defaults to `"hivtp"`):
             How tokens are chosen; all methods are listed below.
-        retention_ratio, token_budget, exact_count, keep_newlines, token_weights, weight_strength, positions, stages:
+        retention_ratio, token_budget, exact_count, keep_newlines, token_weights, weight_strength, positions, stages,
+        video_scope:
             What all methods share, listed below. At most one of a ratio and a budget is given. For hivtp a ratio rules over
             `global_ratio` and `local_window`, which stand where neither is given; other methods then read a ratio of 0.5.
             Of the numbers that a ratio can reach, a budget keeps the largest one not above it. The method "none" takes
@@ -277,6 +288,7 @@ class VisualTokenPruningConfig:
     token_weights: str
     weight_strength: float
     positions: str
+    video_scope: str
 
     def __init__(
         self,
@@ -290,6 +302,7 @@ class VisualTokenPruningConfig:
         weight_strength: float = 1.0,
         positions: str = "packed",
         stages: Any = (),
+        video_scope: str = "frame",
         **of_method: Any,
     ):
         entry = pruning_method(method)
@@ -321,6 +334,7 @@ class VisualTokenPruningConfig:
             "weight_strength": _WEIGHT_STRENGTH.checked(weight_strength),
             "positions": _POSITIONS.checked(positions),
             "stages": _STAGES.checked(stages),
+            "video_scope": _VIDEO_SCOPE.checked(video_scope),
         }
         _check_weights_and_positions(entry, settings)
         _check_stages(entry, settings)

@@ -8,15 +8,19 @@ pytest.importorskip("lmms_eval")
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import GEOMETRY
 from evaluations import plain_answer
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
+from examples.tiny_onevision_checkpoint import build_onevision_checkpoint
 from families import FAMILIES
+from hivtp_hf.lmms_eval.prompts import RowPrompt
 from hivtp_hf.lmms_eval.run_failure import RunFailure
 from lmms_eval_runs import EXACT
 from tiny_checkpoint import build_stock_checkpoint
+from tiny_onevision import SMALL
 from tiny_qwen import save_qwen_checkpoint
 
 # Of which llava_hf hands over a text, where the processor's own template takes parts.
@@ -198,3 +202,26 @@ def test_qwen_vl(family, rows, tmp_path):
         answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected.append(answer.split("\n\n")[0].strip())
     assert [result.text.strip() for result in asked(model, docs)] == expected
+
+
+def test_llava_onevision(rows, tmp_path):
+    """Images are given prompt by prompt, as several in one get no crops; the sums count so too."""
+    folder = build_onevision_checkpoint(tmp_path / "onevision", pruning_config={"retention_ratio": 0.3}, **SMALL)
+    docs = docs_of(rows[:3])
+    model = model_of(f"pretrained={folder},dtype=float32", name="hivtp_llava_onevision", batch_size=2)
+    own, processor = (load.from_pretrained(folder) for load in (AutoModelForImageTextToText, AutoProcessor))
+    expected = []
+    for question, images in docs:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=[images], text=text, return_tensors="pt")
+        ids = own.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
+        answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(answer.split("\n\n")[0].strip())
+    assert [result.text.strip() for result in asked(model, docs)] == expected
+    image = docs[0][1][0]
+    model.processor = processor
+    for images in ([image], [image, image]):
+        sums = model._sums_of([RowPrompt("", images)])
+        layouts = processor.prompt_token_layouts([(one.height, one.width) for one in images])
+        assert sums.metrics()["stock_tokens"] == sum(layout.num_stock for layout in layouts) / len(images)
