@@ -257,9 +257,8 @@ def selection(layout, pruning):
         return None
     layers = [0] if pruning.method in ("hivtp", "spread") else pruning.scored_layers(ENCODER)  # of hivtp there may be 10**100
     scores = dict.fromkeys(layers, torch.zeros(layout.num_cells))
-    pixels = torch.zeros(layout.num_cells, 4, dtype=torch.uint8)
     evidence, method = (
-        VisualEvidence([layout], [torch.ones(layout.num_stock, 2)], scores, scores, ENCODER, scores, pixels),
+        VisualEvidence([layout], [torch.ones(layout.num_stock, 2)], scores, scores, ENCODER),
         METHODS[pruning.method],
     )
     return evidence.ask(method, method.select, pruning)
