@@ -259,6 +259,8 @@ def test_coverage_of_exact_numbers(seed, monkeypatch):
     ]
     given_ = [torch.from_numpy(of) for of in (gains, weights, valid)]
     assert coverage_order(*given_, picks_for(number)).tolist() == expected
+    monkeypatch.setattr(greedy, "_GAINS_AT_ONCE", 2)  # so that many are left out
+    assert coverage_order(*given_, picks_for(number)).tolist() == expected
     # The loop that looks at every cell at every step, as it runs on other devices.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert coverage_order(*given_, picks_for(number)).tolist() == expected
@@ -331,6 +333,10 @@ def test_suppression_by_hand():
     everything = torch.ones(1, 3, dtype=torch.bool)
     # The second is the first's twin, and loses all that it had.
     assert suppression_order(similarity, scores, everything, Picks(torch.tensor([3]), 3), 20.0).tolist() == [[0, 2, 1]]
+    # Nothing is left of either of the others, so the earlier one comes first.
+    scores = torch.tensor([[1.0, 0.25, 0.5]])
+    alike = torch.ones(1, 3, 3)
+    assert suppression_order(alike, scores, everything, Picks(torch.tensor([3]), 3), 20.0).tolist() == [[0, 1, 2]]
 
 
 # Counts, batches, ratios and shapes.
