@@ -143,6 +143,7 @@ SAYINGS = [
     "must be",
     "not a setting",
     "does not divide",
+    "is smaller than a patch",
     "are allowed",
     "give one of them",
     "give the layers themselves",
