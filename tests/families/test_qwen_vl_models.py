@@ -394,3 +394,23 @@ def test_weights_on_disk_and_quantised_weights(twins, tmp_path):
     of_stock = type(twins.stock).from_pretrained(tmp_path / "stock", quantization_config=config)
     again = twins._replace(stock=of_stock, pruned=quantised)
     torch.testing.assert_close(logits(quantised, pruned), oracle_logits(again, stock, pruned), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_engines_that_would_answer_wrongly_are_refused(twins, engine):
+    """They can be told by what they call their attention, and ask for features first of all, before any request."""
+    model = copy.deepcopy(twins.pruned)
+    model.config.get_text_config()._attn_implementation = engine
+    images = images_of([(8, 12)], model)
+    if twins.family == "qwen3_vl":
+        for ratio in (0.4, 1.0):
+            model.config.pruning_config = {"retention_ratio": ratio}
+            with pytest.raises(ValueError, match=f"Qwen3-VL runs in {engine}.*`deepstack_features`.*dropped, pruned or not"):
+                model.model.get_image_features(**images)
+        return
+    with pytest.raises(ValueError, match=f"runs in {engine}.*positions are asked for before.*`hivtp serve`"):
+        model.model.get_image_features(**images)
+    model.config.pruning_config = {"retention_ratio": 1}
+    (features,) = model.model.get_image_features(**images).pooler_output
+    (expected,) = twins.stock.get_image_features(**images, return_dict=True).pooler_output
+    assert torch.equal(features, expected)

@@ -98,15 +98,16 @@ def test_the_choice_is_the_models_own(method, tower, monkeypatch):
     layout = pair.processor.token_layout(60, 100)
     inputs, choice = choice_of(pair, photo(60, 100), layout)
     # What the selector itself is given, by the model's own pass.
-    name, module = f"select_{method}", sys.modules.get(f"hivtp_hf.methods.{method}")
+    name = f"merge_{method}" if METHODS[method].merges else f"select_{method}"
+    module = sys.modules.get(f"hivtp_hf.methods.{method}")
     given, original = [], getattr(module, name, None)
-    if method in SCORED:
+    if method in SCORED and hasattr(module, name):
         monkeypatch.setattr(module, name, lambda *arguments: given.append(arguments) or original(*arguments))
     with torch.no_grad():
         own = pair.pruned.model.get_image_features(**image_inputs(inputs)).kept_indices[0]
     assert torch.equal(choice.kept_indices, own)
     assert (choice.scores is not None) == (method in SCORED)
-    if method in SCORED and method != "gprune":  # which is given features
+    if given and method not in ("gprune", "divprune"):  # which are given features
         (arguments,) = given
         assert torch.equal(choice.scores, arguments[1 if method == "hiprune" else 0].flatten())
 
@@ -266,7 +267,7 @@ def test_an_unfinished_figure_does_not_stay(stocks, images, tmp_path, monkeypatc
 
 
 def test_every_scored_method_has_a_map():
-    """A method that looks at something says by which scores it ranks."""
-    looking = [name for name, method in METHODS.items() if method.reads(VisualTokenPruningConfig(name))[0]]
+    """A method that looks at something says by which scores it ranks; all but one, which draws."""
+    looking = [name for name, method in METHODS.items() if method.reads(VisualTokenPruningConfig(name))[0] and name != "spread"]
     assert looking == SCORED
     assert set(figures._WORDS) <= set(SCORED)

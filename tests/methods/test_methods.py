@@ -6,9 +6,16 @@ import torch
 from families import FAMILIES
 from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.methods.cls_attention import select_cls_attention
+from hivtp_hf.methods.divprune import select_divprune
+from hivtp_hf.methods.dpp import select_dpp
 from hivtp_hf.methods.gprune import select_gprune
 from hivtp_hf.methods.hiprune import select_hiprune
+from hivtp_hf.methods.id_selection import select_id_selection
+from hivtp_hf.methods.mmr import select_mmr
+from hivtp_hf.methods.mmtok import select_mmtok
 from hivtp_hf.methods.random import select_random
+from hivtp_hf.methods.scope import select_scope
+from hivtp_hf.methods.spread import distance_from_mean, select_spread
 from hivtp_hf.methods.uniform import select_uniform
 from hivtp_hf.pruning.registry import METHODS
 from layouts import counts_of_groups, views
@@ -149,6 +156,13 @@ def attention_maps(model, pixels):
         tower.set_attn_implementation(before)
 
 
+def features_of_cells(layout, packed):
+    """What stock packed for the cells of an image whose views are alike, (views, rows, columns, hidden); 0 elsewhere."""
+    of_cells = packed.new_zeros(layout.num_cells, packed.shape[-1])
+    of_cells[layout.cell_numbers(layout.cell_positions)] = packed[layout.cell_positions]
+    return of_cells.view(layout.num_views, *layout.view_shapes[0], -1)
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(
     ("pruning", "feature_layer", "read_layers"),
@@ -162,6 +176,15 @@ def attention_maps(model, pixels):
         ({"method": "cls_attention"}, -1, (9,)),
         ({"method": "cls_attention", "layer": 3}, -2, (3,)),
         ({"method": "gprune", "iterations": 2}, -2, ()),
+        ({"method": "divprune"}, -2, ()),
+        ({"method": "scope"}, -2, (8,)),
+        ({"method": "scope"}, [-4, 3], (2,)),
+        ({"method": "dpp"}, -1, ()),
+        ({"method": "mmtok"}, 3, ()),
+        ({"method": "id_selection", "layer": 4}, -2, (4,)),
+        ({"method": "mmr"}, -2, (8,)),
+        ({"method": "spread", "importance_start_layer": 2, "importance_num_layers": 2}, -2, (2, 3)),
+        ({"method": "spread", "score": "features"}, -2, ()),
         ({"method": "random", "seed": 3}, -2, ()),
         ({"method": "uniform"}, -2, ()),
     ],
@@ -181,16 +204,33 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
     has_cls = int(tower == "CLIP")
 
     def cells(of_tokens):
-        return of_tokens[:, has_cls:].view_as(valid)
+        return of_tokens[:, has_cls:].reshape(*valid.shape, *of_tokens.shape[2:])
 
     received = [cells(maps[layer].mean(1)) for layer in read_layers]
+    # Where there is no class token, what cells receive stands for what it attends to.
+    saliency = [cells(maps[layer][:, 0]) if has_cls else cells(maps[layer].mean(1)) for layer in read_layers]
     with torch.no_grad():
         packed = pair.stock.get_image_features(**image_inputs(inputs)).pooler_output
+        states = pair.stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    read = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    encoded = torch.cat([cells(states[layer]) for layer in read], dim=-1)
+    projected = features_of_cells(layout, packed[0])
     expected = {
         "hivtp": lambda: select_hivtp(sum(received) / 2, valid, settings),
         "hiprune": lambda: select_hiprune(*received, valid, settings),
         "cls_attention": lambda: select_cls_attention(cells(maps[read_layers[0]][:, 0]), valid, settings),
         "gprune": lambda: select_gprune(packed, [layout], settings),
+        "divprune": lambda: select_divprune(packed, [layout], settings),
+        "scope": lambda: select_scope(encoded, saliency[0], valid, settings),
+        "dpp": lambda: select_dpp(projected, valid, settings),
+        "mmtok": lambda: select_mmtok(encoded, valid, settings),
+        "id_selection": lambda: select_id_selection(projected, saliency[0], valid, settings),
+        "mmr": lambda: select_mmr(projected, saliency[0], valid, settings),
+        "spread": lambda: select_spread(
+            sum(received) / 2 if received else distance_from_mean(projected.flatten(1, 2), valid.flatten(1)).view_as(valid),
+            valid,
+            settings,
+        ),
         "random": lambda: select_random(list(range(layout.num_views)), valid, settings),
         "uniform": lambda: select_uniform(valid, settings),
     }[pruning["method"]]()
@@ -204,6 +244,8 @@ def test_the_whole_chain_by_hand(tower, pruning, feature_layer, read_layers):
         ({"method": "hiprune", "deep_layer": 11}, None, ["deep_layer", "given: 11", "0 to 9"]),
         ({"method": "cls_attention", "layer": 10}, None, ["`layer` (given: 10)", "0 to 9"]),
         ({"method": "cls_attention"}, 0, ["`layer` (given: None)", "0 to 9"]),
+        ({"method": "scope", "layer": 10}, None, ["`layer` (given: 10)", "0 to 9"]),
+        ({"method": "mmr"}, 0, ["`layer` (given: None)", "0 to 9"]),
     ],
     ids=str,
 )
@@ -233,7 +275,8 @@ def test_scoring_reads_nothing_that_is_not_needed(next_pair, method, monkeypatch
     )
     pair = prune_by(next_pair, method=method, retention_ratio=ratios_of(method)[-1], **TESTED[method].small)
     features(pair, batch(pair))
-    assert bool(calls) == bool(METHODS[method].reads(None)[0] - {Evidence.FEATURES})
+    reads = METHODS[method].reads(pair.pruned.config.pruning_config)[0]
+    assert bool(calls) == bool(reads - {Evidence.FEATURES, Evidence.ENCODED})
     calls.clear()
     prune_by(pair, method=method, retention_ratio=1, **TESTED[method].small)
     features(pair, batch(pair))

@@ -17,6 +17,7 @@ from hivtp_hf.methods.vflowopt import (
     groups_of_tokens,
     merge_vflowopt,
     recycle_tokens,
+    select_vflowopt,
     stages_vflowopt,
     strategy_vflowopt,
     third_stage_ratio,
@@ -503,6 +504,18 @@ def test_what_is_left_out_of_counts():
     assert count == (576 - round(576 * (1 - 0.7233201448753168)),)
     with pytest.raises(ValueError, match="`pruning` has the method 'random'; select_vflowopt needs 'vflowopt'"):
         strategy_vflowopt({"method": "random"})
+
+
+def test_kept_cells_of_several_images():
+    pruning = VisualTokenPruningConfig("vflowopt", 0.25, recycling_cell_side=4)
+    layouts = [TokenLayout.from_image_size(*size, pruning) for size in ((480, 640), (300, 900))]
+    generator = torch.Generator().manual_seed(4)
+    importance = [torch.rand(layout.num_cells, generator=generator) for layout in layouts]
+    kept = select_vflowopt(torch.cat(importance), layouts, pruning).split([layout.num_cells for layout in layouts])
+    for of_image, own, layout in zip(importance, kept, layouts, strict=True):
+        expected = merge_vflowopt(of_image, layout, pruning).kept_indices
+        assert own.nonzero()[:, 0].tolist() == sorted(layout.cell_numbers(expected).tolist())
+        assert not bool((own & ~layout.valid).any())
 
 
 def test_newlines_are_kept_first():

@@ -9,11 +9,23 @@ import torch
 from hivtp_hf import VisualTokenPruningConfig, select_hivtp
 from hivtp_hf.methods.base import check_views, settings_of
 from hivtp_hf.methods.cls_attention import select_cls_attention
+from hivtp_hf.methods.dpp import select_dpp
 from hivtp_hf.methods.hiprune import select_hiprune
+from hivtp_hf.methods.id_selection import select_id_selection
+from hivtp_hf.methods.mmr import select_mmr
+from hivtp_hf.methods.mmtok import select_mmtok
 from hivtp_hf.methods.random import select_random
+from hivtp_hf.methods.scope import select_scope
+from hivtp_hf.methods.spread import select_spread
 from hivtp_hf.methods.uniform import select_uniform
 
 pytestmark = pytest.mark.once
+
+
+def as_features(*scores):
+    """Features of two numbers, made of two kinds of scores."""
+    return torch.stack([of.to(scores[-1].dtype) for of in scores], dim=-1)
+
 
 # name: (settings beside a ratio, the call with two kinds of scores, valid cells, indices of the tiles and settings)
 SELECTORS = {
@@ -30,6 +42,27 @@ SELECTORS = {
         {"method": "cls_attention"},
         lambda first, second, valid, tiles, pruning: select_cls_attention(first, valid, pruning),
     ),
+    "scope": (
+        {"method": "scope"},
+        lambda first, second, valid, tiles, pruning: select_scope(as_features(first, second), first, valid, pruning),
+    ),
+    "dpp": (
+        {"method": "dpp"},
+        lambda first, second, valid, tiles, pruning: select_dpp(as_features(first, second), valid, pruning),
+    ),
+    "mmtok": (
+        {"method": "mmtok"},
+        lambda first, second, valid, tiles, pruning: select_mmtok(as_features(first, second), valid, pruning),
+    ),
+    "id_selection": (
+        {"method": "id_selection"},
+        lambda first, second, valid, tiles, pruning: select_id_selection(as_features(first, second), first, valid, pruning),
+    ),
+    "mmr": (
+        {"method": "mmr"},
+        lambda first, second, valid, tiles, pruning: select_mmr(as_features(first, second), first, valid, pruning),
+    ),
+    "spread": ({"method": "spread"}, lambda first, second, valid, tiles, pruning: select_spread(first, valid, pruning)),
     "random": ({"method": "random"}, lambda first, second, valid, tiles, pruning: select_random(tiles, valid, pruning)),
     "uniform": ({"method": "uniform"}, lambda first, second, valid, tiles, pruning: select_uniform(valid, pruning)),
 }
@@ -173,7 +206,10 @@ def test_every_selection_takes_a_dict_and_refuses_what_does_not_fit(name):
     first, second, valid, tiles = given
     with pytest.raises(ValueError, match=r"`valid` is torch\.float32"):
         select(name, (first, second, valid.float(), tiles), 0.3)
-    if name not in ("random", "uniform"):
+    if name in ("scope", "id_selection", "mmr"):
+        with pytest.raises(ValueError, match=r"`saliency` is torch\.int64"):
+            select(name, (first.long(), second, valid, tiles), 0.3)
+    elif name not in ("random", "uniform", "dpp", "mmtok"):
         with pytest.raises(ValueError, match=r"`(object_)?scores` is torch\.int64"):
             select(name, (first.long(), second, valid, tiles), 0.3)
     if "hiprune" in name:

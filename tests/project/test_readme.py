@@ -13,7 +13,7 @@ from checkpoints import GEOMETRY, build_pruned_checkpoint
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
-from tiny_qwen import save_stock_qwen_checkpoint
+from tiny_qwen import save_qwen_checkpoint, save_stock_qwen_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -22,6 +22,7 @@ STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
 STOCK_LLAVA_NAME = "llava-hf/llava-1.5-7b-hf"
 STOCK_QWEN_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
 PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
+PRUNED_QWEN_NAME = "your-name/qwen2.5-vl-7b-hivtp"
 # What lies in a clone, for a reader in its folder.
 IN_A_CLONE = ("examples/shapes_vqa/shapes-llava-next", "examples/shapes_vqa/scene.png")
 # These need a Hub to publish to and to load from: test_readme_hub.py has one.
@@ -128,7 +129,9 @@ def checkpoints(tmp_path_factory):
     ours = {name: str(ROOT / name) for name in IN_A_CLONE}
     qwen = save_stock_qwen_checkpoint(folder / "qwen", "qwen2_5_vl")
     stocks = {STOCK_NAME: str(stock), STOCK_LLAVA_NAME: str(llava), STOCK_QWEN_NAME: str(qwen)}
-    return {**stocks, PRUNED_NAME: str(build_pruned_checkpoint(folder, {})), **ours}
+    save_qwen_checkpoint(folder / "pruned_qwen", "qwen2_5_vl", {})
+    pruned = {PRUNED_NAME: str(build_pruned_checkpoint(folder, {})), PRUNED_QWEN_NAME: str(folder / "pruned_qwen")}
+    return {**stocks, **pruned, **ours}
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

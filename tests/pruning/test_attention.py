@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forked import run_together
 from hivtp_hf.pruning import attention_scores as attention_reduction
-from hivtp_hf.pruning.attention_interface import CollectedAttention, attach
-from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning.attention_interface import CollectedAttention, RowsWanted, attach
+from hivtp_hf.pruning.attention_scores import attention_of_rows, received_attention
 from hivtp_hf.pruning.evidence import mean_of_layers
 from nightly import mostly_nightly
 from tiny_checkpoint import tiny_config
@@ -260,10 +260,97 @@ def test_every_way_to_chunk_gives_the_same(chunk_bytes, rows, monkeypatch):
     torch.testing.assert_close(received_attention(query, key, 0.4, 4), expected, atol=1e-6, rtol=0)
 
 
+def some_rows(sequences=3, tokens=65, number=7):
+    """Rows of every sequence, some of them twice, and weights, some of them 0."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(0, tokens, (sequences, number), generator=generator)
+    weights = torch.rand(sequences, number, generator=generator)
+    weights[:, -2:] = 0
+    return rows, weights
+
+
+def plain_rows(query, key, scaling, rows, weights):
+    maps = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1).mean(1)
+    return torch.stack(
+        [
+            sum(weight * of_sequence[row] for row, weight in zip(rows_of, weights_of, strict=True))
+            for of_sequence, rows_of, weights_of in zip(maps, rows, weights, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 4 * 65, 4 * 65 * 5, 4 * 65 * 7 * 5, 2**30])
+def test_rows_of_chosen_tokens_in_every_way_to_chunk(chunk_bytes, monkeypatch):
+    query, key = (torch.randn(3, 4, 65, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rows, weights = some_rows()
+    before = weights.clone()
+    expected = plain_rows(query, key, 0.4, rows, weights)
+    monkeypatch.setattr(attention_reduction, "_CPU_CHUNK_BYTES", chunk_bytes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention_of_rows(query, key, 0.4, 4, rows, weights)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("class_tokens", [0, 1])
+def test_rows_are_chosen_by_what_a_sequence_receives(class_tokens):
+    """Over several calls of a layer, with class tokens in the shares of attention and nowhere else."""
+    generator = torch.Generator().manual_seed(2)
+    query, key = (torch.randn(3, 4, 20, 8, generator=generator) for _ in range(2))
+    asked = []
+
+    def choose(received, first):
+        asked.append((first, received))
+        rows = received.argmax(1, keepdim=True)
+        return rows, torch.full(rows.shape, 0.5)
+
+    collector = CollectedAttention(rows={"half": RowsWanted((1,), choose)}, class_tokens=class_tokens)
+    assert collector.layers == (1,)
+    collector.reduce(0, query, key, 0.4, 4)
+    for part in (slice(0, 2), slice(2, 3)):
+        collector.reduce(1, query[part], key[part], 0.4, 4)
+    found = torch.cat(collector.rows()["half"][1])
+    cells = torch.softmax(query @ key.transpose(-1, -2) * 0.4, dim=-1).mean(1)[:, class_tokens:, class_tokens:]
+    assert [first for first, _ in asked] == [0, 2]
+    torch.testing.assert_close(torch.cat([received for _, received in asked]), cells.mean(1), atol=1e-6, rtol=0)
+    best = cells.mean(1).argmax(1)
+    torch.testing.assert_close(found, 0.5 * cells[torch.arange(3), best], atol=1e-6, rtol=0)
+
+
+def test_rows_of_a_silent_layer_are_an_error():
+    with pytest.raises(ValueError, match=r"layers \[4\] ran without reporting"):
+        CollectedAttention(rows={"any": RowsWanted((4,), lambda received, first: (received, received))}).rows()
+
+
+# Every patch of an image of 4000 x 3000 pixels in a Qwen-VL tower is a token: a whole map of one head takes 14 GiB.
+ROWS_PROGRAM = """
+import resource
+import torch
+from hivtp_hf.methods.vflowopt import attention_sinks
+from hivtp_hf.pruning.attention_scores import attention_of_rows, received_attention
+
+torch.set_num_threads(2)
+tokens = 284 * 214
+query, key = (torch.randn(1, 2, tokens, 8) for _ in range(2))
+small = received_attention(query[:, :, :100], key[:, :, :100], 0.125, 2)
+attention_of_rows(query[:, :, :100], key[:, :, :100], 0.125, 2, *attention_sinks(small, [20.0]))
+received = key.norm(dim=-1).mean(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = attention_of_rows(query, key, 0.125, 2, *attention_sinks(received, [28.7]))
+assert rows.isfinite().all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_rows_of_sinks_take_little_memory():
+    run = subprocess.run([sys.executable, "-c", ROWS_PROGRAM], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 256
+
+
 SHARDED_PROGRAM = """
 import sys
 import torch
-from hivtp_hf.pruning.attention_scores import received_attention
+from hivtp_hf.pruning.attention_scores import attention_of_rows, received_attention
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -273,6 +360,9 @@ whole = received_attention(query, key, 0.3, 4)
 part = slice(2 * rank, 2 * rank + 2)
 sharded = received_attention(query[:, part], key[:, part], 0.3, 4)
 torch.testing.assert_close(sharded, whole, atol=1e-6, rtol=0)
+rows, weights = torch.tensor([[3, 5], [0, 9]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+of_rows = attention_of_rows(query[:, part], key[:, part], 0.3, 4, rows, weights)
+torch.testing.assert_close(of_rows, attention_of_rows(query, key, 0.3, 4, rows, weights), atol=1e-6, rtol=0)
 gathered = [torch.empty_like(sharded) for _ in range(2)]
 torch.distributed.all_gather(gathered, sharded)
 assert torch.equal(*gathered)

@@ -134,6 +134,9 @@ def test_settings_hold_to_their_ranges(method, setting):
         right = [(0,), (3, 9)]
         wrong = [{}, object, float("nan"), [], "", "3,9", [1.5], [True], -1, [3, -9], 10**400]
         allowed = "encoder layers from 0"
+    elif setting.choices:
+        right, allowed = list(setting.choices), f"one of {', '.join(map(repr, setting.choices))}"
+        wrong += ["", setting.choices[0].upper(), 1, True]
     else:
         low, high = setting.minimum, setting.maximum
         right = [high if high is not None else 10**6]
@@ -147,7 +150,7 @@ def test_settings_hold_to_their_ranges(method, setting):
         allowed += "" if high is None else f" {'and at most' if setting.above_minimum else 'to'} {high}"
     if setting.kind is float:
         right.append(low + 0.75)
-        wrong += [math.nextafter(low, -math.inf)] + ([] if high is None else [math.nextafter(high, 2)])
+        wrong += [math.nextafter(low, -math.inf)] + ([] if high is None else [math.nextafter(high, math.inf)])
     for value in right:
         assert given(value) == value
         assert type(given(value)) is setting.kind

@@ -39,6 +39,8 @@ def totals_of_ratios(method, layout, ratios):
     if method == "gprune":
         crops = [np.floor(ratios * len(part.used_rows) * len(part.used_columns)) for part in layout.parts[1:]]
         return np.floor(ratios * tiles[0]) + sum(crops)
+    if method == "divprune":
+        tiles = [sum(tiles)]
     return sum(np.minimum(n, np.floor(ratios * n + 0.5)) for n in tiles)
 
 
@@ -47,7 +49,7 @@ def hold_budgets_against_all_ratios(method, layout_of, budgets):
     whole = layout_of(VisualTokenPruningConfig(method=method, retention_ratio=1))
     fixed = whole.num_newlines + whole.num_class_tokens
     crops = sum(whole.valid_per_view[1:])
-    ratios = ratios_to_try({n for n in (*whole.valid_per_view, crops) if n})
+    ratios = ratios_to_try({n for n in (*whole.valid_per_view, crops, sum(whole.valid_per_view)) if n})
     reachable = np.unique(totals_of_ratios(method, whole, ratios)).astype(int) + fixed
     for budget in budgets(whole):
         layout = layout_of(VisualTokenPruningConfig(method=method, token_budget=budget))

@@ -16,6 +16,8 @@ from transformers import LlavaNextProcessor
 
 from fed import check_indices
 from hivtp_hf import EncoderFacts, TokenLayout, VisualTokenPruningConfig
+from hivtp_hf.methods.divprune import DivPrune
+from hivtp_hf.methods.greedy import GreedyMethod
 from hivtp_hf.pruning.checked_values import LARGEST_SIDE, MOST_CELLS
 from hivtp_hf.pruning.evidence import VisualEvidence
 from hivtp_hf.pruning.registry import METHODS
@@ -250,7 +252,9 @@ def selection(layout, pruning):
         if layout.num_stock > 1000:  # a graph of all pairs
             return None
         pruning = pruning.replace(iterations=min(pruning.iterations, 3))
-    layers = [0] if pruning.method == "hivtp" else pruning.scored_layers(ENCODER)  # of hivtp there may be 10**100
+    if isinstance(METHODS[pruning.method], (GreedyMethod, DivPrune)) and layout.num_stock > 300:  # all pairs, one by one
+        return None
+    layers = [0] if pruning.method in ("hivtp", "spread") else pruning.scored_layers(ENCODER)  # of hivtp there may be 10**100
     scores = dict.fromkeys(layers, torch.zeros(layout.num_cells))
     evidence, method = (
         VisualEvidence([layout], [torch.ones(layout.num_stock, 2)], scores, scores, ENCODER),

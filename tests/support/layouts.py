@@ -14,7 +14,7 @@ def views(layout, of_cells=None):
 def counts_of_groups(layout, kept):
     """How many of the kept cells lie in each group of cells among which the layout's method chooses."""
     of_views = layout.cells(kept)[:, 0].bincount(minlength=layout.num_views).tolist()
-    if layout.pruning.method == "vflowopt":
+    if layout.pruning.method in ("vflowopt", "divprune"):
         return (sum(of_views),)
     if layout.pruning.method != "gprune":
         return tuple(of_views)

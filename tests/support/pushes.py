@@ -88,7 +88,7 @@ def check_that_no_token_got_out(hub: HubServer, outcomes: list[dict[str, Any]], 
                 assert not any(token.encode() in content for content in commit.files.values())
 
 
-def answers(sources: list[list[str | None]], without_package: bool) -> list[list[Any]]:
+def answers(sources: list[list[str | None]], without_package: bool, text: str) -> list[list[Any]]:
     """Runs with and without the package: per (name, revision), who answers a question about an image, and how."""
     import sys
 
@@ -105,7 +105,7 @@ def answers(sources: list[list[str | None]], without_package: bool) -> list[list
         code = {"revision": revision, "trust_remote_code": True} if without_package else {}
         model = AutoModelForImageTextToText.from_pretrained(name, **code)
         processor = AutoProcessor.from_pretrained(name, **code)
-        inputs = processor(images=image, text="<image> what", return_tensors="pt")
+        inputs = processor(images=image, text=text, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         package = type(model).__module__.partition(".")[0]
         settings = model.config.pruning_config.to_dict()
@@ -114,12 +114,16 @@ def answers(sources: list[list[str | None]], without_package: bool) -> list[list
 
 
 def check_same_answers(
-    hub: HubServer, pushed: dict[tuple[str, str | None], Path], home: Path, token: str | bool = False
+    hub: HubServer,
+    pushed: dict[tuple[str, str | None], Path],
+    home: Path,
+    token: str | bool = False,
+    text: str = "<image> what",
 ) -> None:
     """Every repository at its revision answers in a process without the package as its folder does here."""
     sources = [list(source) for source in pushed]
-    remote = run_client(hub, answers, home=home, token=token, sources=sources, without_package=True)
-    local = answers([[str(folder), None] for folder in pushed.values()], without_package=False)
+    remote = run_client(hub, answers, home=home, token=token, sources=sources, without_package=True, text=text)
+    local = answers([[str(folder), None] for folder in pushed.values()], without_package=False, text=text)
     assert {answer[0] for answer in remote} == {"transformers_modules"}
     assert {answer[0] for answer in local} == {"hivtp_hf"}
     assert [answer[1:] for answer in remote] == [answer[1:] for answer in local]

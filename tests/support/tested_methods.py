@@ -38,6 +38,13 @@ _KNOWN = {
     # Of views of few cells the published strategies make no averages, and find no sinks.
     "vflowopt": Tested(_VFLOWOPT, small={"sink_threshold": 1.5, "recycling_cell_side": 3, "entropy_weight": 0.2}),
     "cls_attention": Tested({"layer": None}),
+    "divprune": Tested({}),
+    "scope": Tested({"saliency_power": 1.0, "layer": None}),
+    "dpp": Tested({}),
+    "mmtok": Tested({"similarity_temperature": 0.2}),
+    "id_selection": Tested({"sharpness": 20.0, "layer": None}),
+    "mmr": Tested({"relevance": 0.5, "layer": None}),
+    "spread": Tested({"focus": 0.3, "contrast": 2.0, "score": "attention", **_LAYERS}),
     "random": Tested({"seed": 0}, small={"seed": 7}),
     "uniform": Tested({}),
     "none": Tested({}),

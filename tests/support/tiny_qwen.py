@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration
 from hivtp_hf.families.qwen2_vl import HIVTPQwen2VLConfig, HIVTPQwen2VLForConditionalGeneration
 from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
-from tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_ids
+from tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_ids, video_part
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 # Ids from here on are no text, and are not generated.
@@ -244,20 +244,24 @@ def qwen_processor(family: str, pruning: Any = None, **image_processing: Any) ->
     patch = CONFIGS[family]["vision_config"].get("patch_size", 16 if family == "qwen3_vl" else 14)
     size = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": 400 * (2 * patch) ** 2}
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch, **{"size": size, **image_processing})
-    return OURS[family][0].family.classes.processor(
+    processor = OURS[family][0].family.classes.processor
+    return processor(
         image_processor=image_processor,
         tokenizer=qwen_tokenizer(),
         chat_template=CHAT_TEMPLATE,
         pruning_config=pruning,
+        **video_part(processor, patch_size=patch),
     )
 
 
-def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None, sharp: bool = False) -> tuple[Any, Any]:
+def save_qwen_checkpoint(
+    folder: Any, family: str, pruning: Any = None, sharp: bool = False, **image_processing: Any
+) -> tuple[Any, Any]:
     """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both.
 
     With `sharp` weights are far from zero, so that answers differ between images and methods.
     """
-    processor = qwen_processor(family, pruning)
+    processor = qwen_processor(family, pruning, **image_processing)
     config, model = OURS[family]
     ids = token_ids(processor.tokenizer)
     values = {**CONFIGS[family], **ids}
@@ -280,9 +284,9 @@ def save_qwen_checkpoint(folder: Any, family: str, pruning: Any = None, sharp: b
     return model, processor
 
 
-def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False) -> Any:
+def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False, **image_processing: Any) -> Any:
     """A stock checkpoint in files as the Hub has them; returns its folder."""
-    model, processor = save_qwen_checkpoint(folder, family, sharp=sharp)
+    model, _ = save_qwen_checkpoint(folder, family, sharp=sharp, **image_processing)
     stock_config, stock_model = STOCK[family]
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "auto_map")}
     stock = stock_model(stock_config(**{name: value for name, value in values.items() if name != "pruning_config"}))
@@ -291,7 +295,9 @@ def save_stock_qwen_checkpoint(folder: Any, family: str, sharp: bool = False) ->
     for file in folder.iterdir():
         file.unlink()
     stock.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
+    # Parts that no processor of ours has put its name into.
+    parts = qwen_processor(family, **image_processing)
+    for name in parts.get_attributes():
+        getattr(parts, name).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return folder

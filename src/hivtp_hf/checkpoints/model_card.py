@@ -76,6 +76,7 @@ def model_card(
         method_keeps=_what_is_kept(method),
         pruning=pruning,
         settings=list(_settings(pruning, method)),
+        keeps_at_least_one=source.family.keeps_at_least_one,
         names_layers=any(setting.is_layer for setting in method.settings),
         sizes=_sizes(source),
         oldest_transformers=".".join(map(str, OLDEST_TRANSFORMERS)),

@@ -18,7 +18,8 @@ How the families here answer, LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Qwen-VL
 * `cell_scores`. LLaVA: one call of the layer, the class token's column goes. OneVision: scores are packed as stock packs
   features, and resampled with them. Qwen: a call for every segment, the mean of every 2 x 2 patches, and then brought back
   from the order of windows.
-* `provides`, `comparable_layers`. LLaVA: received and class attention, features; all layers. OneVision: no class attention.
+* `provides`, `comparable_layers`. LLaVA: received and class attention, features, and what the encoder says before the
+  projector; all layers. OneVision: no class attention.
   Qwen: received attention of the full blocks alone, as inside a window it sums to 1, whatever the window shows.
 * `streams`. LLaVA, OneVision and Qwen2.5-VL: features. Qwen3-VL: DeepStack features as well.
 * Positions follow the sequence in all LLaVA families. Qwen's are those of the unpruned prompt, of which kept columns are
@@ -66,6 +67,7 @@ class Family(ABC):
         feature_arguments: the arguments that say how features are made of them.
         streams: the fields of what stock's `get_image_features` returns that have a row for every token, features first. They
             are cut together.
+        keeps_at_least_one: whether a token is kept of every image at any ratio.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,7 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]]
     feature_arguments: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[str, ...]] = ("pooler_output",)
+    keeps_at_least_one: ClassVar[bool] = False
 
     # What it is made of.
 
@@ -185,6 +188,21 @@ class Family(ABC):
             ValueError: unless the family defines it.
         """
         raise ValueError(f"the family {self.name!r} provides pixels, but does not say them; define its `grey_levels`.")
+
+    def encoded_cells(
+        self, model: Any, output: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]
+    ) -> Sequence[Tensor] | None:
+        """What the encoder says of the cells of every view, before the projector: (cells, hidden) each.
+
+        None, the default, for families that do not provide `Evidence.ENCODED`.
+
+        Args:
+            model: a base model, stock's or ours.
+            output: what stock's `get_image_features` returned.
+            arguments: of that call.
+            layouts: of every image.
+        """
+        return None
 
     @abstractmethod
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:

@@ -1,5 +1,6 @@
 """What LLaVA families share: an encoder that sees square tiles one by one, and features that are a hidden state of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ class LlavaTowersFamily(Family):
             Evidence.ATTENTION_ROWS,
             Evidence.PIXELS,
             Evidence.FEATURES,
+            Evidence.ENCODED,
         }
     )
     feature_arguments: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -91,6 +93,16 @@ class LlavaTowersFamily(Family):
         # What of a tile fills no patch belongs to no cell.
         cells = levels[:, : rows * patch, : columns * patch].unflatten(2, (columns, patch)).unflatten(1, (rows, patch))
         return cells.transpose(2, 3).flatten(3).flatten(0, 2)
+
+    def encoded_cells(
+        self, model: Any, output: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]
+    ) -> Sequence[Tensor]:
+        # Those hidden states of which stock makes the feature, counted from the first one, as a pass may have ended early.
+        given, states = feature_argument(model.config, arguments, "vision_feature_layer"), self.num_layers(model.config) + 1
+        read = [output.hidden_states[index % states] for index in ([given] if isinstance(given, int) else given)]
+        cells = math.prod(layouts[0].view_shapes[0])
+        of_tiles = [state[:, state.shape[1] - cells :] for state in read]
+        return list(of_tiles[0] if len(of_tiles) == 1 else torch.cat(of_tiles, dim=-1))
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}

@@ -34,6 +34,8 @@ from .base import Family, as_grey_levels
 _DELTAS_ATTRIBUTE = "hivtp_rope_deltas"
 # What `mm_token_type_ids` calls the tokens of an image.
 _IMAGE_TYPE = 1
+# What serving engines call their attention in a language model's configuration, by which they can be told.
+_ENGINES = ("vllm", "sglang")
 
 
 class QwenVLFamily(Family):
@@ -41,6 +43,7 @@ class QwenVLFamily(Family):
 
     provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.PIXELS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_grid_thw")
+    keeps_at_least_one = True
 
     def encoder(self, model: Any) -> nn.Module:
         return model.visual
@@ -225,10 +228,28 @@ class QwenVLModelMixin(PrunedModelMixin):
             [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
 
         Raises:
-            ValueError: for inputs that do not fit each other or the pruning settings.
+            ValueError: for inputs that do not fit each other or the pruning settings, and in serving engines for what they
+                would answer wrongly.
         """
         arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        if self.config.get_text_config()._attn_implementation in _ENGINES:
+            self._check_engine(self._layouts(arguments, retention_ratio))
         return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
+
+    def _check_engine(self, layouts: Sequence[TokenLayout]) -> None:
+        """A ValueError, when an engine first asks for features, for what it would answer wrongly from them."""
+        engine, further = self.config.get_text_config()._attn_implementation, self.family.streams[1:]
+        way_out = "Serve the checkpoint with `hivtp serve`, or run the stock checkpoint by the engine's own class."
+        if further:
+            raise ValueError(
+                f"{self.family.title} runs in {engine} by transformers' classes, where `{further[0]}` of images are dropped, "
+                f"pruned or not; answers would be wrong. {way_out}"
+            )
+        if not all(layout.keeps_everything for layout in layouts):
+            raise ValueError(
+                f"{self.family.title} runs in {engine} by transformers' classes, where positions are asked for before images "
+                f"are encoded; where kept tokens stand follows from what is kept. Set `retention_ratio` to 1 there. {way_out}"
+            )
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:

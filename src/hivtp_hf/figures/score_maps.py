@@ -64,6 +64,7 @@ _WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "hivtp": ("attention received", _note_of_hivtp),
     "hiprune": ("attention received, deep layer", lambda pruning: _note_of_layer(pruning.deep_layer)),
     "cls_attention": ("attention of the class token", lambda pruning: _note_of_layer(pruning.layer)),
+    "vflowopt": ("attention of sinks", lambda pruning: "layer of the visual feature"),
     "gprune": ("mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
 }
 

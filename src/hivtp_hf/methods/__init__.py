@@ -4,11 +4,18 @@ from ..pruning.registry import register_method
 from ..pruning.settings import describe_settings
 from .base import PruningMethod
 from .cls_attention import ClassAttention
+from .divprune import DivPrune
+from .dpp import DPP
 from .gprune import GPrune
 from .hiprune import HiPrune
 from .hivtp import HIVTP
+from .id_selection import IDSelection
 from .keep_everything import KeepEverything
+from .mmr import MMR
+from .mmtok import MMTok
 from .random import Random
+from .scope import Scope
+from .spread import Spread
 from .uniform import Uniform
 from .vflowopt import VFlowOpt
 
@@ -19,6 +26,13 @@ METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
     GPrune,
     VFlowOpt,
     ClassAttention,
+    DivPrune,
+    Scope,
+    DPP,
+    MMTok,
+    IDSelection,
+    MMR,
+    Spread,
     Random,
     Uniform,
     KeepEverything,

@@ -9,7 +9,6 @@ It looks at the projected visual features alone. Five products of a vector and a
 the matrix: the same numbers at a thousandth of the cost.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from ..pruning.evidence import Evidence, VisualEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import PruningMethod, settings_of
-from .ranking import descending_rank
+from .ranking import check_packed_features, descending_rank, without_autocast
 
 # What one step over several images of a shape may take: of each image, the similarities and their softmax, and two float32
 # copies of its features; masks and the stacked features come on top. A single image may take more.
@@ -111,7 +110,7 @@ def select_gprune(
 
     Source: arXiv 2501.02268, section 3.
     """
-    _check_images(features, layouts)
+    check_packed_features(features, layouts)
     pruning = settings_of("gprune", pruning)
     images_of_layout: dict[TokenLayout, list[int]] = {}
     for image, layout in enumerate(layouts):
@@ -177,7 +176,7 @@ def propagated_mass(features: Tensor, pruning: VisualTokenPruningConfig | Mappin
             "(graphs, tokens, hidden)."
         )
     pruning = settings_of("gprune", pruning)
-    with torch.no_grad(), _without_autocast(features.device):
+    with torch.no_grad(), without_autocast(features.device):
         # In float16, weak edges would underflow and change the graph.
         features = features.float()
         length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
@@ -218,11 +217,6 @@ def _transition(rows: Tensor, directions: Tensor, pruning: VisualTokenPruningCon
     similarity.div_(pruning.temperature)
     similarity.masked_fill_(similarity < 1e-6, -5000.0)
     return similarity.softmax(-1)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device.type)  # not everywhere, and refused there even to switch it off
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def _select_of_layout(features: Sequence[Tensor], layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Tensor:
@@ -279,17 +273,3 @@ def _best_tokens(graphs: list[Tensor], count: int, pruning: VisualTokenPruningCo
         for first in range(0, len(graphs), at_once)
     ]
     return torch.cat(ranks) < count
-
-
-def _check_images(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> None:
-    if not layouts or len(features) != len(layouts):
-        raise ValueError(
-            f"`features` has {len(features)} images and `layouts` {len(layouts)}; there must be one layout for every image, "
-            "and at least one image."
-        )
-    for image, (packed, layout) in enumerate(zip(features, layouts, strict=True)):
-        if packed.ndim != 2 or packed.shape[0] != layout.num_stock or not packed.dtype.is_floating_point:
-            raise ValueError(
-                f"`features[{image}]` is {packed.dtype} of shape {tuple(packed.shape)}; its layout needs floating point of "
-                f"shape ({layout.num_stock}, hidden)."
-            )

@@ -23,6 +23,31 @@ from .ranking import descending_rank, keep_best, keep_best_of_groups, share_of_v
 
 # The paper's choice for CLIP ViT-L/14: layers 6, 7 and 8.
 _MIDDLE_LAYERS = (6, 7, 8)
+# Which layers are averaged, of methods that go by middle ones.
+MIDDLE_LAYER_SETTINGS = (
+    Setting(
+        "importance_start_layer",
+        int,
+        None,
+        is_layer=True,
+        meaning=f"first encoder layer that scores; None: the family's own, {_MIDDLE_LAYERS[0]} where it has none",
+    ),
+    Setting(
+        "importance_num_layers",
+        int,
+        None,
+        1,
+        is_layer=True,
+        meaning=f"how many layers are averaged, from the first on; None: {len(_MIDDLE_LAYERS)}, or the family's own",
+    ),
+    Setting(
+        "importance_layers",
+        tuple,
+        None,
+        is_layer=True,
+        meaning="encoder layers that are averaged, in place of a first one and a number",
+    ),
+)
 
 
 class HIVTP(PruningMethod):
@@ -34,28 +59,7 @@ class HIVTP(PruningMethod):
         Setting("global_ratio", float, 0.25, 0, 1, meaning="share of a region's cells kept by the global stage"),
         Setting("local_window", int, 2, 1, meaning="side in cells of windows that each keep one cell more"),
         Setting("regions", int, 2, 1, meaning="regions per side of a view, so 2 means four quadrants"),
-        Setting(
-            "importance_start_layer",
-            int,
-            None,
-            is_layer=True,
-            meaning=f"first encoder layer that scores; None: the family's own, {_MIDDLE_LAYERS[0]} where it has none",
-        ),
-        Setting(
-            "importance_num_layers",
-            int,
-            None,
-            1,
-            is_layer=True,
-            meaning=f"how many layers are averaged, from the first on; None: {len(_MIDDLE_LAYERS)}, or the family's own",
-        ),
-        Setting(
-            "importance_layers",
-            tuple,
-            None,
-            is_layer=True,
-            meaning="encoder layers that are averaged, in place of a first one and a number",
-        ),
+        *MIDDLE_LAYER_SETTINGS,
     )
     colour = "#0072B2"
     citation = r"""
@@ -76,22 +80,10 @@ class HIVTP(PruningMethod):
         return (frozenset({Evidence.RECEIVED_ATTENTION}),)
 
     def check_settings(self, pruning: VisualTokenPruningConfig) -> None:
-        for name in ("importance_start_layer", "importance_num_layers"):
-            if pruning.importance_layers is not None and getattr(pruning, name) is not None:
-                raise ValueError(
-                    f"`importance_layers` is {shown(pruning.importance_layers)} and `{name}` {getattr(pruning, name)}; give "
-                    "the layers themselves, or the first one and their number."
-                )
+        check_middle_layers(pruning)
 
     def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
-        first, number = pruning.importance_start_layer, pruning.importance_num_layers
-        if pruning.importance_layers is not None:
-            return pruning.importance_layers
-        own = encoder.default_layers.get("importance_layers", _MIDDLE_LAYERS)
-        if first is None and number is None:
-            return own
-        first = own[0] if first is None else first
-        return range(first, first + (len(_MIDDLE_LAYERS) if number is None else number))
+        return middle_layers(pruning, encoder)
 
     def count(self, layout: TokenLayout, pruning: VisualTokenPruningConfig) -> Sequence[int]:
         if pruning.retention_ratio is not None:
@@ -109,6 +101,28 @@ class HIVTP(PruningMethod):
 
     def importance(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return evidence.mean_scores()
+
+
+def check_middle_layers(pruning: VisualTokenPruningConfig) -> None:
+    """Refuses layers that are given in two ways: a ValueError."""
+    for name in ("importance_start_layer", "importance_num_layers"):
+        if pruning.importance_layers is not None and getattr(pruning, name) is not None:
+            raise ValueError(
+                f"`importance_layers` is {shown(pruning.importance_layers)} and `{name}` {getattr(pruning, name)}; give "
+                "the layers themselves, or the first one and their number."
+            )
+
+
+def middle_layers(pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
+    """The encoder layers that are averaged, 0-based and ascending."""
+    first, number = pruning.importance_start_layer, pruning.importance_num_layers
+    if pruning.importance_layers is not None:
+        return pruning.importance_layers
+    own = encoder.default_layers.get("importance_layers", _MIDDLE_LAYERS)
+    if first is None and number is None:
+        return own
+    first = own[0] if first is None else first
+    return range(first, first + (len(_MIDDLE_LAYERS) if number is None else number))
 
 
 class HIVTPBudget(NamedTuple):

@@ -3,6 +3,7 @@
 Nothing here leaves the device or loops over views or cells. Ties always go to the lower index.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -85,3 +86,29 @@ def keep_best(rank: Tensor, members: Tensor, number: Tensor) -> Tensor:
     """
     # One group, number 0, of the members; the others are in none.
     return keep_best_of_groups(rank, (~members).long(), number[:, None])
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which products are computed as they are written."""
+    available = torch.amp.is_autocast_available(device.type)  # not everywhere, and refused there even to switch it off
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
+def check_packed_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> None:
+    """Refuses features that are not those of images that lie so: a ValueError that says what was given.
+
+    Args:
+        features: of every image must be floating point (num_stock, hidden).
+        layouts: of every image; at least one.
+    """
+    if not layouts or len(features) != len(layouts):
+        raise ValueError(
+            f"`features` has {len(features)} images and `layouts` {len(layouts)}; there must be one layout for every image, "
+            "and at least one image."
+        )
+    for image, (packed, layout) in enumerate(zip(features, layouts, strict=True)):
+        if packed.ndim != 2 or packed.shape[0] != layout.num_stock or not packed.dtype.is_floating_point:
+            raise ValueError(
+                f"`features[{image}]` is {packed.dtype} of shape {tuple(packed.shape)}; its layout needs floating point of "
+                f"shape ({layout.num_stock}, hidden)."
+            )

@@ -204,12 +204,7 @@ class VFlowOpt(PruningMethod):
         ]
 
     def select(self, evidence: VisualEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
-        kept = []
-        for layout, merged in zip(evidence.layouts, self.merge(evidence, pruning), strict=True):
-            cells = layout.cell_numbers(merged.kept_indices)
-            is_kept = torch.zeros(layout.num_cells, dtype=torch.bool, device=cells.device)
-            kept.append(is_kept.index_fill(0, cells, True))
-        return torch.cat(kept)
+        return select_vflowopt(self.importance(evidence, pruning), evidence.layouts, pruning)
 
 
 def _scored_layer(encoder: EncoderFacts) -> int:
@@ -364,6 +359,27 @@ def grey_level_entropy(grey_levels: Tensor) -> Tensor:
         shares = shares / part.shape[1]
         found.append(-(shares * (shares + 1e-10).log2()).sum(1))
     return torch.cat(found)
+
+
+def select_vflowopt(
+    importance: Tensor, layouts: Sequence[TokenLayout], pruning: VisualTokenPruningConfig | Mapping[str, Any]
+) -> Tensor:
+    """The cells in whose place something enters the language model: themselves, or an average that they stand for.
+
+    Args:
+        importance: of the cells of all images, float (cells,), in the order of views.
+        layouts: of every image.
+        pruning: a config of the method "vflowopt" with the layouts' retention ratio, or its settings as a dict.
+
+    Returns:
+        bool (cells of all images,). Newlines are kept beside them, and count: `merge_vflowopt` says which.
+    """
+    kept = []
+    for of_image, layout in zip(importance.split([layout.num_cells for layout in layouts]), layouts, strict=True):
+        cells = layout.cell_numbers(merge_vflowopt(of_image, layout, pruning).kept_indices)
+        is_kept = torch.zeros(layout.num_cells, dtype=torch.bool, device=cells.device)
+        kept.append(is_kept.index_fill(0, cells, True))
+    return torch.cat(kept)
 
 
 def merge_vflowopt(

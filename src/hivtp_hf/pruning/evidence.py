@@ -25,6 +25,7 @@ class Evidence(enum.Enum):
     ATTENTION_ROWS = ("what some tokens attend to", "attention layers that can be read")
     PIXELS = ("pixels", "known scale of its pixels")
     FEATURES = ("the visual features", "feature for every cell")
+    ENCODED = ("what the vision encoder says of every cell before the projector", "hidden state to read for every cell")
 
     def __init__(self, words: str, source: str):
         self.words = words
@@ -69,6 +70,50 @@ class EncoderFacts(NamedTuple):
         return self.feature_layer if chosen is None else chosen
 
 
+class CellFeatures:
+    """The features of the cells of some views of one shape, brought together for as many views at a time as are asked for.
+
+    Those of all images of a call may be large, and only some methods look at them.
+
+    Args:
+        of_views: of every view features (n, hidden), and int64 (cells,), which of these are its cells', -1 for none; None where
+            they are its cells' as they stand.
+        device: where they are wanted.
+    """
+
+    def __init__(self, of_views: Sequence[tuple[Tensor, Tensor | None]], device: torch.device):
+        self._of_views = of_views
+        self._device = device
+
+    def __len__(self) -> int:
+        """How many views there are."""
+        return len(self._of_views)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a feature has; 0 where there is no view."""
+        return self._of_views[0][0].shape[-1] if self._of_views else 0
+
+    @torch.no_grad()
+    def of_views(self, first: int, behind: int) -> Tensor:
+        """A copy of the features of some views, (views, cells, hidden), without gradient.
+
+        What cells have that stock does not use means nothing.
+        """
+        of_views = self._of_views[first:behind]
+        features, places = of_views[0]
+        cells = len(features) if places is None else len(places)
+        copy = torch.empty(len(of_views), cells, self.width, dtype=features.dtype, device=self._device)
+        for row, (features, places) in zip(copy, of_views, strict=True):
+            if places is None:
+                row.copy_(features)
+            elif features.device == row.device:
+                torch.index_select(features, 0, places.clamp(min=0).to(row.device), out=row)
+            else:
+                row.copy_(features.index_select(0, places.clamp(min=0).to(features.device)))
+        return copy
+
+
 class ViewEvidence(NamedTuple):
     """What is known of views of one shape, of all images of a call, when cells of each view are chosen.
 
@@ -82,6 +127,8 @@ class ViewEvidence(NamedTuple):
         attention_rows: the same of what those tokens attend to that the method's `rows` names.
         grey_levels: uint8 (views, rows, columns, pixels of a cell): the mean of red, green and blue, rounded, from 0 to 255;
             None unless pixels are read.
+        features: the visual features of their cells.
+        encoded: the same of what the encoder says before the projector; None unless it is read.
     """
 
     valid: Tensor
@@ -92,6 +139,8 @@ class ViewEvidence(NamedTuple):
     encoder: EncoderFacts
     attention_rows: Mapping[int, Tensor] = {}
     grey_levels: Tensor | None = None
+    features: CellFeatures = CellFeatures((), torch.device("cpu"))
+    encoded: CellFeatures | None = None
 
     def mean_scores(self) -> Tensor:
         """The average of the attention that cells receive, over the layers read: float32 (views, rows, columns)."""
@@ -110,6 +159,8 @@ class VisualEvidence(NamedTuple):
         attention_rows: the same of what those tokens attend to that the method's `rows` names.
         grey_levels: uint8 (cells of all images, pixels of a cell): the mean of red, green and blue, rounded, from 0 to 255;
             None unless pixels are read.
+        encoded: of every view of every image what the encoder says of its cells before the projector, (cells, hidden); None
+            unless it is read.
     """
 
     layouts: Sequence[TokenLayout]
@@ -119,6 +170,7 @@ class VisualEvidence(NamedTuple):
     encoder: EncoderFacts
     attention_rows: Mapping[int, Tensor] = {}
     grey_levels: Tensor | None = None
+    encoded: Sequence[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +199,14 @@ class VisualEvidence(NamedTuple):
             self.encoder,
             parts(self.attention_rows),
             None if self.grey_levels is None else part(self.grey_levels),
+            None if self.encoded is None else self._encoded_of(members),
         )
+
+    def _encoded_of(self, members: Sequence[int]) -> list[Tensor]:
+        """What the encoder says of the views of some of the images."""
+        encoded = iter(self.encoded or ())
+        of_images = [[next(encoded) for _ in range(layout.num_views)] for layout in self.layouts]
+        return [view for member in members for view in of_images[member]]
 
     def ask(
         self, method: Any, question: Callable[[Any, VisualTokenPruningConfig], Tensor | None], pruning: Any
@@ -194,7 +253,18 @@ class VisualEvidence(NamedTuple):
             self.encoder,
             {layer: part(scores) for layer, scores in self.attention_rows.items()},
             None if self.grey_levels is None else part(self.grey_levels),
+            self._features_of(members),
+            None if self.encoded is None else CellFeatures([(self.encoded[member], None) for member in members], self.device),
         )
+
+    def _features_of(self, members: Sequence[int]) -> CellFeatures:
+        """The visual features of the cells of some views, by their numbers among those of all images."""
+        of_views = [
+            (features, places.flatten())
+            for features, layout in zip(self.features, self.layouts, strict=True)
+            for places in layout.by_view(layout.token_of_cell)
+        ]
+        return CellFeatures([of_views[member] for member in members], self.device)
 
 
 def mean_of_layers(scores: Mapping[int, Tensor]) -> Tensor:

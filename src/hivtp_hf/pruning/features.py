@@ -70,6 +70,7 @@ def gather_evidence(
     encoder: EncoderFacts,
     attention_rows: Mapping[int, Tensor] | None = None,
     grey_levels: Tensor | None = None,
+    encoded: Sequence[Tensor] | None = None,
 ) -> VisualEvidence:
     """What a method may look at, brought together from one pass of the vision tower.
 
@@ -80,6 +81,7 @@ def gather_evidence(
         encoder: the vision encoder.
         attention_rows: of every layer read what the method's tokens attend to, float32 (cells of all images,).
         grey_levels: uint8 (cells of all images, pixels of a cell), or None where pixels are not read.
+        encoded: of every view what the encoder says of its cells before the projector, (cells, hidden), where that is read.
 
     Raises:
         ValueError: where features do not fit the layouts.
@@ -97,6 +99,7 @@ def gather_evidence(
         encoder=encoder,
         attention_rows={layer: of_layer.to(device) for layer, of_layer in rows.items()},
         grey_levels=None if grey_levels is None else grey_levels.to(device),
+        encoded=encoded,
     )
 
 
@@ -193,18 +196,28 @@ def rank_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor], num_
     """
     if not evidence.layouts[0].pruning.drops_in_stages:
         return None
+    of_images = []
+    for layout, kept_of_image, of_cells in zip(
+        evidence.layouts, kept_indices, importance_of_images(evidence) or (), strict=True
+    ):
+        ratios = [ratio for _, ratio in stages_of_language_model(layout.pruning, num_layers)]
+        packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_of_image.to(of_cells.device)
+        others = float(pruning_method(layout.pruning.method).counts_newlines)
+        is_ranked = layout.packed(torch.ones_like(of_cells), others, others) > 0
+        survived = stages_survived(packed[kept], is_ranked[kept], ratios)
+        of_images.append(torch.nn.functional.pad(survived, (layout.num_retained - len(kept), 0)))
+    return of_images
+
+
+def importance_of_images(evidence: VisualEvidence) -> list[Tensor] | None:
+    """Of every image the scores by which its method ranks at the image's ratio, float (cells,); None where it does not."""
     of_image: dict[int, Tensor] = {}
     for pruning, members in _images_by_pruning(evidence.layouts).items():
         seen, method = evidence.of_images(members), pruning_method(pruning.method)
         importance: Any = seen.ask(method, method.importance, pruning)
-        ratios = [ratio for _, ratio in stages_of_language_model(pruning, num_layers)]
-        parts = importance.split([layout.num_cells for layout in seen.layouts])
-        for image, of_cells, layout in zip(members, parts, seen.layouts, strict=True):
-            packed, kept = layout.packed(of_cells, math.inf, math.inf), kept_indices[image].to(of_cells.device)
-            others = float(method.counts_newlines)
-            is_ranked = layout.packed(torch.ones_like(of_cells), others, others) > 0
-            survived = stages_survived(packed[kept], is_ranked[kept], ratios)
-            of_image[image] = torch.nn.functional.pad(survived, (layout.num_retained - len(kept), 0))
+        if importance is None:
+            return None
+        of_image.update(zip(members, importance.split([layout.num_cells for layout in seen.layouts]), strict=True))
     return [of_image[image] for image in range(len(evidence.layouts))]
 
 

@@ -444,6 +444,15 @@ class TokenLayout:
 
     @functools.cached_property
     @torch.inference_mode(False)
+    def token_of_cell(self) -> Tensor:
+        """int64 (cells,), on the CPU: the packed position of every cell, -1 for those that stock does not use."""
+        positions = self.cell_positions
+        tokens = torch.full((self.num_cells,), -1, dtype=torch.int64, device="cpu")
+        tokens[self._cell_of_token[positions]] = positions
+        return tokens
+
+    @functools.cached_property
+    @torch.inference_mode(False)
     def _cell_of_token(self) -> Tensor:
         """For every packed position the cell it shows, as an index into `valid`. Counting does without."""
         packed = [torch.full((int(self.has_class_token),), _CLASS_TOKEN, device="cpu")]

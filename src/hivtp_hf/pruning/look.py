@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read
-from .features import choose_and_merge, cut_and_merge, gather_evidence
+from .features import choose_and_merge, cut_and_merge, gather_evidence, importance_of_images
 from .layout import TokenLayout
-from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
 
 
@@ -31,6 +31,8 @@ class Look:
             list of layers, each of every image (num_stock, hidden); None for families without such.
         attention_rows: what some tokens attend to, the same by layer; by the settings that read it, as these say which tokens.
         grey_levels: uint8 (cells of all images, pixels of a cell), or None where no settings read pixels.
+        encoded: of every view what the encoder says of its cells before the projector, (cells, hidden); None where the family
+            does not tell.
     """
 
     base: Any
@@ -42,6 +44,7 @@ class Look:
     attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]]
     grey_levels: Tensor | None
     further_streams: Mapping[str, Any] | None = None
+    encoded: Sequence[Tensor] | None = None
 
     def layouts(self, pruning: Any = None) -> list[TokenLayout]:
         """How the tokens of every image lie, under some settings or under the model's own."""
@@ -77,7 +80,8 @@ class Look:
             {layer: scores[layer] for layer in layers if kind in kinds} for kind, scores in read.items()
         )
         grey_levels = self.grey_levels if Evidence.PIXELS in kinds else None
-        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, rows, grey_levels)
+        encoded = self.encoded if Evidence.ENCODED in kinds else None
+        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, rows, grey_levels, encoded)
 
     def kept(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence.
@@ -90,9 +94,8 @@ class Look:
 
     def importance(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> Tensor | None:
         """The scores by which a method ranks, float (cells of all images,) in the order of views; None where it does not."""
-        settings = self._settings(pruning)
-        method = pruning_method(settings.method)
-        return self.evidence(settings, layouts).ask(method, method.importance, settings)
+        of_images = importance_of_images(self.evidence(pruning, layouts))
+        return None if of_images is None else torch.cat(of_images)
 
     def _settings(self, pruning: Any) -> VisualTokenPruningConfig:
         return self.base.config.pruning_config if pruning is None else VisualTokenPruningConfig.coerce(pruning)

@@ -161,7 +161,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             )
         class_attention = set(received) if has_class_token else set()
         wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
-        rows, reads_pixels = {}, False
+        rows, reads_pixels, tells_encoded = {}, False, Evidence.ENCODED in self.provided_evidence
         for settings in map(VisualTokenPruningConfig.coerce, wanted):
             kinds = check_pruning_fits_encoder(settings, encoder, self.provided_evidence)
             for kind, read in ((Evidence.RECEIVED_ATTENTION, received), (Evidence.CLASS_ATTENTION, class_attention)):
@@ -182,6 +182,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             encoder,
             attention_rows=self._rows_of_cells(collector, layouts),
             grey_levels=self.family.grey_levels(self, arguments, layouts) if reads_pixels else None,
+            encoded=self.family.encoded_cells(self, output, arguments, layouts) if tells_encoded else None,
         )
 
     def _image_arguments(self) -> tuple[str, ...]:
@@ -235,8 +236,9 @@ class PrunedModelMixin(MarkedColumnsMixin):
             output = self._received_attention_tap.call(call, collector)
             of_stock = {name: getattr(output, name) for name in self.family.streams}
             grey_levels = self.family.grey_levels(self, arguments, layouts) if Evidence.PIXELS in kinds else None
+            encoded = self.family.encoded_cells(self, output, arguments, layouts) if Evidence.ENCODED in kinds else None
             streams, kept_indices, merged, log_weights, survived = self._prune(
-                of_stock, layouts, collector, encoder, grey_levels
+                of_stock, layouts, collector, encoder, grey_levels, encoded
             )
         stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
         num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
@@ -300,10 +302,11 @@ class PrunedModelMixin(MarkedColumnsMixin):
         collector: CollectedAttention,
         encoder: EncoderFacts,
         grey_levels: Tensor | None,
+        encoded: Sequence[Tensor] | None,
     ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
         rows = next(iter(self._rows_of_cells(collector, layouts).values()), None)
         scores = self._scores_of_cells(collector, layouts)
-        evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels)
+        evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels, encoded)
         kept_indices, merged = choose_and_merge(evidence)
         kept_streams = {name: cut_and_merge(stream, kept_indices, merged, layouts) for name, stream in streams.items()}
         survived = rank_features(evidence, kept_indices, self.config.get_text_config().num_hidden_layers)

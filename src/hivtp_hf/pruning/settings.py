@@ -81,7 +81,10 @@ _RETENTION_RATIO = Setting(
     None,
     maximum=1,
     above_minimum=True,
-    meaning="share of an image's patch tokens to keep; newline tokens come on top, and 1 keeps everything",
+    meaning=(
+        "share of an image's patch tokens to keep; newline tokens come on top, and 1 keeps everything. For vflowopt what is "
+        "left of all tokens, newlines included, on average over the layers of the language model"
+    ),
 )
 _TOKEN_BUDGET = Setting(
     "token_budget",
@@ -96,7 +99,7 @@ _EXACT_COUNT = Setting(
     True,
     meaning=(
         "whether the number of kept tokens depends on the image's size and the settings alone, as processors and serving "
-        "engines need; False, for hivtp only, gives the published selection, whose number depends on the content"
+        "engines need; False, for hivtp and vflowopt only, gives the published selection, whose number depends on the content"
     ),
 )
 _KEEP_NEWLINES = Setting(
