@@ -131,9 +131,9 @@ def spy_attention():
 
 # What is asked for, and how many layers then run it: the vision layers up to the feature, nine of ten, and both text layers.
 ASKED = {
-    "string": ("spy_attention", 9, 2),
+    "string": ("spy_attention", 9, 3),
     "vision": ({"vision_config": "spy_attention", "text_config": "eager"}, 9, 0),
-    "text": ({"vision_config": "eager", "text_config": "spy_attention"}, 0, 2),
+    "text": ({"vision_config": "eager", "text_config": "spy_attention"}, 0, 3),
 }
 
 

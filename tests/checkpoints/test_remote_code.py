@@ -131,7 +131,7 @@ def test_a_checkpoint_of_many_code_files_still_loads(tmp_path):
     old = tmp_path / "old"
     with zipfile.ZipFile(DATA / "config_only_checkpoint_of_33_code_files.zip") as saved:
         saved.extractall(old)
-    base = build_stock_checkpoint(tmp_path / "base", **GEOMETRY)
+    base = build_stock_checkpoint(tmp_path / "base", **GEOMETRY, text_layers=2)  # as it was then
     config = json.loads((old / "config.json").read_text())
     config["base_model"]["name"] = str(base)
     (old / "config.json").write_text(json.dumps(config))

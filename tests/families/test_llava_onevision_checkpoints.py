@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 from typer.testing import CliRunner
 
 from checkpoints import KEY_LAYOUTS, run_without_package
+from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
 from examples.tiny_onevision_checkpoint import CHAT_TEMPLATE, build_onevision_checkpoint
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.checkpoints.inspection import inspect_checkpoint
@@ -183,3 +184,19 @@ def test_drawn(saved, stock, tmp_path):
     assert [rows.max(), columns.max()] == pytest.approx([2 * side, 2 * side], abs=2)
     with pytest.raises(ValueError, match="there must be a view for each frame"):
         draw_kept_frames(frames[:1], layout, cell)
+
+
+def test_evaluated(stock, tmp_path):
+    """Every method's answers from one pass of the tower are those of `generate`."""
+    folder, _ = stock
+    run = evaluated(folder, data_folder(tmp_path / "data"), tmp_path / "runs", methods="hivtp,gprune,none", ratios="1,0.4")
+    processor, model = FAMILY.processor.from_pretrained(folder), FAMILY.model.from_pretrained(folder)
+    photos = {name: photo(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
+    predictions = table_of(run.folder / "predictions.csv")
+    for line in predictions:
+        image, question, _, _ = ROWS[int(line["row"]) - 1]
+        budget = {} if line["method"] == "none" else {"retention_ratio": float(line["ratio"])}
+        pruning = {"method": line["method"], **budget}
+        answer, tokens = plain_answer(model, processor, photos[image], question, pruning)
+        assert (line["prediction"], int(line["patch_tokens"]) + int(line["newline_tokens"])) == (answer, tokens)
+    assert len({line["prediction"] for line in predictions}) > 2

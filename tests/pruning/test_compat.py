@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from families import FAMILIES
 from hivtp_hf.pruning import compat
 from tiny_models import CACHE, CACHE_NAMES, image_features_of, photo, pruned_processor, twins
+from tiny_onevision import FAMILY as ONEVISION
 
 pytestmark = pytest.mark.releases
 
@@ -38,7 +39,9 @@ def test_older_releases_are_refused():
 def test_what_our_classes_override_is_there_and_stocks(stock, name):
     stock_class = getattr(transformers, stock)
     assert callable(getattr(stock_class, name))
-    classes = [getattr(family, part) for family in FAMILIES.values() for part in ("config", "base", "model", "processor")]
+    classes = [
+        getattr(family, part) for family in (*FAMILIES.values(), ONEVISION) for part in ("config", "base", "model", "processor")
+    ]
     overriding = [ours for ours in classes if issubclass(ours, stock_class)]
     assert overriding
     assert all(getattr(ours, name) is not getattr(stock_class, name) for ours in overriding)
@@ -48,7 +51,7 @@ def test_every_private_override_is_listed():
     """Private names that our classes and their stock classes both define: transformers calls them, and may rename them."""
     listed = {name for names in compat.OVERRIDDEN.values() for name in names}
     found = set()
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), ONEVISION):
         for part in ("config", "base", "model", "processor"):
             classes = getattr(family, part).__mro__
             ours, stocks = (

@@ -141,8 +141,7 @@ class VFlowOpt(PruningMethod):
         second, third = pruning.second_stage_layer, pruning.third_stage_layer
         if second is not None and third is not None and second >= third:
             raise ValueError(
-                f"`second_stage_layer` is {second} and `third_stage_layer` {third}; the second stage must "
-                "begin before the third."
+                f"`second_stage_layer` is {second} and `third_stage_layer` {third}; the first of them must be the smaller one."
             )
         if pruning.stages:
             raise ValueError(
@@ -158,8 +157,8 @@ class VFlowOpt(PruningMethod):
             if is_at_odds:
                 raise ValueError(
                     f"`token_budget` is {pruning.token_budget} and `{name}` {getattr(pruning, name)!r}; a budget finds the "
-                    "ratio whose strategy lets an exact number of tokens into the language model. Give `retention_ratio` in "
-                    f"its place, or leave `{name}` out."
+                    "ratio whose strategy lets an exact number of tokens into the language model, so that must be the default. "
+                    f"Give `retention_ratio` in place of the budget, or leave `{name}` out."
                 )
 
     def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
