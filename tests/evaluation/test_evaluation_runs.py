@@ -16,6 +16,7 @@ from hivtp_hf.evaluation import run as run_module
 from hivtp_hf.evaluation.plot import draw_accuracy
 from hivtp_hf.evaluation.run_folder import FinishedParts
 from hivtp_hf.methods import uniform as selectors_uniform
+from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
@@ -40,7 +41,7 @@ def names_in(folder):
 
 
 # What the language model is told of kept tokens beside their features: nothing.
-AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": []}
+AS_PUBLISHED = {"token_weights": "none", "weight_strength": 1.0, "positions": "packed", "stages": [], "video_scope": "frame"}
 
 
 def counted_parts(monkeypatch, stop_at=None):
@@ -239,7 +240,7 @@ def test_methods_that_need_a_class_token_are_left_out_where_there_is_none(data, 
     run = evaluated(siglip, data, tmp_path / "runs", questions=1, ratios="1/4", say=said.append)
     assert said[1] == "cls_attention is left out: the vision tower has no class token."
     methods = {row.method for row in run.metrics}
-    assert methods == {"none", "hivtp", "hiprune", "gprune", "random", "uniform", "downsample"}
+    assert methods == {*METHODS, "downsample"} - {"cls_attention"}
     with pytest.raises(ValueError, match="no class token"):
         evaluated(siglip, data, tmp_path / "runs", methods="cls_attention")
 
@@ -323,7 +324,7 @@ def test_the_figure_shows_every_method(stock, data, tmp_path, monkeypatch):
     strokes = {line.get_label(): line.get_linestyle() for line in drawn.pop().axes[0].lines}
     assert (strokes["uniform"], strokes["uniform, both"]) == ("-", "-.")
     # Where nothing is kept, there is no logarithm.
-    none_kept = [row._replace(patch_tokens=0.0, newline_tokens=0.0) if row.method == "uniform" else row for row in run.metrics]
+    none_kept = [row._replace(tokens_per_layer=0.0) if row.method == "uniform" else row for row in run.metrics]
     draw_accuracy(tmp_path / "other.png", none_kept, "title")
     assert drawn[1].axes[0].get_xscale() == "symlog"
     # Without matplotlib there is none, and the run says so.

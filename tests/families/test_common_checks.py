@@ -10,6 +10,7 @@ from transformers import AutoConfig, CLIPVisionConfig, GenerationMixin, LlamaCon
 
 from families import FAMILIES
 from hivtp_hf import VisualTokenPruningConfig
+from hivtp_hf.pruning.prompt_columns import COLUMN_ARGUMENTS
 from tiny_models import LOW_RATIO, greedy, image_features_of, image_inputs, photo, pruned_config, twins
 
 TEXTS = ["USER: <image>\nWhat is shown? ASSISTANT:", "<image> How many?"]
@@ -17,7 +18,7 @@ SIZES = [(60, 100), (112, 112)]
 
 
 # What our forward takes beside stock's arguments.
-OUR_ARGUMENTS = ("retention_ratio", "visual_position_shifts", "visual_log_weights")
+OUR_ARGUMENTS = ("retention_ratio", *COLUMN_ARGUMENTS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -210,8 +211,8 @@ def test_hidden_states_and_attentions_have_the_pruned_length(copied, inputs):
     with torch.no_grad():
         output = copied(**inputs, output_hidden_states=True, output_attentions=True)
     batch, length = inputs["input_ids"].shape
-    assert [tuple(states.shape) for states in output.hidden_states] == [(batch, length, 64)] * 3
-    assert [tuple(maps.shape) for maps in output.attentions] == [(batch, 2, length, length)] * 2
+    assert [tuple(states.shape) for states in output.hidden_states] == [(batch, length, 64)] * 4
+    assert [tuple(maps.shape) for maps in output.attentions] == [(batch, 2, length, length)] * 3
     assert len(torch.cat(image_features_of(output))) == sum(map(len, kept_indices(copied, inputs)))
 
 

@@ -69,9 +69,9 @@ def revisions(folder, family):
     first = build_pruned_checkpoint(folder, LOW_RATIO, family)
     second = shutil.copytree(first, first.with_name("second_revision"))
     file = second / f"hivtp_{family}.py"
-    source, line = file.read_text(), "return summed / (num_heads * query.shape[2])"
+    source, line = file.read_text(), "return _over_all_heads(summed, query.shape[1], num_heads) / (num_heads * query.shape[2])"
     assert source.count(line) == 1
-    file.write_text(source.replace(line, line.replace("summed", "-summed")))
+    file.write_text(source.replace(line, line.replace("(summed", "(-summed")))
     return {"first": str(first), "second": str(second)}
 
 

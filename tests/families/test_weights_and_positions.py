@@ -573,7 +573,7 @@ def test_shifts_and_weights_are_for_models_that_use_them(pair):
 def test_serving_engines_are_refused(pair, setting):
     processor = copy.copy(pair.processor)
     processor.pruning_config = {**LOW_RATIO, **setting}
-    with pytest.raises(ValueError, match=r"serving engines decide by themselves where tokens stand .*`hivtp serve`"):
+    with pytest.raises(ValueError, match=r"serving engines decide by themselves where tokens stand.*`hivtp serve`"):
         processor._get_num_multimodal_tokens([(60, 60)])
 
 

@@ -62,8 +62,8 @@ def test_dispersion_equals_plain_loops(grid, top_share):
 @pytest.mark.parametrize("tower", TOWERS)
 def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monkeypatch):
     pair = twins({"importance_start_layer": 0, "importance_num_layers": LAYERS}, **TOWERS[tower])
-    seen, original = [], pruned_model.choose
-    monkeypatch.setattr(pruned_model, "choose", lambda evidence: seen.append(evidence) or original(evidence))
+    seen, original = [], pruned_model.choose_and_merge
+    monkeypatch.setattr(pruned_model, "choose_and_merge", lambda evidence: seen.append(evidence) or original(evidence))
     images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
 
     def evidence_of_pruning():

@@ -105,7 +105,7 @@ def test_cache_bytes_are_those_of_the_prompt(checkpoint):
     _, pipe = demo.load_pair(str(checkpoint), str(checkpoint))
     (prefill,) = demo.measure([pipe], messages, repeats=1)
     tokens = demo.prepare(pipe, messages)["input_ids"].shape[1]
-    assert prefill.cache_bytes == tokens * 2 * 2 * 32 * 4  # keys and values, of 2 layers with one head of 32 float32
+    assert prefill.cache_bytes == tokens * 2 * 3 * 32 * 4  # keys and values, of 3 layers with one head of 32 float32
     assert prefill.image_tokens == layout(90, 130, retention_ratio=0.25).num_retained
 
 

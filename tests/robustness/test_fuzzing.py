@@ -187,6 +187,9 @@ def check_pruning(pruning, given_settings):
             assert all(type(layer) is int and layer >= 0 for layer in value)
             continue
         assert type(value) is setting.kind
+        if setting.kind is str:
+            assert value in setting.choices
+            continue
         assert value >= setting.minimum
         assert setting.maximum is None or value <= setting.maximum
         assert math.isfinite(value)

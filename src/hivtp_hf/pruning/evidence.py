@@ -94,7 +94,6 @@ class CellFeatures:
         """How many numbers a feature has; 0 where there is no view."""
         return self._of_views[0][0].shape[-1] if self._of_views else 0
 
-    @torch.no_grad()
     def of_views(self, first: int, behind: int) -> Tensor:
         """A copy of the features of some views, (views, cells, hidden), without gradient.
 
@@ -104,13 +103,14 @@ class CellFeatures:
         features, places = of_views[0]
         cells = len(features) if places is None else len(places)
         copy = torch.empty(len(of_views), cells, self.width, dtype=features.dtype, device=self._device)
-        for row, (features, places) in zip(copy, of_views, strict=True):
-            if places is None:
-                row.copy_(features)
-            elif features.device == row.device:
-                torch.index_select(features, 0, places.clamp(min=0).to(row.device), out=row)
-            else:
-                row.copy_(features.index_select(0, places.clamp(min=0).to(features.device)))
+        with torch.no_grad():
+            for row, (features, places) in zip(copy, of_views, strict=True):
+                if places is None:
+                    row.copy_(features)
+                elif features.device == row.device:
+                    torch.index_select(features, 0, places.clamp(min=0).to(row.device), out=row)
+                else:
+                    row.copy_(features.index_select(0, places.clamp(min=0).to(features.device)))
         return copy
 
 
