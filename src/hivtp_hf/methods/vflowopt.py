@@ -316,7 +316,7 @@ def count_vflowopt(layout: TokenLayout, pruning: VisualTokenPruningConfig | Mapp
 
 def _num_averages(tokens: int, kept: int, side: float) -> int:
     """How many of the tokens that stay are set aside for averages."""
-    return min(int(tokens / side**2), kept)
+    return min(int(tokens / side / side), kept)
 
 
 def attention_sinks(received: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:

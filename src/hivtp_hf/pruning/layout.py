@@ -141,7 +141,7 @@ class TokenLayout:
         valid_per_view: how many cells of each view the stock model uses.
         group_totals: cells kept of each group of cells among which the method chooses: of each view; for gprune of each part.
         num_stock: tokens that the stock model uses for this image.
-        num_newlines: newline tokens kept.
+        num_newlines: newline tokens kept; of methods that count them, the most that may be.
         num_class_tokens: class tokens kept, 0 or 1.
         num_retained: placeholders of this image: `sum(group_totals) + num_newlines + num_class_tokens`.
         num_offered: tokens that a method may keep: all that stock uses, without newlines where `keep_newlines` is False.
