@@ -15,7 +15,7 @@ from hivtp_hf.lmms_eval.loaded_checkpoint import checked_template, loaded_checkp
 from hivtp_hf.lmms_eval.model_arguments import with_arguments
 from hivtp_hf.lmms_eval.prompts import messages_of_context, prompt_of_messages
 from hivtp_hf.lmms_eval.run_failure import RunFailure, failing_with_the_row
-from hivtp_hf.lmms_eval.token_sums import TokenSums, summed
+from hivtp_hf.lmms_eval.token_sums import TokenSums, settings_as_numbers, summed
 from tiny_checkpoint import build_stock_checkpoint
 
 pytestmark = pytest.mark.once
@@ -199,3 +199,10 @@ def test_every_kind_of_checkpoint_loads_under_the_settings_that_were_given(tmp_p
         ValueError, match=r"takes 'llava' and 'hivtp_llava'\. Give the checkpoint to `--model hivtp_llava_next`"
     ):
         loaded(stock, family=FAMILIES[1])
+
+
+def test_settings_that_are_lists_are_words():
+    numbers = settings_as_numbers(VisualTokenPruningConfig(importance_layers=[7, 15], stages=[[8, 0.5], [0.75, 0.25]]))
+    assert numbers["importance_layers_7+15"] == numbers["stages_8:0.5+0.75:0.25"] == 1
+    assert not {"importance_layers", "stages"} & set(numbers)
+    assert not any(name.startswith("stages") for name in settings_as_numbers(VisualTokenPruningConfig()))

@@ -67,7 +67,12 @@ def summed(all_sums: Iterable[TokenSums]) -> TokenSums:
 
 
 def settings_as_numbers(pruning: VisualTokenPruningConfig) -> dict[str, Any]:
-    """The settings as lmms-eval can store them, which are numbers: words such as the method by names of their own, no None."""
-    settings = pruning.to_dict()
+    """The settings as lmms-eval can store them, which are numbers: words and lists by names of their own, no None."""
+    settings = {name: _as_word(value) if isinstance(value, list) else value for name, value in pruning.to_dict().items()}
     words = {f"{name}_{value}": 1 for name, value in settings.items() if isinstance(value, str)}
     return {**words, **{name: value for name, value in settings.items() if not isinstance(value, str | None)}}
+
+
+def _as_word(values: list[Any]) -> str | None:
+    """A list of layers or stages as the command line takes it, such as 7+15 and 8:0.5+16:0.5; None for an empty one."""
+    return "+".join(":".join(map(str, value)) if isinstance(value, list) else str(value) for value in values) or None
