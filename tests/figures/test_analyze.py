@@ -22,7 +22,7 @@ from hivtp_hf.figures.dispersion import (
     most_attended_cells,
     plot_dispersion,
 )
-from hivtp_hf.pruning import model as pruned_model
+from hivtp_hf.pruning import features as pruned_features
 from layouts import views
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import TOWERS, image_inputs, photo, settings, twins
@@ -62,8 +62,8 @@ def test_dispersion_equals_plain_loops(grid, top_share):
 @pytest.mark.parametrize("tower", TOWERS)
 def test_layers_equal_plain_loops_over_the_scores_that_pruning_reads(tower, monkeypatch):
     pair = twins({"importance_start_layer": 0, "importance_num_layers": LAYERS}, **TOWERS[tower])
-    seen, original = [], pruned_model.choose_and_merge
-    monkeypatch.setattr(pruned_model, "choose_and_merge", lambda evidence: seen.append(evidence) or original(evidence))
+    seen, original = [], pruned_features.choose_and_merge
+    monkeypatch.setattr(pruned_features, "choose_and_merge", lambda evidence: seen.append(evidence) or original(evidence))
     images = [photo(*size, seed) for seed, size in enumerate(SIZES)]
 
     def evidence_of_pruning():

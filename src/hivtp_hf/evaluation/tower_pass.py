@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaModel
 
 from ..pruning.encoder_layers import without_unread_layers
-from ..pruning.features import choose_and_merge, cut_and_merge, rank_features, weigh_features
+from ..pruning.features import FIELDS_OF_IMAGES, prune_features
 from ..pruning.layout import TokenLayout
 from ..pruning.look import Look
 from ..pruning.model import PrunedImageFeaturesOutput
@@ -70,10 +70,6 @@ class KeptTokens(NamedTuple):
         return self.encoded.pooler_output[0]
 
 
-# What `PrunedImageFeaturesOutput` has of every image beside streams.
-_OF_IMAGES = ("kept_indices", "num_stock", "log_weights", "stages_survived")
-
-
 @torch.no_grad()
 def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens]:
     """What the method of the layouts keeps of every image.
@@ -85,17 +81,10 @@ def pruned_tokens(seen: Look, layouts: Sequence[TokenLayout]) -> list[KeptTokens
     Raises:
         ValueError: where the method keeps other tokens than its settings say: what is broken must not pass for a bad method.
     """
-    evidence, pruning = seen.evidence(layouts[0].pruning, layouts), layouts[0].pruning
-    kept, merged = choose_and_merge(evidence)
-    patches = [check_kept_indices(indices, layout) for indices, layout in zip(kept, layouts, strict=True)]
     num_layers = seen.base.config.get_text_config().num_hidden_layers
-    encoded = PrunedImageFeaturesOutput(
-        **{name: cut_and_merge(stream, kept, merged, layouts) for name, stream in _streams(seen).items()},
-        kept_indices=kept,
-        num_stock=None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
-        log_weights=weigh_features(evidence, kept),
-        stages_survived=rank_features(evidence, kept, num_layers),
-    )
+    pruned = prune_features(seen.evidence(layouts[0].pruning, layouts), _streams(seen), num_layers)
+    kept, encoded = pruned["kept_indices"], PrunedImageFeaturesOutput(**pruned)
+    patches = [check_kept_indices(indices, layout) for indices, layout in zip(kept, layouts, strict=True)]
     return [
         KeptTokens(
             _of_image(encoded, image),
@@ -117,7 +106,7 @@ def _of_image(encoded: PrunedImageFeaturesOutput, image: int) -> PrunedImageFeat
     own: dict[str, Any] = {"pooler_output": [encoded.pooler_output[image]]}
     if encoded.deepstack_features is not None:
         own["deepstack_features"] = [[layer[image]] for layer in encoded.deepstack_features]
-    values = {name: getattr(encoded, name) for name in _OF_IMAGES}
+    values = {name: getattr(encoded, name) for name in FIELDS_OF_IMAGES}
     return PrunedImageFeaturesOutput(**own, **{name: None if of is None else [of[image]] for name, of in values.items()})
 
 
@@ -137,7 +126,7 @@ def together(images: Sequence[KeptTokens]) -> dict[str, Any]:
         return {}
     parts = [image.encoded for image in images]
     values: dict[str, Any] = {}
-    for name in ("pooler_output", *_OF_IMAGES):
+    for name in ("pooler_output", *FIELDS_OF_IMAGES):
         of_parts = [getattr(part, name) for part in parts]
         values[name] = None if of_parts[0] is None else [value for of_part in of_parts for value in of_part]
     if parts[0].deepstack_features is not None:

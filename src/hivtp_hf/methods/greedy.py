@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pruning.evidence import CellFeatures, EncoderFacts, ViewEvidence
-from ..pruning.settings import VisualTokenPruningConfig
+from ..pruning.evidence import CellFeatures, EncoderFacts, Evidence, ViewEvidence
+from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import PruningMethod
 from .ranking import rounded_share, totals_of_views, without_autocast
 
@@ -49,6 +49,23 @@ class GreedyMethod(PruningMethod):
 
     def importance(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return importance_of_order(self.order(evidence, pruning), evidence.valid)
+
+
+# Which layer's attention `saliency_of_views` takes.
+SALIENCY_LAYER = Setting("layer", int, None, is_layer=True, meaning="encoder layer; None: the visual feature's")
+
+
+class SalientGreedyMethod(GreedyMethod):
+    """A greedy method that weighs in how important cells are, by the setting `layer`."""
+
+    def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
+        return (
+            frozenset({Evidence.CLASS_ATTENTION, Evidence.FEATURES}),
+            frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES}),
+        )
+
+    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
+        return (saliency_layer(pruning, encoder),)
 
 
 def is_picked(order: Tensor) -> Tensor:

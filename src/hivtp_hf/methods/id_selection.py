@@ -3,35 +3,35 @@
 Source: arXiv 2604.05601, from its formulas.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..pruning.evidence import CellFeatures, EncoderFacts, Evidence, ViewEvidence
+from ..pruning.evidence import CellFeatures, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import check_views, settings_of
 from .greedy import (
-    GreedyMethod,
+    SALIENCY_LAYER,
+    SalientGreedyMethod,
     check_features,
     from_zero_to_one,
     is_picked,
     order_in_views,
     picks_of_views,
-    saliency_layer,
     saliency_of_views,
     suppression_order,
 )
 
 
-class IDSelection(GreedyMethod):
+class IDSelection(SalientGreedyMethod):
     """ID-Selection: by importance and diversity."""
 
     name = "id_selection"
     rule = "the most important, which suppresses what resembles it (ID-Selection, arXiv 2604.05601)"
     settings = (
         Setting("sharpness", float, 20.0, 0, meaning="how fast suppression falls with the distance of features"),
-        Setting("layer", int, None, is_layer=True, meaning="encoder layer; None: the visual feature's"),
+        SALIENCY_LAYER,
     )
     colour = "#BCBD22"
     citation = r"""
@@ -44,15 +44,6 @@ class IDSelection(GreedyMethod):
   url = {https://arxiv.org/abs/2604.05601},
 }
 """
-
-    def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
-        return (
-            frozenset({Evidence.CLASS_ATTENTION, Evidence.FEATURES}),
-            frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES}),
-        )
-
-    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
-        return (saliency_layer(pruning, encoder),)
 
     def order(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return _id_selection_order(evidence.features, saliency_of_views(evidence, pruning), evidence.valid, pruning)

@@ -3,35 +3,35 @@
 Source: Carbonell and Goldstein, SIGIR 1998, of documents; as others compare with it, of visual tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..pruning.evidence import CellFeatures, EncoderFacts, Evidence, ViewEvidence
+from ..pruning.evidence import CellFeatures, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import check_views, settings_of
 from .greedy import (
-    GreedyMethod,
+    SALIENCY_LAYER,
+    SalientGreedyMethod,
     check_features,
     from_zero_to_one,
     is_picked,
     order_in_views,
     picks_of_views,
     relevance_order,
-    saliency_layer,
     saliency_of_views,
 )
 
 
-class MMR(GreedyMethod):
+class MMR(SalientGreedyMethod):
     """Maximal marginal relevance: by importance less similarity."""
 
     name = "mmr"
     rule = "a balance of importance and of being unlike what is kept (maximal marginal relevance, SIGIR 1998)"
     settings = (
         Setting("relevance", float, 0.5, 0, 1, meaning="the share of importance; the rest is that of being unlike"),
-        Setting("layer", int, None, is_layer=True, meaning="encoder layer; None: the visual feature's"),
+        SALIENCY_LAYER,
     )
     colour = "#7F7F7F"
     citation = r"""
@@ -43,15 +43,6 @@ class MMR(GreedyMethod):
   doi = {10.1145/290941.291025},
 }
 """
-
-    def reads(self, pruning: VisualTokenPruningConfig) -> Sequence[frozenset[Evidence]]:
-        return (
-            frozenset({Evidence.CLASS_ATTENTION, Evidence.FEATURES}),
-            frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES}),
-        )
-
-    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
-        return (saliency_layer(pruning, encoder),)
 
     def order(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         return _mmr_order(evidence.features, saliency_of_views(evidence, pruning), evidence.valid, pruning)

@@ -8,30 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pruning.evidence import CellFeatures, EncoderFacts, Evidence, ViewEvidence
+from ..pruning.evidence import CellFeatures, Evidence, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import check_views, settings_of
 from .greedy import (
-    GreedyMethod,
+    SALIENCY_LAYER,
+    SalientGreedyMethod,
     check_features,
     coverage_order,
     is_picked,
     not_negative,
     order_in_views,
     picks_of_views,
-    saliency_layer,
     saliency_of_views,
 )
 
 
-class Scope(GreedyMethod):
+class Scope(SalientGreedyMethod):
     """SCOPE: by saliency and by what is covered."""
 
     name = "scope"
     rule = "what covers most that is not covered yet, times its saliency (SCOPE, arXiv 2510.24214)"
     settings = (
         Setting("saliency_power", float, 1.0, 0, 4, meaning="the power to which saliency is taken; 0 leaves it out"),
-        Setting("layer", int, None, is_layer=True, meaning="encoder layer; None: the visual feature's"),
+        SALIENCY_LAYER,
     )
     colour = "#8C564B"
     citation = r"""
@@ -51,9 +51,6 @@ class Scope(GreedyMethod):
             frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ENCODED}),
             frozenset({Evidence.RECEIVED_ATTENTION, Evidence.FEATURES}),
         )
-
-    def layers(self, pruning: VisualTokenPruningConfig, encoder: EncoderFacts) -> Sequence[int]:
-        return (saliency_layer(pruning, encoder),)
 
     def order(self, evidence: ViewEvidence, pruning: VisualTokenPruningConfig) -> Tensor:
         features = evidence.features if evidence.encoded is None else evidence.encoded

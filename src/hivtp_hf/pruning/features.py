@@ -10,6 +10,7 @@ from torch import Tensor
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read, methods_of
 from .layout import TokenLayout
 from .merging import MergedTokens, with_averages
+from .prompt_columns import SURVIVES_ALL
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
 from .stages import stages_of_language_model, stages_survived
@@ -166,6 +167,51 @@ def cut_and_merge(
     return with_averages(stream, cut(stream, kept_indices, layouts), merged)
 
 
+# What `prune_features` says beside streams: a list with a value for each image, or None.
+FIELDS_OF_IMAGES = ("kept_indices", "num_stock", "log_weights", "stages_survived", "is_average")
+
+
+def prune_features(evidence: VisualEvidence, streams: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """What stays of some images: streams as they are cut, and `FIELDS_OF_IMAGES`, as `PrunedImageFeaturesOutput` has them.
+
+    Args:
+        evidence: of all images of a call, whose settings differ in ratios alone.
+        streams: by name of every image (num_stock, ...), or lists of such streams.
+        num_layers: of the language model.
+    """
+    layouts, pruning = evidence.layouts, evidence.layouts[0].pruning
+    kept_indices, merged = choose_and_merge(evidence)
+    return {
+        **{name: cut_and_merge(stream, kept_indices, merged, layouts) for name, stream in streams.items()},
+        "kept_indices": kept_indices,
+        "num_stock": None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
+        "log_weights": weigh_features(evidence, kept_indices),
+        "stages_survived": rank_features(evidence, kept_indices, num_layers),
+        "is_average": [of_image.is_average for of_image in merged if of_image is not None]
+        if pruning_method(pruning.method).merges
+        else None,
+    }
+
+
+def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> dict[str, Any]:
+    """`FIELDS_OF_IMAGES` of unpruned images, of which every position is kept. ValueError as `gather_evidence`."""
+    for feature, layout in zip(features, layouts, strict=True):
+        check_packed_length(feature, layout)
+    pruning = layouts[0].pruning
+    kept = [torch.arange(feature.shape[0], device=feature.device) for feature in features]
+    return {
+        "kept_indices": kept,
+        "num_stock": None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
+        "log_weights": [torch.zeros_like(of_image, dtype=torch.float32) for of_image in kept]
+        if pruning.weighs_tokens
+        else None,
+        "stages_survived": [torch.full_like(one, SURVIVES_ALL) for one in kept] if pruning.drops_in_stages else None,
+        "is_average": [torch.zeros_like(of_image, dtype=torch.bool) for of_image in kept]
+        if pruning_method(pruning.method).merges
+        else None,
+    }
+
+
 def weigh_features(evidence: VisualEvidence, kept_indices: Sequence[Tensor]) -> list[Tensor] | None:
     """What is added to the logits of the kept tokens' keys, float32 (num_retained,) for each image; None where all are alike.
 
@@ -227,13 +273,6 @@ def _images_by_pruning(layouts: Sequence[TokenLayout]) -> dict[VisualTokenPrunin
     for image, layout in enumerate(layouts):
         groups.setdefault(layout.pruning, []).append(image)
     return groups
-
-
-def keep_all_features(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
-    """The indices of unpruned images: every position, as int64 (num_stock,) per image. ValueError as `gather_evidence`."""
-    for feature, layout in zip(features, layouts, strict=True):
-        check_packed_length(feature, layout)
-    return [torch.arange(feature.shape[0], device=feature.device) for feature in features]
 
 
 def check_packed_length(feature: Tensor, layout: TokenLayout) -> None:

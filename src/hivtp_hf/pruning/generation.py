@@ -20,6 +20,7 @@ from .compat import (
     prefills_images_in_chunks,
     with_cache_named,
 )
+from .features import FIELDS_OF_IMAGES
 from .look import Look
 from .model import PrunedImageFeaturesOutput, PrunedModelMixin, encoded_images, has_pixels
 from .pretrained import PrunedPreTrainedMixin
@@ -175,7 +176,7 @@ class PrunedGenerationMixin(PrunedPreTrainedMixin):
         inputs.update({name: value for name, value in part.items() if name not in of_prompt})
         if encoded is not None:
             # Without what belongs to images alone: generate() repeats and cuts features, and tensors say the rest.
-            features_alone = dict.fromkeys(("kept_indices", "num_stock", "log_weights", "stages_survived"))
+            features_alone = dict.fromkeys(FIELDS_OF_IMAGES)
             features = PrunedImageFeaturesOutput(**{**encoded, **features_alone})
             inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": features}
         return encoded

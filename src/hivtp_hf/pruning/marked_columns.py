@@ -158,14 +158,9 @@ class MarkedColumnsMixin(PrunedPreTrainedMixin):
 
     # Of `PrunedModelMixin`, which is built on this one.
 
-    def encode_ahead(self, arguments: dict[str, Any], layouts: Any = None) -> Any:
-        raise NotImplementedError
-
-    def is_placeholder(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        raise NotImplementedError
-
-    def _mask_surplus(self, arguments: dict[str, Any], encoded: Any) -> Tensor | None:
-        raise NotImplementedError
+    encode_ahead: Any
+    is_placeholder: Any
+    _mask_surplus: Any
 
 
 @torch.compiler.disable

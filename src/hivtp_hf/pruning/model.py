@@ -20,17 +20,14 @@ from .evidence import EncoderFacts, Evidence
 from .features import (
     check_placeholders,
     check_pruning_fits_encoder,
-    choose_and_merge,
-    cut_and_merge,
     gather_evidence,
     keep_all_features,
-    rank_features,
-    weigh_features,
+    prune_features,
 )
 from .layout import TokenLayout
 from .look import Look
 from .marked_columns import MarkedColumnsMixin
-from .prompt_columns import COLUMN_ARGUMENTS, SURVIVES_ALL, refuse_columns_among
+from .prompt_columns import COLUMN_ARGUMENTS, refuse_columns_among
 from .registry import pruning_method
 from .retention_bits import ratios_of_images
 from .settings import VisualTokenPruningConfig
@@ -217,15 +214,9 @@ class PrunedModelMixin(MarkedColumnsMixin):
         if features_only:
             call = self.family.ending_early(call, self.config, arguments, layers)
         num_layers = self.config.get_text_config().num_hidden_layers
-        survived: list[Tensor] | None
         if all(layout.keeps_everything and not drops_any(layout.pruning, num_layers) for layout in layouts):
             output = call()
-            streams: dict[str, Any] = {}
-            kept_indices, log_weights = keep_all_features(output.pooler_output, layouts), None
-            survived = [torch.full_like(kept, SURVIVES_ALL) for kept in kept_indices] if pruning.drops_in_stages else None
-            merged = [torch.zeros_like(kept, dtype=torch.bool) for kept in kept_indices]
-            if pruning.weighs_tokens:
-                log_weights = [torch.zeros(len(kept), dtype=torch.float32, device=kept.device) for kept in kept_indices]
+            pruned = keep_all_features(output.pooler_output, layouts)
         else:
             collector = CollectedAttention(
                 layers if Evidence.RECEIVED_ATTENTION in kinds else (),
@@ -237,19 +228,9 @@ class PrunedModelMixin(MarkedColumnsMixin):
             of_stock = {name: getattr(output, name) for name in self.family.streams}
             grey_levels = self.family.grey_levels(self, arguments, layouts) if Evidence.PIXELS in kinds else None
             encoded = self.family.encoded_cells(self, output, arguments, layouts) if Evidence.ENCODED in kinds else None
-            streams, kept_indices, merged, log_weights, survived = self._prune(
-                of_stock, layouts, collector, encoder, grey_levels, encoded
-            )
+            pruned = self._prune(of_stock, layouts, collector, encoder, grey_levels, encoded)
         stock_fields = {name: getattr(output, name) for name in (*_STOCK_FIELDS, *self.family.streams)}
-        num_stock = None if pruning.positions == "packed" else [layout.num_stock for layout in layouts]
-        return PrunedImageFeaturesOutput(
-            **{**stock_fields, **streams},
-            kept_indices=kept_indices,
-            num_stock=num_stock,
-            log_weights=log_weights,
-            stages_survived=survived,
-            is_average=merged if pruning_method(pruning.method).merges else None,
-        )
+        return PrunedImageFeaturesOutput(**{**stock_fields, **pruned})
 
     def _scores_of_cells(
         self, collector: CollectedAttention, layouts: Sequence[TokenLayout]
@@ -303,15 +284,11 @@ class PrunedModelMixin(MarkedColumnsMixin):
         encoder: EncoderFacts,
         grey_levels: Tensor | None,
         encoded: Sequence[Tensor] | None,
-    ) -> tuple[dict[str, list[Any]], list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    ) -> dict[str, Any]:
         rows = next(iter(self._rows_of_cells(collector, layouts).values()), None)
         scores = self._scores_of_cells(collector, layouts)
         evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels, encoded)
-        kept_indices, merged = choose_and_merge(evidence)
-        kept_streams = {name: cut_and_merge(stream, kept_indices, merged, layouts) for name, stream in streams.items()}
-        survived = rank_features(evidence, kept_indices, self.config.get_text_config().num_hidden_layers)
-        is_average = [of_image.is_average for of_image in merged if of_image is not None]
-        return kept_streams, kept_indices, is_average, weigh_features(evidence, kept_indices), survived
+        return prune_features(evidence, streams, self.config.get_text_config().num_hidden_layers)
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
