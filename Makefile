@@ -4,7 +4,7 @@
 #   make test-floor  the tests that touch transformers, on the oldest one
 #   make test-nightly  everything in all three environments, also what takes long
 #   make test-lmms-eval  the models for lmms-eval, with lmms-eval itself
-#   make test-video  Qwen-VL with torchvision: videos, and lmms-eval's own Qwen classes (an environment of its own, .venv-video)
+#   make test-video  with torchvision: videos, and lmms-eval's own Qwen classes (an environment of its own, .venv-video)
 #   make test-vllm   a small trained model, pruned, served by vLLM on the CPU (an environment of its own, .venv-vllm)
 #   make test-releases  a small part of the tests on every minor release of transformers from the oldest to the newest
 #   make test-newest  the tests with the newest of everything that pyproject.toml allows

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 from hivtp_hf.families import family_of_model_type
 
@@ -152,3 +154,10 @@ def build_stock_checkpoint(folder: str | Path, seed: int = 0, **geometry) -> Pat
     tiny_model(config, seed).save_pretrained(folder)
     tiny_processor(config).save_pretrained(folder)
     return Path(folder)
+
+
+def video_part(processor_class: Any, **settings: Any) -> dict[str, Any]:
+    """The video processor that a processor must have where torchvision is installed, as its argument; else nothing."""
+    if not is_torchvision_available():
+        return {}
+    return {"video_processor": getattr(transformers, processor_class.video_processor_type)(**settings)}

@@ -12,7 +12,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from hivtp_hf import HIVTPLlavaOnevisionConfig, HIVTPLlavaOnevisionForConditionalGeneration, HIVTPLlavaOnevisionProcessor
 
-from .tiny_checkpoint import tiny_model, tiny_tokenizer
+from .tiny_checkpoint import tiny_model, tiny_tokenizer, video_part
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
@@ -86,6 +86,7 @@ def onevision_parts(config: Any) -> dict[str, Any]:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "vision_aspect_ratio": config.vision_aspect_ratio,
         "chat_template": CHAT_TEMPLATE,
+        **video_part(HIVTPLlavaOnevisionProcessor, size={"height": vision.image_size, "width": vision.image_size}),
     }
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import tokenizers
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 from hivtp_hf import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration, HIVTPQwen2_5_VLProcessor
+
+from .tiny_checkpoint import video_part
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (
@@ -45,13 +45,6 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
             "vision_end_token": "<|vision_end|>",
         },
     )
-
-
-def video_part(processor_class: Any, **settings: Any) -> dict[str, Any]:
-    """The video processor that a processor must have where torchvision is installed, as its argument; else nothing."""
-    if not is_torchvision_available():
-        return {}
-    return {"video_processor": getattr(transformers, processor_class.video_processor_type)(**settings)}
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -163,6 +163,9 @@ def test_values_are_read_by_their_kind():
     changes = ["hiprune.alpha=0.3", "hiprune.published_borders=True", "hiprune.deep_layer=none", "hiprune.object_layer= 3"]
     (settings,) = settings_of_methods(("hiprune",), VisualTokenPruningConfig(), changes).values()
     assert settings == VisualTokenPruningConfig(method="hiprune", alpha=0.3, published_borders=True, object_layer=3)
+    # A word is a value where the method's own setting takes words.
+    (settings,) = settings_of_methods(("spread",), VisualTokenPruningConfig(), ["spread.score=features"]).values()
+    assert settings == VisualTokenPruningConfig(method="spread", score="features")
 
 
 @pytest.mark.parametrize(

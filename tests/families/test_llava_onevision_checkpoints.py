@@ -19,7 +19,7 @@ from hivtp_hf.cli import app
 from hivtp_hf.figures import draw_kept_frames
 from hivtp_hf.figures.kept_cells import CAPTION_HEIGHT, FRAME_SIDE, MARGIN
 from tiny_models import photo
-from tiny_onevision import FAMILY, SMALL, StockWithoutVideos, onevision_parts, onevision_twins
+from tiny_onevision import FAMILY, SMALL, save_stock_onevision_checkpoint
 
 PRUNING = {"method": "hivtp", "retention_ratio": 0.4}
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -35,13 +35,9 @@ def saved(tmp_path_factory):
 def stock(tmp_path_factory):
     """A stock checkpoint in files as the Hub has them, with stored settings of a video processor, and its models."""
     folder = tmp_path_factory.mktemp("stock")
-    pair = onevision_twins()
-    pair.stock.save_pretrained(folder)
-    processor = StockWithoutVideos(**{**onevision_parts(pair.stock.config), "video_processor": None})
-    processor.save_pretrained(folder)
+    pair = save_stock_onevision_checkpoint(folder)
     file = folder / "processor_config.json"
-    stored = {**json.loads(file.read_text()), "processor_class": "LlavaOnevisionProcessor", "video_processor": VIDEO_PART}
-    file.write_text(json.dumps(stored))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "video_processor": VIDEO_PART}))
     return folder, pair
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples.shapes_vqa.held_out import held_out_rows
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.checkpoints import convert_checkpoint
 from hivtp_hf.evaluation import Row
 from hivtp_hf.serving import transformers_server
@@ -231,8 +229,7 @@ def test_errors_of_the_command(hivtp, tmp_path, arguments, status, named):
 def test_weights_and_original_positions(rows, tmp_path):
     pruning = {"retention_ratio": 2 / 9, "token_weights": "cluster_size", "positions": "original"}
     told = convert_checkpoint(str(CHECKPOINT), tmp_path / "told", pruning)
-    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(told, dtype=torch.float32).eval()
-    reference = Reference(model, HIVTPLlavaNextProcessor.from_pretrained(told))
+    reference = Reference.of(told)
     expected = [reference.answer(row.question, row.open_image()) for row in rows]
     with serving(tmp_path, told, *ON_CPU) as server:
         assert [server.ask(told, content_of(row)) for row in rows] == expected

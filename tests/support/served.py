@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import openai
 import torch
 from PIL import Image
-
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ON_CPU = ("--device", "cpu", "--dtype", "float32")
 _STARTING = 180  # seconds, after which something is wrong
@@ -35,16 +34,16 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Reference":
-        model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        return cls(model, HIVTPLlavaNextProcessor.from_pretrained(checkpoint))
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        return cls(model, AutoProcessor.from_pretrained(checkpoint))
 
-    def inputs(self, text: str, image: Any = None, **budget: Any) -> Any:
-        content = ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": text}]
+    def inputs(self, text: str, *images: Any, **budget: Any) -> Any:
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=image, text=prompt, return_tensors="pt", **budget)
+        return self.processor(images=[list(images)] if images else None, text=[prompt], return_tensors="pt", **budget)
 
-    def answer(self, text: str, image: Any = None, **budget: Any) -> Answer:
-        inputs = self.inputs(text, image, **budget)
+    def answer(self, text: str, *images: Any, **budget: Any) -> Answer:
+        inputs = self.inputs(text, *images, **budget)
         length = inputs.input_ids.shape[1]
         output = self.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         return Answer(self.processor.decode(output[0, length:], skip_special_tokens=True), length)

@@ -1,5 +1,6 @@
 """Tiny LLaVA-OneVision models, stock and pruned with the same weights, and stock's processor without its video part."""
 
+import json
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ def onevision_twins(pruning: Any = None, **geometry: Any) -> Twins:
     parts = onevision_parts(config)
     stock_processor = StockWithoutVideos(**{**parts, "video_processor": None})
     return Twins(FAMILY, stock, stock_processor, pruned, FAMILY.processor(**parts, pruning_config=pruning))
+
+
+def save_stock_onevision_checkpoint(folder: Any) -> Any:
+    """A stock checkpoint in files as the Hub has them, without settings of a video processor; returns its models."""
+    pair = onevision_twins()
+    pair.stock.save_pretrained(folder)
+    StockWithoutVideos(**{**onevision_parts(pair.stock.config), "video_processor": None}).save_pretrained(folder)
+    file = folder / "processor_config.json"
+    stored = {**json.loads(file.read_text()), "processor_class": "LlavaOnevisionProcessor"}
+    file.write_text(json.dumps(stored))
+    return pair
 
 
 @torch.no_grad()

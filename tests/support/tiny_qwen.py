@@ -14,10 +14,11 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from examples.tiny_checkpoint import video_part
+from examples.tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_ids
 from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration
 from hivtp_hf.families.qwen2_vl import HIVTPQwen2VLConfig, HIVTPQwen2VLForConditionalGeneration
 from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
-from tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_ids, video_part
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 # Ids from here on are no text, and are not generated.

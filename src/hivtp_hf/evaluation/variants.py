@@ -244,12 +244,13 @@ def _by_method(changes: Sequence[str], known: Mapping[str, Any], varies_position
             varied["positions"] = "give `--weights-and-positions`"
         if name in varied:
             raise ValueError(f"`--set` is {text!r}, but the run itself varies {name!r}; {varied[name]}.")
-        by_method.setdefault(method, {})[name] = _value(text, name, value.strip())
+        by_method.setdefault(method, {})[name] = _value(text, method, name, value.strip())
     return by_method
 
 
-def _value(text: str, name: str, value: str) -> Any:
-    if name in SHARED_SETTINGS and SHARED_SETTINGS[name].kind in (str, list):
+def _value(text: str, method: str, name: str, value: str) -> Any:
+    known = {**SHARED_SETTINGS, **{setting.name: setting for setting in METHODS[method].settings}}
+    if name in known and known[name].kind in (str, list):
         return value
     if value.lower() in _WORDS:
         return _WORDS[value.lower()]

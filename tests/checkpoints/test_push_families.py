@@ -1,4 +1,4 @@
-"""Qwen-VL checkpoints pushed to a Hub on loopback: what is there afterwards loads without the package."""
+"""Qwen-VL and LLaVA-OneVision checkpoints pushed to a Hub on loopback: what is there loads without the package."""
 
 import json
 
@@ -9,21 +9,25 @@ from hub_commands import contents, run_commands
 from hub_server import HubServer
 from nightly import mostly_nightly
 from pushes import WEIGHTS, check_same_answers, check_that_no_token_got_out, pushed_commit
+from tiny_onevision import save_stock_onevision_checkpoint
 from tiny_qwen import OURS, save_stock_qwen_checkpoint
 
 pytestmark = pytest.mark.once
 
 PRUNING = {"method": "hiprune", "retention_ratio": 0.25, "object_layer": 2, "deep_layer": 3}
-PROMPT = "<|vision_start|><|image_pad|><|vision_end|>what"
+QWEN_PROMPT = "<|vision_start|><|image_pad|><|vision_end|>what"
 VIDEO = {"size": {"shortest_edge": 3136, "longest_edge": 78400}, "fps": 3}
 
 
-@pytest.mark.parametrize("family", mostly_nightly(OURS, lambda family: family == "qwen2_5_vl"))
+@pytest.mark.parametrize("family", mostly_nightly((*OURS, "llava_onevision"), lambda family: family == "qwen2_5_vl"))
 def test_complete_and_config_only(family, tmp_path):
     """Both by the command line, the small one over weights that stay at their base; settings of videos go along."""
     stock = tmp_path / "stock"
     stock.mkdir()
-    save_stock_qwen_checkpoint(stock, family, sharp=True)
+    if family in OURS:
+        save_stock_qwen_checkpoint(stock, family, sharp=True)
+    else:
+        save_stock_onevision_checkpoint(stock)
     (stock / "video_preprocessor_config.json").write_text(json.dumps(VIDEO))
     whole, small = tmp_path / "whole", tmp_path / "small"
     convert_checkpoint(str(stock), whole, PRUNING, show_progress=False)
@@ -47,8 +51,10 @@ def test_complete_and_config_only(family, tmp_path):
         for of_one in files:
             assert f"hivtp_{family}.py" in of_one
             assert json.loads(of_one["processor_config.json"])["video_processor"].items() >= VIDEO.items()
-            assert "At least one token of every image is kept, at any ratio." in of_one["README.md"].decode()
+            assert ("At least one token of every image is kept, at any ratio." in of_one["README.md"].decode()) == (
+                family in OURS
+            )
         # Of the same weights under the same settings.
         pushed = dict.fromkeys(zip(names, commits, strict=True), whole)
-        check_same_answers(hub, pushed, tmp_path / "loading", text=PROMPT)
+        check_same_answers(hub, pushed, tmp_path / "loading", text=QWEN_PROMPT if family in OURS else "<image> what")
         assert not hub.unanswered
