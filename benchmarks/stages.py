@@ -1,7 +1,7 @@
 """What retention in stages costs and saves: time to the first token beside what no choice of tokens can beat.
 
-Run by `python -m benchmarks.stages`; about 15 minutes on two cores. Random weights of real shapes: LLaVA-NeXT's CLIP tower and
-four layers of Vicuna-7B. Nothing is downloaded.
+Run by `python -m benchmarks.stages`; about half an hour on two cores. Random weights of real shapes: LLaVA-NeXT's CLIP tower
+and four layers of Vicuna-7B. Nothing is downloaded.
 
 * ours: a method of one stage, the same with a stage before layer 2, and VFlowOpt with its three stages.
 * limit: stock's vision pass, then stock's layers on as many tokens as each of them sees under ours, simply the first ones.

@@ -140,3 +140,44 @@ def test_a_checkpoint_of_many_code_files_still_loads(tmp_path):
     installed = answers(str(old), trust_remote_code=False)
     assert installed["generated"] == remote["generated"]
     assert installed["classes"] == remote["classes"]
+
+
+def pickled(folder, file):
+    """Writes a configuration of remote code as an engine sends it to its processes, and says what is in it."""
+    import copy
+    import pickle
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.text_config._attn_implementation = "sdpa"
+    # The engine keeps the part of the language model by itself, too.
+    content = pickle.dumps([config, config.text_config])
+    Path(file).write_bytes(content)
+    copied = copy.deepcopy(config)
+    copied.pruning_config = {"method": "none"}
+    return {"values": config.to_json_string(), "names its module": b"transformers_modules" in content}
+
+
+def unpickled(file):
+    import pickle
+    from pathlib import Path
+
+    config, text_config = pickle.loads(Path(file).read_bytes())
+    config.pruning_config = config.pruning_config.to_dict()  # which its class checks
+    return {
+        "values": config.to_json_string(),
+        "package": type(config).__module__.split(".")[0],
+        "one part": config.text_config is text_config,
+        "attention": text_config._attn_implementation,
+    }
+
+
+def test_a_configuration_of_remote_code_is_pickled_by_name(folder, tmp_path):
+    """Engines pickle classes of remote code by value; ours reach what no pickler takes. The other process knows nothing yet."""
+    file = tmp_path / "config.pickle"
+    sent = run_without_package(pickled, tmp_path / "one", folder=folder, file=file)
+    received = run_without_package(unpickled, tmp_path / "other", file=file)
+    assert not sent["names its module"]
+    assert received == {"values": sent["values"], "package": "transformers_modules", "one part": True, "attention": "sdpa"}

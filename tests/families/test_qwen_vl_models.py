@@ -21,6 +21,7 @@ from tiny_qwen import (
     TEXT_TOKENS,
     images_of,
     inputs_of,
+    oracle,
     oracle_greedy,
     oracle_logits,
     prompt_of,
@@ -356,6 +357,30 @@ def test_positions_of_a_pruned_prompt_need_its_images(twins):
         twins.pruned.model.get_rope_index(pruned["input_ids"], **{name: pruned[name] for name in names})
 
 
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_engines_get_positions_of_methods_that_look_at_no_image(twins, method):
+    """Before anything is encoded, and with an engine's name for its attention, which others are refused by."""
+    twins.pruned.config.pruning_config = {"method": method, "retention_ratio": 0.3}
+    model = copy.deepcopy(twins.pruned)
+    model.config.get_text_config()._attn_implementation = "vllm"
+    for rows in (ONE, BATCH):
+        stock, pruned = inputs_of(twins, rows)
+        names = ("mm_token_type_ids", "image_grid_thw", "attention_mask")
+        positions, deltas = model.model.get_rope_index(pruned["input_ids"], **{name: pruned[name] for name in names})
+        expected = oracle(twins, stock, pruned)["position_ids"]
+        is_token = pruned["attention_mask"].bool()
+        assert torch.equal(positions[:, is_token], expected[:, is_token])
+        # The next token stands one behind the furthest.
+        furthest = torch.stack(
+            [of_row[:, row_mask].max() for of_row, row_mask in zip(expected.unbind(1), is_token, strict=True)]
+        )
+        assert torch.equal(deltas.flatten() + is_token.sum(1), furthest + 1)
+        if twins.family != "qwen3_vl":
+            images = {name: pruned[name] for name in ("pixel_values", "image_grid_thw")}
+            kept = model.model.get_image_features(**images).pooler_output
+            assert sum(map(len, kept)) == int((pruned["input_ids"] == IMAGE).sum())
+
+
 def test_layouts_are_asked_for_once_a_call(twins, monkeypatch):
     _, pruned = inputs_of(twins, BATCH)
     asked, family = [], type(twins.pruned.model.family)
@@ -417,7 +442,9 @@ def test_engines_that_would_answer_wrongly_are_refused(twins, engine):
             with pytest.raises(ValueError, match=f"Qwen3-VL runs in {engine}.*`deepstack_features`.*dropped, pruned or not"):
                 model.model.get_image_features(**images)
         return
-    with pytest.raises(ValueError, match=f"runs in {engine}.*positions are asked for before.*`hivtp serve`"):
+    with pytest.raises(
+        ValueError, match=f"runs in {engine}.*positions are asked for before.*'uniform', 'random'.*`hivtp serve`"
+    ):
         model.model.get_image_features(**images)
     model.config.pruning_config = {"retention_ratio": 1}
     (features,) = model.model.get_image_features(**images).pooler_output

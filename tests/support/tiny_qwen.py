@@ -1,5 +1,6 @@
 """Tiny Qwen-VL models of true geometry, prompts made by hand, and what stock makes of a pruned prompt."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -256,11 +257,17 @@ def qwen_processor(family: str, pruning: Any = None, **image_processing: Any) ->
 
 
 def save_qwen_checkpoint(
-    folder: Any, family: str, pruning: Any = None, sharp: bool = False, **image_processing: Any
+    folder: Any,
+    family: str,
+    pruning: Any = None,
+    sharp: bool = False,
+    text_config: Mapping[str, Any] | None = None,
+    **image_processing: Any,
 ) -> tuple[Any, Any]:
     """A pruned checkpoint, model and processor, whose tokens are those of the tokenizer; returns both.
 
-    With `sharp` weights are far from zero, so that answers differ between images and methods.
+    With `sharp` weights are far from zero, so that answers differ between images and methods. `text_config` is of the language
+    model, on top of the small one's.
     """
     processor = qwen_processor(family, pruning, **image_processing)
     config, model = OURS[family]
@@ -272,6 +279,7 @@ def save_qwen_checkpoint(
         "vocab_size": len(processor.tokenizer),
         "bos_token_id": None,
         "eos_token_id": end,
+        **(text_config or {}),
     }
     torch.manual_seed(0)
     model = model(config(**values, pruning_config=pruning)).eval()

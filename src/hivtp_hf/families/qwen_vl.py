@@ -23,6 +23,7 @@ from ..pruning.call_budget import refuse_budget_among
 from ..pruning.checked_values import MOST_CELLS, positive_integer
 from ..pruning.compat import cache_among, cache_of, named_arguments, parameters_of, take_stock_keys_of_classes
 from ..pruning.evidence import Evidence
+from ..pruning.features import choose_by_layout
 from ..pruning.generation import PrunedGenerationMixin
 from ..pruning.layout import StitchedViews, TokenLayout
 from ..pruning.model import PrunedImageFeaturesOutput, PrunedModelMixin
@@ -245,10 +246,11 @@ class QwenVLModelMixin(PrunedModelMixin):
                 f"{self.family.title} runs in {engine} by transformers' classes, where `{further[0]}` of images are dropped, "
                 f"pruned or not; answers would be wrong. {way_out}"
             )
-        if not all(layout.keeps_everything for layout in layouts):
+        if choose_by_layout(layouts, self.provided_evidence) is None and not all(layout.keeps_everything for layout in layouts):
             raise ValueError(
                 f"{self.family.title} runs in {engine} by transformers' classes, where positions are asked for before images "
-                f"are encoded; where kept tokens stand follows from what is kept. Set `retention_ratio` to 1 there. {way_out}"
+                f"are encoded; where the tokens stand that {self.config.pruning_config.method!r} keeps follows from the image. "
+                f"Set `retention_ratio` to 1 there, or `method` to one that looks at no image: 'uniform', 'random'. {way_out}"
             )
 
     @can_return_tuple
@@ -305,10 +307,11 @@ class QwenVLModelMixin(PrunedModelMixin):
         return encoded
 
     def get_rope_index(self, input_ids: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As stock, of unpruned prompts; positions of pruned ones follow from what is kept, which their ids do not say.
+        """As stock, of unpruned prompts, and of those whose method looks at no image; others follow from what is kept.
 
         Raises:
-            ValueError: for a prompt with other than one placeholder per token of an unpruned image.
+            ValueError: for a prompt with other than one placeholder per token of an unpruned image, under another method or
+                another ratio than the configuration's.
         """
         stock_method = self.family.stock_classes.base_model.get_rope_index
         given = parameters_of(stock_method).bind(self, input_ids, *args, **kwargs).arguments
@@ -317,6 +320,13 @@ class QwenVLModelMixin(PrunedModelMixin):
             found = int((types == _IMAGE_TYPE).sum())
             unpruned = int(grids.prod(1).sum()) // self.config.vision_config.spatial_merge_size**2
             if found != unpruned:
+                pruning = self.config.pruning_config
+                layouts = [self.family.layout(self, grid, pruning, {}) for grid in map(tuple, grids.tolist())]
+                kept = choose_by_layout(layouts, self.provided_evidence)
+                if kept is not None and found == sum(map(len, kept)):
+                    mask = given.get("attention_mask")
+                    is_token = torch.ones_like(types, dtype=torch.bool) if mask is None else mask.bool()
+                    return self._positions_of_columns(given, types, is_token, kept)
                 raise ValueError(
                     f"the prompt has {found} image placeholders, and its unpruned images {unpruned} tokens. Where kept tokens "
                     "stand is known once images are encoded: call `forward` or `generate`, which see to that, or "

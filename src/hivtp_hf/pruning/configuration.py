@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.utils import logging
 
 from .base_checkpoint import ACCESS, BaseCheckpoint
+from .pickling_by_name import PickledByNameMixin
 from .remote_code_file import RemoteCodeMixin
 from .settings import SHARED_SETTINGS, VisualTokenPruningConfig, check_no_setting_among
 
@@ -17,7 +18,7 @@ else:
     _StockConfig = object
 
 
-class PrunedConfigMixin(RemoteCodeMixin, _StockConfig):
+class PrunedConfigMixin(PickledByNameMixin, RemoteCodeMixin, _StockConfig):
     """A stock configuration that also says how to prune visual tokens. Comes before the stock class."""
 
     # The model type of stock checkpoints of the family.

@@ -133,6 +133,19 @@ def choose_and_merge(evidence: VisualEvidence) -> tuple[list[Tensor], list[Merge
     )
 
 
+def choose_by_layout(layouts: Sequence[TokenLayout], provided: Collection[Evidence]) -> list[Tensor] | None:
+    """As `choose`, of images that nobody has encoded; None unless all methods look at nothing, such as "uniform" and "random".
+
+    Args:
+        layouts: of every image.
+        provided: the kinds of evidence that the family provides.
+    """
+    if any(evidence_to_read(layout.pruning, provided) != frozenset() for layout in layouts):
+        return None
+    nothing = [torch.empty(layout.num_stock, 0) for layout in layouts]
+    return choose(VisualEvidence(layouts, nothing, {}, {}, EncoderFacts(0, 0)))
+
+
 def cut(stream: Sequence[Any], kept_indices: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Any]:
     """Of every image the rows of packed tokens that stay: the one way in which anything that tokens carry is cut.
 

@@ -4,13 +4,13 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.serving.questions import about_different_images
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor
 from hivtp_hf.evaluation import Row
 
 NUMBER = 32
@@ -40,14 +40,18 @@ def prompt_of(processor, row: Row) -> str:
 
 @torch.no_grad()
 def generated(
-    checkpoint: Path, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_tokens: int
+    checkpoint: Path, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_tokens: int, **call: Any
 ) -> list[Expected]:
-    """The greedy answers of a checkpoint, one prompt with its images after another, in float32 on the CPU."""
-    model = HIVTPLlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = HIVTPLlavaNextProcessor.from_pretrained(checkpoint)
+    """The greedy answers of a checkpoint, one prompt with its images after another, in float32 on the CPU.
+
+    Further keywords go to the processor.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.generation_config.suppress_tokens = None  # of which the engine knows nothing
+    processor = AutoProcessor.from_pretrained(checkpoint)
     expected = []
     for prompt, of_prompt in zip(prompts, images, strict=True):
-        inputs = processor(images=list(of_prompt), text=prompt, return_tensors="pt")
+        inputs = processor(images=[list(of_prompt)], text=[prompt], return_tensors="pt", **call)
         length = inputs["input_ids"].shape[1]
         tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, length:].tolist()
         expected.append(Expected(length, tokens, processor.decode(tokens, skip_special_tokens=True)))
