@@ -1,6 +1,7 @@
 """`retention_ratio` and `token_budget` of one call: the processor writes by them, the model follows, nothing stays."""
 
 import copy
+import dataclasses
 import itertools
 import logging
 import re
@@ -448,6 +449,30 @@ def test_the_number_asked_for_ahead_is_the_number_written(pair, budget):
     assert list(ahead["num_image_patches"]) == [1] * len(SIZES)
     plain = pair.processor._get_num_multimodal_tokens(image_sizes=SIZES)
     assert list(plain["num_image_tokens"]) == placeholders(batch(pair)) != list(ahead["num_image_tokens"])
+
+
+def test_a_budget_at_loading_is_that_of_every_call(pair, tmp_path):
+    """Engines give what a request asks for to the processor's loading, and some to its calls as well."""
+    pair.processor.save_pretrained(tmp_path)
+    loaded = type(pair.processor).from_pretrained(tmp_path, retention_ratio=RATIO)
+    own = dataclasses.replace(pair, processor=loaded)
+    for call, expected in (({}, {"retention_ratio": RATIO}), ({"token_budget": 50}, {"token_budget": 50})):
+        inputs, of_calls = batch(own, **call), batch(pair, **expected)
+        assert inputs.keys() == of_calls.keys() >= {"retention_ratio"}
+        assert all(torch.equal(inputs[name], of_calls[name]) for name in inputs)
+        ahead = loaded._get_num_multimodal_tokens(image_sizes=SIZES, **call)
+        assert list(ahead["num_image_tokens"]) == placeholders(of_calls)
+    assert loaded.token_layout(60, 100).num_retained == pair.processor.token_layout(60, 100, RATIO).num_retained
+    assert loaded.pruning_config == pair.processor.pruning_config
+    # Nothing of it is saved.
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "processor_config.json").read_text() == (tmp_path / "processor_config.json").read_text()
+    for wrong, message in (
+        ({"retention_ratio": 1.5}, "above 0 and at most 1"),
+        ({"token_budget": 5, "retention_ratio": 0.5}, "give one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            type(pair.processor).from_pretrained(tmp_path, **wrong)
 
 
 # A budget of tokens.

@@ -10,6 +10,8 @@ from .checked_values import shown
 from .retention_bits import SMALLEST_RATIO, bits_of_ratio
 from .settings import VisualTokenPruningConfig, check_one_budget, setting_meant_by
 
+# The settings that a call can give, one of them.
+BUDGETS = ("retention_ratio", "token_budget")
 # Where transformers keeps arguments for a processor's parts: no place for ours, which belong to all of them.
 _NESTED = ("images_kwargs", "text_kwargs", "common_kwargs", "videos_kwargs", "audio_kwargs")
 
@@ -41,15 +43,16 @@ class CallBudget:
         self._settings, self._asked = settings, 0
 
     @classmethod
-    def taken_from(cls, settings: VisualTokenPruningConfig, keywords: dict[str, Any]) -> "CallBudget":
-        """The budget among the keywords of a call, which it leaves, since transformers does not know it.
+    def taken_from(
+        cls, settings: VisualTokenPruningConfig, keywords: dict[str, Any], default: Mapping[str, Any]
+    ) -> "CallBudget":
+        """The budget among the keywords of a call, which it leaves, since transformers does not know it; else the default one.
 
         Raises:
             ValueError: also for a budget that is nested among the arguments for a part, and for whole settings.
         """
-        names = ("retention_ratio", "token_budget")
         for nested in _NESTED:
-            for name in set(names) & set(keywords.get(nested) or ()):
+            for name in set(BUDGETS) & set(keywords.get(nested) or ()):
                 raise ValueError(
                     f"`{name}` was given inside `{nested}`; give it at the top level: processor(..., {name}=...), or "
                     f"processor_kwargs={{{name!r}: ...}}."
@@ -58,7 +61,7 @@ class CallBudget:
             meant = setting_meant_by(name)
             if meant is not None and meant != name:
                 raise ValueError(f"`{name}` is no argument. Did you mean `{meant}`?")
-            if meant is not None and name not in (*names, "pruning_config"):
+            if meant is not None and name not in (*BUDGETS, "pruning_config"):
                 raise ValueError(
                     f"`{name}` is a setting of model and processor, and cannot be given to a call. Assign "
                     "`processor.pruning_config` and `model.config.pruning_config`."
@@ -69,7 +72,7 @@ class CallBudget:
                 "settings, assign `processor.pruning_config` and `model.config.pruning_config`; for a pipeline that "
                 "loads the model itself, pass `model_kwargs={'pruning_config': ...}` when it is built."
             )
-        return cls(settings, **{name: keywords.pop(name) for name in names if name in keywords})
+        return cls(settings, **with_default(default, **{name: keywords.pop(name) for name in BUDGETS if name in keywords}))
 
     def of_image(self, index: int) -> VisualTokenPruningConfig:
         """The settings of the image `index`, counted through the whole call."""
@@ -91,6 +94,11 @@ class CallBudget:
                 f"`{self._name}` has {len(self._prunings)} values, and the call has {images}. Give one value for "
                 "each image, in their order, or a single one for all. In a pipeline every chat is a call of its own."
             )
+
+
+def with_default(default: Mapping[str, Any], **given: Any) -> Mapping[str, Any]:
+    """The budget that is given, by name, or the default one where none is."""
+    return given if any(value is not None for value in given.values()) else default
 
 
 def as_model_input(ratios: Sequence[float], like: Any) -> Any:

@@ -1,11 +1,11 @@
 """What every family's processor shares: settings, the budget of one call, and how both are stored and loaded."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .call_budget import CallBudget, as_model_input
+from .call_budget import BUDGETS, CallBudget, as_model_input, with_default
 from .layout import TokenLayout
 from .registry import pruning_method
 from .remote_code_file import RemoteCodeMixin
@@ -26,6 +26,8 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
 
     # What is known of the family alone: a `Family`, as families/base.py describes it.
     family: ClassVar[Any]
+    # What calls ask for that name no budget: as it was given at loading, which is where engines give that of a request too.
+    _budget_of_calls: Mapping[str, Any] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning_config":
@@ -36,7 +38,7 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
     def __call__(self, images=None, text=None, *args, **kwargs):
         if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
             raise ValueError(f"`images` is empty: {images!r}; pass at least one image, or None for prompts without images.")
-        budget = CallBudget.taken_from(self.pruning_config, kwargs)
+        budget = CallBudget.taken_from(self.pruning_config, kwargs, self._budget_of_calls)
         token = _call.set(budget)
         try:
             inputs = super().__call__(images, text, *args, **kwargs)
@@ -81,7 +83,8 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
             height, width: of the image in pixels.
             retention_ratio, token_budget: as for a call, at most one of them.
         """
-        pruning = self.pruning_config.for_call(retention_ratio, token_budget)
+        given = with_default(self._budget_of_calls, retention_ratio=retention_ratio, token_budget=token_budget)
+        pruning = CallBudget(self.pruning_config, **given).of_image(0)
         return self.family.processor_layout(self, height, width, pruning)
 
     def prompt_token_layouts(self, sizes: Sequence[tuple[int, int]]) -> list[TokenLayout]:
@@ -110,7 +113,8 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
                 + (" and another method" if own else "")
                 + " in the pruning_config of model and processor, or serve with `hivtp serve`."
             )
-        budget = CallBudget(self.pruning_config, retention_ratio, token_budget)
+        asked_for = with_default(self._budget_of_calls, retention_ratio=retention_ratio, token_budget=token_budget)
+        budget = CallBudget(self.pruning_config, **asked_for)
         if image_sizes is not None:
             budget.check_number(len(image_sizes))
         # Releases before 5.23 write these keyword arguments into defaults of stock's class, where they stay. Only sizes are
@@ -136,15 +140,25 @@ class PrunedProcessorMixin(RemoteCodeMixin, _StockProcessor):
     def to_dict(self) -> dict[str, Any]:
         """As for any processor, with `pruning_config` as a plain dict, and which class remote code is to take."""
         output = super().to_dict()
+        output.pop("_budget_of_calls", None)
         output["pruning_config"] = self.pruning_config.to_dict()
         output["auto_map"] = self._auto_map()
         return output
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError."""
+        """As stock; a pruning setting that is given outside `pruning_config` is a ValueError.
+
+        `retention_ratio` or `token_budget` is what all calls ask for that name none: their inputs say so to the model. Nothing
+        of it is saved.
+        """
+        budget = {name: kwargs.pop(name) for name in BUDGETS if name in kwargs}
         check_no_setting_among(kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if budget:
+            CallBudget(processor.pruning_config, **budget)  # which says what is wrong with it
+            processor._budget_of_calls = budget
+        return processor
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

@@ -32,6 +32,7 @@ def run_engine(
     images: Sequence[Sequence[Path]],
     max_tokens: int,
     variables: Mapping[str, str] | None = None,
+    processor: Sequence[Mapping[str, Any]] | None = None,
     **engine: Any,
 ) -> EngineRun:
     """Asks the engine everything at once, greedily.
@@ -43,12 +44,14 @@ def run_engine(
         images: of every prompt the paths of its images.
         max_tokens: of an answer.
         variables: of the environment, in addition.
+        processor: of every prompt what the request says to the processor.
         engine: arguments of `LLM`, in addition.
     """
     task = {
         "engine": {"model": str(checkpoint), **_ENGINE, **engine},
         "prompts": list(prompts),
         "images": [list(map(str, paths)) for paths in images],
+        "processor": [{}] * len(prompts) if processor is None else list(processor),
         "max_tokens": max_tokens,
     }
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")

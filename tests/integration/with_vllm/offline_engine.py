@@ -1,6 +1,7 @@
 """Answers of vLLM's offline engine, in a process without this project: python offline_engine.py TASK.json ANSWERS.json
 
-TASK holds `engine` (arguments of `LLM`), `prompts`, `images` (a list of paths for each prompt) and `max_tokens`.
+TASK holds `engine` (arguments of `LLM`), `prompts`, `images` (a list of paths for each prompt), `processor` (arguments of the
+processor for each prompt) and `max_tokens`.
 """
 
 import json
@@ -18,8 +19,12 @@ def main(task: str, answers: str) -> None:
     given = json.loads(Path(task).read_text(encoding="utf-8"))
     engine = LLM(**given["engine"])
     requests = [
-        {"prompt": prompt, "multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in paths]}}
-        for prompt, paths in zip(given["prompts"], given["images"], strict=True)
+        {
+            "prompt": prompt,
+            "multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in paths]},
+            "mm_processor_kwargs": of_processor,
+        }
+        for prompt, paths, of_processor in zip(given["prompts"], given["images"], given["processor"], strict=True)
     ]
     outputs = engine.generate(requests, SamplingParams(temperature=0.0, max_tokens=given["max_tokens"]), use_tqdm=False)
     result = [

@@ -16,10 +16,10 @@ from tiny_models import SMALL, photo, pruned_config, pruned_processor
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 
-def answers_of_generate(checkpoint, prompts, paths, tokens):
+def answers_of_generate(checkpoint, prompts, paths, tokens, **budget):
     """What `generate` makes of each prompt, in the engine's words."""
     images = [[Image.open(path) for path in of_prompt] for of_prompt in paths]
-    expected = generated(checkpoint, prompts, images, tokens)
+    expected = generated(checkpoint, prompts, images, tokens, **budget)
     return [{"prompt_tokens": answer.prompt_tokens, "token_ids": answer.token_ids} for answer in expected]
 
 
@@ -37,6 +37,32 @@ def test_two_images_in_a_prompt(tmp_path):
     pairs = list(zip(paths[::2], paths[1::2], strict=True))
     run = run_engine(tmp_path, checkpoint, prompts, pairs, MAX_TOKENS, limit_mm_per_prompt={"image": 2})
     assert run.answers == answers_of_generate(checkpoint, prompts, pairs, MAX_TOKENS), run.output[-8000:]
+
+
+def test_requests_with_budgets_of_their_own(tmp_path):
+    """One engine at several ratios; twice about one image, whose entries in the caches must not meet."""
+    checkpoint = convert_checkpoint(str(CHECKPOINT), tmp_path / "pruned", {"retention_ratio": 1 / 2}, show_progress=False)
+    budgets = [{}, {"retention_ratio": 2 / 9}, {"token_budget": 100}, {"retention_ratio": 1 / 9}]
+    asked = [row for row in rows()[:4] for _ in budgets]
+    paths = [[path] for path in saved(tmp_path, [row.open_image() for row in asked])]
+    prompts = [f"USER: <image>\n{row.question} ASSISTANT:" for row in asked]
+    run = run_engine(tmp_path, checkpoint, prompts, paths, MAX_TOKENS, processor=budgets * 4)
+    assert run.answers is not None, run.output[-8000:]
+    expected = []
+    for prompt, of_prompt, budget in zip(prompts, paths, budgets * 4, strict=True):
+        expected += answers_of_generate(checkpoint, [prompt], [of_prompt], MAX_TOKENS, **budget)
+    assert run.answers == expected
+    assert len({answer["prompt_tokens"] for answer in expected[:4]}) == 4
+
+
+def test_a_budget_of_the_engine(tmp_path):
+    """For all of its requests, beside another in the checkpoint."""
+    checkpoint = convert_checkpoint(str(CHECKPOINT), tmp_path / "pruned", {"retention_ratio": 1 / 2}, show_progress=False)
+    paths = [[path] for path in saved(tmp_path, [row.open_image() for row in rows()[:6]])]
+    prompts = [f"USER: <image>\n{row.question} ASSISTANT:" for row in rows()[:6]]
+    budget = {"retention_ratio": 2 / 9}
+    run = run_engine(tmp_path, checkpoint, prompts, paths, MAX_TOKENS, mm_processor_kwargs=budget)
+    assert run.answers == answers_of_generate(checkpoint, prompts, paths, MAX_TOKENS, **budget), run.output[-8000:]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="every rank needs a core of its own")
