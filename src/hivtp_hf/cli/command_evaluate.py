@@ -57,12 +57,14 @@ def evaluate(
     """Ask CHECKPOINT questions about images, unpruned and under every method and ratio: accuracy, tokens, prefill time.
 
     Each run makes a folder with metrics.csv, predictions.csv, config.json, environment.json and accuracy.png. Interrupted, the
-    same command goes on where it was. Finished, it makes another folder.
+    same command goes on where it was. Finished, it makes another folder. `accelerate launch -m hivtp_hf.cli evaluate ...`
+    shares the images among processes and devices.
 
     An error in a row stops the run and names the row.
     """
     # Imported here, as Pillow is needed for nothing else.
     from ..evaluation import evaluate_checkpoint
+    from ..evaluation.processes import is_main_process
 
     done = evaluate_checkpoint(
         checkpoint,
@@ -82,8 +84,9 @@ def evaluate(
         cache_dir=cache_dir,
         say=say,
     )
-    _print_table(done.metrics)
-    say(str(done.folder), "green")
+    if is_main_process():
+        _print_table(done.metrics)
+        say(str(done.folder), "green")
 
 
 def _print_table(metrics: Sequence["MetricsRow"]) -> None:
