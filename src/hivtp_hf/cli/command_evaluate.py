@@ -27,7 +27,11 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of data that has several.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods of pruning, base-only and downsample, with commas between; all by default.")
+        str | None,
+        typer.Option(
+            help="Methods of pruning, base-only and downsample, with commas between; all of these by default. Further "
+            "downsample+METHOD, which prunes a smaller image."
+        ),
     ] = None,
     ratios: Annotated[
         str, typer.Option(help="Shares of patch tokens to keep, with commas between; 1 is the unpruned model.")
@@ -100,7 +104,7 @@ def _print_table(metrics: Sequence["MetricsRow"]) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row, has_stages in zip(rows, in_layers, strict=True):
         table.add_row(
-            row.method if row.weights_and_positions == "published" else f"{row.method}\n+ {row.weights_and_positions}",
+            "\n+ ".join((*row.method.split("+"), *[row.weights_and_positions] * (row.weights_and_positions != "published"))),
             f"{row.ratio:.3f}",
             f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}" + f"\n{row.tokens_per_layer:.0f} a layer" * has_stages,
             f"{row.accuracy:.3f}",

@@ -69,8 +69,8 @@ class MetricsRow(NamedTuple):
 
     Attributes:
         method: "none" is the unpruned model.
-        ratio: the share of patch tokens that was asked for; for "base-only" and "downsample" the share that was really used, of
-            all images together.
+        ratio: the share of patch tokens that was asked for; for "base-only", "downsample" and what is pruned after it the share
+            that was really used, of all images together.
         question_type: "all" for all questions.
         n: answers: as many as questions, and three times as many for "random", whose seeds are pooled. Answers to one question
             are not independent, so that its interval is rather too narrow.

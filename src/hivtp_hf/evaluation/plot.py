@@ -12,7 +12,7 @@ from typing import Any
 from ..figures.plotting import OTHER_COLOUR, method_colours
 from .data import ALL
 from .metrics import MetricsRow
-from .variants import BASE_ONLY, BOTH, DOWNSAMPLE, POSITIONS, PUBLISHED, UNPRUNED, WEIGHTS
+from .variants import BASE_ONLY, BOTH, DOWNSAMPLE, POSITIONS, PUBLISHED, SMALLER, UNPRUNED, WEIGHTS
 
 _COLOURS = {**method_colours(), UNPRUNED: "#000000", BASE_ONLY: "#999999", DOWNSAMPLE: "#D55E00"}
 _STROKES = {PUBLISHED: "-", WEIGHTS: "--", POSITIONS: ":", BOTH: "-."}
@@ -47,7 +47,7 @@ def draw_accuracy(path: Path, metrics: Sequence[MetricsRow], title: str) -> None
     types = list(dict.fromkeys(row.question_type for row in metrics if row.question_type != ALL))
     lines = list(dict.fromkeys(map(_line_of, metrics)))
     is_crowded = len(lines) > _TOLD_APART + 1  # and the unpruned model
-    coloured = _best(metrics) if is_crowded else {line: _COLOURS.get(line[0], OTHER_COLOUR) for line in lines}
+    coloured = _best(metrics) if is_crowded else {line: _colour(line[0]) for line in lines}
     methods = [method for method in dict.fromkeys(method for method, _ in lines) if method != UNPRUNED and is_crowded]
     of_types, of_methods = math.ceil(len(types) / _COLUMNS), math.ceil(len(methods) / _COLUMNS_OF_METHODS)
 
@@ -69,7 +69,7 @@ def draw_accuracy(path: Path, metrics: Sequence[MetricsRow], title: str) -> None
         panel.tick_params(labelsize=7)
     for number, method in enumerate(methods):
         panel = figure.add_subplot(grid[_place(1 + of_types, number, _COLUMNS_OF_METHODS)])
-        own = {line: _COLOURS.get(method, OTHER_COLOUR) for line in lines if line[0] == method}
+        own = {line: _colour(method) for line in lines if line[0] == method}
         _draw_panel(panel, metrics, ALL, own)
         panel.set_title(method, fontsize=8)
         panel.set_ylim(large.get_ylim())
@@ -83,6 +83,10 @@ def _place(first_row: int, number: int, columns: int) -> tuple[int, slice]:
     width = _COLUMNS * _COLUMNS_OF_METHODS // columns
     start = number % columns * width
     return first_row + number // columns, slice(start, start + width)
+
+
+def _colour(method: str) -> str:
+    return _COLOURS.get(method.removeprefix(SMALLER), OTHER_COLOUR)
 
 
 def _line_of(row: MetricsRow) -> _Line:
@@ -99,7 +103,7 @@ def _best(metrics: Sequence[MetricsRow]) -> dict[_Line, str]:
     best = sorted(accuracy, key=lambda line: -statistics.fmean(accuracy[line]))[:_BEST]
     colours: dict[_Line, str] = {}
     for line in best:
-        own = _COLOURS.get(line[0], OTHER_COLOUR)
+        own = _colour(line[0])
         # Lines of one method are told apart by their strokes.
         of_others = {colour for (method, _), colour in colours.items() if method != line[0]}
         free = [colour for colour in (own, *_SPARE_COLOURS) if colour not in of_others and not _is_grey(colour)]
@@ -160,7 +164,8 @@ def _draw_line(axes: Any, line: _Line, points: Sequence[MetricsRow], colour: str
         axes.errorbar(tokens, accuracy, yerr=length, color=colour, marker="o", markersize=4, linewidth=1, label=label)
     else:
         style = {"color": colour, "linestyle": _STROKES[told], "linewidth": 1.2}
-        axes.plot(tokens, accuracy, marker="o", markersize=3, label=label, **style)
+        # A method has its colour after a smaller image as well.
+        axes.plot(tokens, accuracy, marker="s" if method.startswith(SMALLER) else "o", markersize=3, label=label, **style)
         axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
 
 

@@ -71,7 +71,7 @@ def evaluate_checkpoint(
 
     Answers are decoded greedily and compared with the right ones in lower case, without blanks at both ends and without
     punctuation at the end. The method "random" runs with the seeds 0, 1 and 2, whose answers are pooled: three for every
-    question. Every image is encoded once for all methods and ratios ("downsample" encodes smaller images of its own).
+    question. Every image is encoded once for all methods and ratios (smaller images of "downsample" are encoded beside).
 
     A run has a folder of its own in `output`, with config.json, environment.json, metrics.csv, predictions.csv and, where
     matplotlib is installed, accuracy.png. Interrupted, it goes on when it is called again in the same way, and ends with the
@@ -84,7 +84,8 @@ def evaluate_checkpoint(
             on the Hub, as `owner/name` or `owner/name@revision`; with columns image, question, answer, and if wanted
             question_type. None for the held-out questions of examples/shapes_vqa, in a clone of the project.
         split: of data that has several.
-        methods: names of methods, "base-only" and "downsample", separated by commas; None for all that fit the checkpoint.
+        methods: names of methods, "base-only" and "downsample", separated by commas; None for all of these that fit the
+            checkpoint. "downsample+" and a method's name make the image smaller and prune that, and leave the ratio in all.
         ratios: shares of patch tokens to keep, separated by commas, as decimals or fractions; 1 is the unpruned model.
         questions: so many of the first ones; None for all (of the project's own: 2,000).
         device: "auto", "cpu", "cuda" or "cuda:" and a number. "auto" and "cuda" are each process's share of the devices.
@@ -297,7 +298,7 @@ def _config(
     varied = ("method", "retention_ratio", "token_budget", "seed")
     # Of every method of the registry, in the order of the plan: what its variants have of weights and positions.
     told = {
-        method: list(dict.fromkeys(variant.weights_and_positions for variant in plan if variant.method == method))
+        method: list(dict.fromkeys(variant.weights_and_positions for variant in plan if variant.selector == method))
         for method in settings
     }
     of_methods = {
