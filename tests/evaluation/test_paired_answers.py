@@ -1,6 +1,7 @@
 """`hivtp compare`: what one method wins and loses against another on the same questions."""
 
 import csv
+import json
 import math
 
 import pytest
@@ -139,6 +140,16 @@ def test_runs_of_earlier_releases_have_fewer_columns(tmp_path):
     run = run_of(tmp_path / "run", shorter, [HEADINGS[number] for number in kept])
     (all_questions, *_) = compared(run, "hivtp", ["none"])
     assert (all_questions.n, all_questions.tokens, all_questions.against_tokens) == (5, 50, 100)
+    # Of smaller images they name the ratio that was measured alone; config.json has those that were asked for.
+    measured = [line[:-1] for line in lines() if "both" not in line]
+    measured += [(*line[:5], "downsample", "0.2", *line[7:]) for line in measured if line[5] == "downsample"]
+    earlier = run_of(tmp_path / "earlier", measured, HEADINGS[:-1])
+    with pytest.raises(ValueError, match=r"the ratios 0.5 and downsample for 0.44, 0.2, none of which is the same"):
+        compared(earlier, "hivtp", ["downsample"])
+    for ratios, pairs in (([1.0, 0.5, 0.25], [("0.5", "0.44")]), ([1.0, 0.7, 0.5], [("0.5", "0.2")])):
+        (earlier / "config.json").write_text(json.dumps({"ratios": ratios}))
+        found = compared(earlier, "hivtp", ["downsample"], say=lambda text: None)
+        assert [(one.ratio, one.against_ratio) for one in found if one.question_type == "all"] == pairs
 
 
 @pytest.mark.parametrize(

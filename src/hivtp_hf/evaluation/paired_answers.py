@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from .data import ALL
-from .run_folder import PARTS, PREDICTIONS
-from .variants import BASE_ONLY, PUBLISHED, SEEDS, UNPRUNED, WEIGHTS_AND_POSITIONS
+from .run_folder import CONFIG, PARTS, PREDICTIONS
+from .variants import BASE_ONLY, DOWNSAMPLE, PUBLISHED, SEEDS, UNPRUNED, WEIGHTS_AND_POSITIONS
 
 # What a comparison calls all questions that are not of the type that was asked for.
 OTHERS = "others"
@@ -100,17 +100,20 @@ class PairedRun:
         self.questions: dict[str, tuple[str, ...]] = {}
         self.types: dict[str, str] = {}
         self.sides: dict[Side, dict[str, _Answers]] = {}
-        for line in _predictions(folder):
+        lines = _predictions(folder)
+        asked = {} if "asked_ratio" in lines[0] else _asked_of_smaller_images(folder, lines)
+        for line in lines:
             if line["seed"] in ("", str(SEEDS[0])):
-                self._add(line)
+                self._add(line, asked)
 
-    def _add(self, line: Mapping[str, str]) -> None:
+    def _add(self, line: Mapping[str, str], asked: Mapping[str, str]) -> None:
         row = line["row"]
         self.questions[row] = line["image"], line["question"], line["answer"]
         self.types[row] = line.get("question_type", "")
         ratios = self.sides.setdefault(Side(line["method"], line.get("weights_and_positions", PUBLISHED)), {})
-        # Runs of earlier releases name one ratio alone.
-        answers = ratios.setdefault(line.get("asked_ratio") or line["ratio"], _Answers(line["ratio"]))
+        ratio = line["ratio"]
+        of_earlier_releases = asked.get(ratio, ratio) if line["method"] == DOWNSAMPLE else ratio
+        answers = ratios.setdefault(line.get("asked_ratio") or of_earlier_releases, _Answers(ratio))
         answers.right[row] = line["correct"] == "1"
         per_layer = line.get("tokens_per_layer")
         tokens = float(per_layer) if per_layer else sum(float(line.get(f"{kind}_tokens", 0)) for kind in ("patch", "newline"))
@@ -250,6 +253,18 @@ def _predictions(folder: Path) -> list[dict[str, str]]:
         lacking = f"the columns {', '.join(missing)}" if missing else "any answer"
         raise ValueError(f"{path} lacks {lacking}. Give the folder of a run of `hivtp evaluate`.")
     return lines
+
+
+def _asked_of_smaller_images(folder: Path, lines: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """What "downsample" was asked for, by the ratio that was measured, in runs of earlier releases, which name that alone.
+
+    Nothing where it cannot be told: two ratios may have meant the same smaller tile, which then ran once.
+    """
+    if not (folder / CONFIG).is_file():
+        return {}
+    asked = [f"{ratio:.6g}" for ratio in read_json(folder / CONFIG)["ratios"] if ratio < 1]
+    measured = sorted({line["ratio"] for line in lines if line["method"] == DOWNSAMPLE}, key=float, reverse=True)
+    return dict(zip(measured, asked, strict=True)) if len(measured) == len(asked) else {}
 
 
 def _with_the_same_questions(other: PairedRun, run: PairedRun) -> PairedRun:
