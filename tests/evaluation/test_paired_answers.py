@@ -63,7 +63,7 @@ def numbers(comparisons):
 def test_pairs_are_counted_by_ratio_and_type(run):
     said = []
     found = compared(run, "hivtp:both", ["hivtp"], say=said.append)
-    assert found[0] == Comparison("hivtp:both", "0.5", 50, "hivtp", "0.5", 50, "all", 5, 3, 2, 2, 1, 1)
+    assert found[0] == Comparison("0.5", "hivtp:both", "0.5", 50, "hivtp", "0.5", 50, "all", 5, 3, 2, 2, 1, 1)
     assert numbers(found) == {
         ("0.5", "all"): (5, 3, 2, 2, 1, 1),
         ("0.5", "count"): (3, 3, 1, 2, 0, 0.5),
@@ -85,13 +85,13 @@ def test_pairs_are_counted_by_ratio_and_type(run):
 def test_methods_are_paired_by_the_ratio_that_was_asked_for(run):
     # Whatever share a smaller image has come to.
     (all_questions, *_) = compared(run, "hivtp", ["downsample"])
-    assert (all_questions.ratio, all_questions.against_ratio, all_questions.n) == ("0.5", "0.44", 5)
+    assert (all_questions.asked_ratio, all_questions.ratio, all_questions.against_ratio) == ("0.5", "0.5", "0.44")
     # The unpruned model and the base tile stand against every ratio, on either side.
     for against, right in (("none", 4), ("base-only", 0)):
         found = [one for one in compared(run, "hivtp:both", [against]) if one.question_type == "all"]
-        assert [(one.ratio, one.against_right) for one in found] == [("0.5", right), ("0.25", right)]
+        assert [(one.asked_ratio, one.against_right) for one in found] == [("0.5", right), ("0.25", right)]
         turned = [one for one in compared(run, against, ["hivtp:both"]) if one.question_type == "all"]
-        assert [(one.against_ratio, one.right, one.against_tokens) for one in turned] == [
+        assert [(one.asked_ratio, one.right, one.against_tokens) for one in turned] == [
             ("0.5", right, 50),
             ("0.25", right, 25),
         ]
@@ -204,7 +204,7 @@ def test_it_prints_a_table_or_writes_one(run, tmp_path, hivtp, monkeypatch):
     table = tmp_path / "paired.csv"
     assert hivtp("compare", run, "hivtp:both", "hivtp", "--output", table).returncode == 0
     assert table_of(table)[0] == dict(
-        zip(Comparison._fields, ["hivtp:both", "0.5", "50", "hivtp", "0.5", "50", "all", *"532211"], strict=True)
+        zip(Comparison._fields, ["0.5", "hivtp:both", "0.5", "50", "hivtp", "0.5", "50", "all", *"532211"], strict=True)
     )
     assert "--force" in hivtp("compare", run, "hivtp", "none", "--output", table).stderr
     assert hivtp("compare", run, "hivtp", "none", "--output", table, "--force").returncode == 0

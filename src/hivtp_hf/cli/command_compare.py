@@ -58,11 +58,9 @@ def _print_table(comparisons: Iterable["Comparison"]) -> None:
         is_text = heading == "questions"
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for one in comparisons:
-        # A ratio of 1, of the unpruned model, says nothing that its tokens do not say.
-        ratios = [ratio for ratio in dict.fromkeys((float(one.ratio), float(one.against_ratio))) if ratio != 1] or [1.0]
         right, other_right = (f"{100 * number / one.n:.1f}" for number in (one.right, one.against_right))
         table.add_row(
-            " / ".join(f"{ratio:.{4 - len(ratios)}g}" for ratio in ratios),
+            f"{float(one.asked_ratio):.3g}",
             f"{one.tokens:.0f} / {one.against_tokens:.0f}",
             one.question_type,
             str(one.n),

@@ -39,6 +39,7 @@ class Comparison(NamedTuple):
     """Two methods at one ratio, on the questions of one type.
 
     Attributes:
+        asked_ratio: at which they are compared.
         method: as `Side` is written.
         ratio: of it, as predictions.csv has it.
         tokens: of a question's image that a layer of the language model sees, on average.
@@ -50,6 +51,7 @@ class Comparison(NamedTuple):
         p: of McNemar's exact test.
     """
 
+    asked_ratio: str
     method: str
     ratio: str
     tokens: float
@@ -203,9 +205,9 @@ def compared(
             alone = [f"{one} at {ratio}" for ratio in has if ratio not in other_has]
             alone += [f"{other} at {ratio}" for ratio in other_has if ratio not in has]
             say(f"Not compared, as only one of the two has it: {', '.join(alone)}.")
-        for answers, other_answers in pairs:
+        for asked, answers, other_answers in pairs:
             for kind, rows in kinds.items():
-                found.append(_comparison(one, answers, other, other_answers, kind, rows))
+                found.append(_comparison(asked, one, answers, other, other_answers, kind, rows))
     return found
 
 
@@ -297,22 +299,22 @@ def _kinds(run: PairedRun, question_type: str | None) -> dict[str, list[str]]:
 
 def _pairs(
     one: Side, answers: Mapping[str, _Answers], other: Side, other_answers: Mapping[str, _Answers]
-) -> list[tuple[_Answers, _Answers]]:
-    """The answers of two sides at the ratios that both have."""
+) -> list[tuple[str, _Answers, _Answers]]:
+    """The ratios that both sides have, and their answers."""
     if other.method in _OF_ONE_RATIO:
         (only,) = other_answers.values()
-        return [(of_ratio, only) for of_ratio in answers.values()]
+        return [(asked, of_ratio, only) for asked, of_ratio in answers.items()]
     if one.method in _OF_ONE_RATIO:
         (only,) = answers.values()
-        return [(only, of_ratio) for of_ratio in other_answers.values()]
-    return [(answers[ratio], other_answers[ratio]) for ratio in answers if ratio in other_answers]
+        return [(asked, only, of_ratio) for asked, of_ratio in other_answers.items()]
+    return [(asked, answers[asked], other_answers[asked]) for asked in answers if asked in other_answers]
 
 
 def _comparison(
-    one: Side, answers: _Answers, other: Side, other_answers: _Answers, kind: str, rows: Sequence[str]
+    asked: str, one: Side, answers: _Answers, other: Side, other_answers: _Answers, kind: str, rows: Sequence[str]
 ) -> Comparison:
     pairs = [(answers.right[row], other_answers.right[row]) for row in rows]
     won, lost, both = (pairs.count(outcome) for outcome in ((True, False), (False, True), (True, True)))
     tokens, other_tokens = (statistics.fmean(of.tokens[row] for row in rows) for of in (answers, other_answers))
-    named = str(one), answers.ratio, tokens, str(other), other_answers.ratio, other_tokens
+    named = asked, str(one), answers.ratio, tokens, str(other), other_answers.ratio, other_tokens
     return Comparison(*named, kind, len(rows), both + won, both + lost, won, lost, mcnemar(won, lost))
