@@ -67,7 +67,8 @@ class RecordedRun:
             Chosen(method, ratio): VisualTokenPruningConfig(method=method, retention_ratio=ratio, **settings)
             for method, settings in config["settings"].items()
             for ratio in config["ratios"]
-            if ratio < 1
+            # Some methods ran after the image was made smaller alone.
+            if ratio < 1 and method in config["methods"]
         }
         self.asked: list[HeldOut] = list(held_out_questions(config["data"]["questions"]))
         self.scenes = {asked.number: asked.scene for asked in self.asked}

@@ -47,14 +47,17 @@ def test_it_prints_a_table_and_the_folder(stock, tmp_path):
     assert "3 questions" in done.stdout
 
 
-def test_its_table_names_weights_and_positions(stock, tmp_path):
+def test_its_table_names_weights_and_positions_and_smaller_images(stock, tmp_path):
     data_folder(tmp_path / "data")
-    arguments = arguments_of(stock, tmp_path, "--methods", "uniform", "--ratios", "1/2", "--questions", "2", "--device", "cpu")
-    arguments += ["--max-new-tokens", "2", "--weights-and-positions", "published,both"]
+    arguments = arguments_of(stock, tmp_path, "--methods", "uniform,downsample+uniform", "--ratios", "1/2")
+    arguments += ["--questions", "2", "--device", "cpu", "--max-new-tokens", "2", "--weights-and-positions", "published,both"]
     lines = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout.splitlines()
-    first, second = (number for number, line in enumerate(lines) if line.strip().startswith("uniform"))
-    assert second == first + 1
-    assert lines[second + 1].strip() == "+ both"
+    names = [line.split()[0] if line.strip()[:1] != "+" else line.strip() for line in lines if line.strip()]
+    start = names.index("uniform")
+    assert names[start : start + 8] == [
+        *("uniform", "uniform", "+ both"),
+        *("downsample", "+ uniform", "downsample", "+ uniform", "+ both"),
+    ]
     assert "…" not in "".join(lines)
 
 

@@ -12,12 +12,12 @@ from hivtp_hf import Evidence, TokenLayout, VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
 from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation.prompts import prompt_of
+from hivtp_hf.evaluation.smaller_images import shrunken_tokens
 from hivtp_hf.evaluation.tower_pass import (
     base_tile_tokens,
     check_kept_indices,
     pruned_tokens,
     see,
-    shrunken_tokens,
 )
 from hivtp_hf.pruning.registry import METHODS
 from tested_methods import TESTED

@@ -258,8 +258,26 @@ def test_files_have_the_columns_that_readers_count_on(four_rows, tmp_path):
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 16
     assert list(predictions[6].values()) == [
-        *("2", "large", "colour", "Colour?", "Blue", "random", "0.5", "1", "blue", "1", "1", "150", "7", "published", "100")
+        *(
+            "2",
+            "large",
+            "colour",
+            "Colour?",
+            "Blue",
+            "random",
+            "0.5",
+            "1",
+            "blue",
+            "1",
+            "1",
+            "150",
+            "7",
+            "published",
+            "100",
+            "0.5",
+        )
     ]
+    assert {line["method"]: line["asked_ratio"] for line in predictions} == {"none": "1", "random": "0.5", "base-only": ""}
     by_row = [(line["row"], line["method"], line["seed"]) for line in predictions]
     assert by_row == sorted(by_row, key=lambda line: int(line[0]))
 
@@ -273,7 +291,7 @@ def test_any_answer_can_be_read_again(four_rows, tmp_path, answer):
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 16
     assert predictions[0]["prediction"] == answer
-    assert (tmp_path / "predictions.csv").read_bytes().partition(b"\n")[0].endswith(b"tokens_per_layer")
+    assert (tmp_path / "predictions.csv").read_bytes().partition(b"\n")[0].endswith(b"asked_ratio")
 
 
 def test_parts_come_together_in_the_order_of_the_rows():

@@ -6,7 +6,7 @@ import torch
 from evaluations import ROWS, SIZES, data_folder, evaluated, plain_answer, table_of
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.checkpoints import CheckpointSource, open_source
-from hivtp_hf.evaluation.tower_pass import smaller_images_tokens
+from hivtp_hf.evaluation.smaller_images import smaller_images_tokens
 from hivtp_hf.families.qwen2_5_vl import Qwen2_5_VLFamily
 from hivtp_hf.pruning.evidence import methods_of
 from nightly import mostly_nightly

@@ -13,6 +13,7 @@ from evaluations import ROWS, data_folder, evaluated, table_of, without_times
 from hivtp_hf.checkpoints import CheckpointSource, convert_checkpoint
 from hivtp_hf.evaluation import answering
 from hivtp_hf.evaluation import run as run_module
+from hivtp_hf.evaluation.metrics import MetricsRow
 from hivtp_hf.evaluation.plot import draw_accuracy
 from hivtp_hf.evaluation.run_folder import FinishedParts
 from hivtp_hf.methods import uniform as selectors_uniform
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.once
 
 QUICK = {"methods": "uniform,random,base-only,downsample", "ratios": "1/2", "batch_size": 1}
 UNFINISHED = ["config.json", "environment.json", "partial.jsonl"]
+# Of lines that stand behind others in a figure.
+GREY = "#CCCCCC"
 FILES = ["accuracy.png", "config.json", "environment.json", "metrics.csv", "predictions.csv"]
 
 
@@ -333,3 +336,36 @@ def test_the_figure_shows_every_method(stock, data, tmp_path, monkeypatch):
     run = evaluated(stock, data, tmp_path / "runs", methods="none", questions=1, say=said.append)
     assert names_in(run.folder) == FILES[1:]
     assert "matplotlib is not installed" in said[0]
+
+
+def many_lines(number):
+    """Metrics of so many methods, the later the better, at two ratios; of two types of questions."""
+    row = MetricsRow("none", 1.0, "all", 100, 97, 0.97, 0.95, 0.99, 90.0, 10.0, 1.0, 5.0, "published", 100.0)
+    methods = [row._replace(method="base-only", ratio=0.2, accuracy=0.96, tokens_per_layer=20.0)]
+    for rank in range(number):
+        for ratio in (0.5, 0.25):
+            found = {"accuracy": (rank + ratio) / (number + 1), "tokens_per_layer": 100 * ratio}
+            methods.append(row._replace(method=f"method {rank}", ratio=ratio, **found))
+    return [line._replace(question_type=kind) for line in (row, *methods) for kind in ("all", "count", "shape")]
+
+
+def test_of_many_methods_the_best_are_coloured_and_each_has_a_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **keywords: drawn.append(self))
+    draw_accuracy(tmp_path / "few.png", many_lines(7), "title")
+    draw_accuracy(tmp_path / "many.png", many_lines(17), "title")
+    few, many = ([axes.get_title() for axes in figure.axes] for figure in drawn)
+    assert few == ["all", "count", "shape"]
+    assert many == [*few, "base-only", *(f"method {rank}" for rank in range(17))]
+    best = [f"method {rank}" for rank in (16, 15, 14, 13, 12)]
+    for axes in drawn[1].axes[:3]:
+        coloured = {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in best}
+        assert list(coloured) == best
+        assert len(set(coloured.values())) == 5
+        assert GREY not in coloured.values()
+        # Points of twelve methods, and of the base tile.
+        assert sum(line.get_color() == GREY and len(line.get_xdata()) for line in axes.lines) == 12 * 3 + 1
+    assert [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()] == [*best, "others, see below", "none"]
+    for method, axes in zip(many[4:], drawn[1].axes[4:], strict=True):
+        assert [line.get_label() for line in axes.lines if line.get_label().startswith("method")] == [method]
+        assert axes.get_ylim() == drawn[1].axes[0].get_ylim()

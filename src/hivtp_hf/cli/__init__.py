@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .command_analyze import analyze
 from .command_bundle import bundle
+from .command_compare import compare
 from .command_convert import convert
 from .command_evaluate import evaluate
 from .command_inspect import inspect
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(analyze)
 app.command()(bundle)
+app.command()(compare)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)

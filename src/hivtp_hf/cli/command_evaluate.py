@@ -27,7 +27,11 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of data that has several.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods of pruning, base-only and downsample, with commas between; all by default.")
+        str | None,
+        typer.Option(
+            help="Methods of pruning, base-only and downsample, with commas between; all of these by default. Further "
+            "downsample+METHOD, which prunes a smaller image."
+        ),
     ] = None,
     ratios: Annotated[
         str, typer.Option(help="Shares of patch tokens to keep, with commas between; 1 is the unpruned model.")
@@ -57,12 +61,14 @@ def evaluate(
     """Ask CHECKPOINT questions about images, unpruned and under every method and ratio: accuracy, tokens, prefill time.
 
     Each run makes a folder with metrics.csv, predictions.csv, config.json, environment.json and accuracy.png. Interrupted, the
-    same command goes on where it was. Finished, it makes another folder.
+    same command goes on where it was. Finished, it makes another folder. `accelerate launch -m hivtp_hf.cli evaluate ...`
+    shares the images among processes and devices.
 
     An error in a row stops the run and names the row.
     """
     # Imported here, as Pillow is needed for nothing else.
     from ..evaluation import evaluate_checkpoint
+    from ..evaluation.processes import is_main_process
 
     done = evaluate_checkpoint(
         checkpoint,
@@ -82,8 +88,9 @@ def evaluate(
         cache_dir=cache_dir,
         say=say,
     )
-    _print_table(done.metrics)
-    say(str(done.folder), "green")
+    if is_main_process():
+        _print_table(done.metrics)
+        say(str(done.folder), "green")
 
 
 def _print_table(metrics: Sequence["MetricsRow"]) -> None:
@@ -97,7 +104,7 @@ def _print_table(metrics: Sequence["MetricsRow"]) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row, has_stages in zip(rows, in_layers, strict=True):
         table.add_row(
-            row.method if row.weights_and_positions == "published" else f"{row.method}\n+ {row.weights_and_positions}",
+            "\n+ ".join((*row.method.split("+"), *[row.weights_and_positions] * (row.weights_and_positions != "published"))),
             f"{row.ratio:.3f}",
             f"{row.patch_tokens:.0f} + {row.newline_tokens:.0f}" + f"\n{row.tokens_per_layer:.0f} a layer" * has_stages,
             f"{row.accuracy:.3f}",

@@ -12,16 +12,13 @@ from ..pruning.look import Look
 from ..pruning.settings import VisualTokenPruningConfig
 from .data import EvaluationData, ImageGroup
 from .prompts import Prompt
-from .tower_pass import (
-    KeptTokens,
-    base_tile_tokens,
-    check_finite,
-    pruned_tokens,
-    see,
+from .smaller_images import (
+    shrunken_and_pruned_tokens,
     shrunken_tokens,
+    smaller_images_pruned_tokens,
     smaller_images_tokens,
-    together,
 )
+from .tower_pass import KeptTokens, base_tile_tokens, check_finite, pruned_tokens, see, together
 from .variants import BASE_ONLY, Variant
 
 Item = TypeVar("Item")
@@ -60,7 +57,8 @@ class PartWork:
         self._model, self._processor = model, processor
         self._plan, self._data, self._prompts = plan, data, prompts
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        self._prunings = [variant.settings for variant in plan if variant.settings is not None]
+        # Of those that look at images as they are.
+        self._prunings = [one.settings for one in plan if one.settings is not None and not one.is_of_smaller_images]
         self._warm: set[Variant] = set()
 
     def results(self, part: Sequence[ImageGroup], advance: Callable[[int], object]) -> list[dict[str, Any]]:
@@ -125,15 +123,20 @@ class PartWork:
         }
 
     def _shortened(self, variant: Variant, groups: Sequence[ImageGroup], encoded: _Encoded) -> list[KeptTokens]:
-        if variant.settings is not None:
+        if variant.settings is not None and not variant.is_of_smaller_images:
             return pruned_tokens(encoded.seen, self._layouts(groups, variant.settings))
         stock = self._layouts(groups, self._plan[0].settings)
         if variant.method == BASE_ONLY:
             return base_tile_tokens(encoded.seen, stock)
         if variant.grid is None and variant.ratio is not None:
-            images = self._images(groups)
-            return smaller_images_tokens(self._model, self._processor, images, stock, variant.ratio)
-        return shrunken_tokens(self._model, encoded.inputs, stock, variant.grid or 1)
+            smaller = self._model, self._processor, self._images(groups), stock, variant.ratio
+            if variant.settings is None:
+                return smaller_images_tokens(*smaller)
+            return smaller_images_pruned_tokens(*smaller, variant.settings)
+        shrunken = self._model, encoded.inputs, stock, variant.grid or 1
+        if variant.settings is None or variant.ratio is None:
+            return shrunken_tokens(*shrunken)
+        return shrunken_and_pruned_tokens(*shrunken, variant.ratio, variant.settings)
 
     def _layouts(self, groups: Sequence[ImageGroup], settings: VisualTokenPruningConfig | None) -> list[TokenLayout]:
         sizes = [self._data.image_sizes[group.image_name] for group in groups]

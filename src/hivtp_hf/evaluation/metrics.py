@@ -16,6 +16,7 @@ _Z = statistics.NormalDist().inv_cdf((1 + 0.95) / 2)
 _PREDICTION_COLUMNS = (
     *("row", "image", "question_type", "question", "answer", "method", "ratio", "seed"),
     *("prediction", "correct", "agrees", "patch_tokens", "newline_tokens", "weights_and_positions", "tokens_per_layer"),
+    "asked_ratio",
 )
 
 
@@ -68,8 +69,8 @@ class MetricsRow(NamedTuple):
 
     Attributes:
         method: "none" is the unpruned model.
-        ratio: the share of patch tokens that was asked for; for "base-only" and "downsample" the share that was really used, of
-            all images together.
+        ratio: the share of patch tokens that was asked for; for "base-only", "downsample" and what is pruned after it the share
+            that was really used, of all images together.
         question_type: "all" for all questions.
         n: answers: as many as questions, and three times as many for "random", whose seeds are pooled. Answers to one question
             are not independent, so that its interval is rather too narrow.
@@ -187,7 +188,11 @@ def write_metrics(path: Path, metrics: Sequence[MetricsRow]) -> None:
 
 
 def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant], table: Sequence[VariantAnswers]) -> None:
-    """Writes a line for every answer: rows count from 1, `correct` and `agrees` are 0 or 1, `seed` is that of a random draw."""
+    """Writes a line for every answer.
+
+    Rows count from 1, `correct` and `agrees` are 0 or 1, `seed` is that of a random draw. `asked_ratio` is empty where none was
+    asked for, and else the one that methods have in common whose `ratio` is measured.
+    """
     ratios = ratios_of_variants(data, plan, table)
 
     def lines() -> Iterable[Sequence[Any]]:
@@ -199,7 +204,7 @@ def write_predictions(path: Path, data: EvaluationData, plan: Sequence[Variant],
                     *(variant.method, ratios[variant], "" if variant.seed is None else variant.seed, answers.answers[index]),
                     *(int(answer == normalised(row.answer)), int(answer == normalised(table[0].answers[index]))),
                     *(answers.patches[index], answers.newlines[index], variant.weights_and_positions),
-                    answers.tokens_per_layer[index],
+                    *(answers.tokens_per_layer[index], "" if variant.ratio is None else float(variant.ratio)),
                 )
 
     _write(path, _PREDICTION_COLUMNS, lines())

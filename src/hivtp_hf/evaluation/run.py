@@ -1,5 +1,6 @@
 """`evaluate_checkpoint`: the accuracy of a checkpoint under pruning methods and ratios, beside the unpruned model."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,10 +17,11 @@ from ..pruning.evidence import Evidence
 from ..pruning.features import check_pruning_fits_encoder
 from ..pruning.settings import VisualTokenPruningConfig
 from .answering import PartWork
-from .data import RULE, EvaluationData, load_data
-from .environment import checkpoint_identity, code_sha256, slug, this_environment
+from .data import RULE, EvaluationData, ImageGroup, load_data
+from .environment import RunEnvironment, checkpoint_identity, code_sha256, slug, this_environment
 from .metrics import MetricsRow, answers_of_variants, metrics_rows, write_metrics, write_predictions
 from .plot import draw_accuracy
+from .processes import Processes
 from .prompts import Prompt, prompt_of
 from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, FinishedParts, check_output, run_folder
 from .variants import (
@@ -69,7 +71,7 @@ def evaluate_checkpoint(
 
     Answers are decoded greedily and compared with the right ones in lower case, without blanks at both ends and without
     punctuation at the end. The method "random" runs with the seeds 0, 1 and 2, whose answers are pooled: three for every
-    question. Every image is encoded once for all methods and ratios ("downsample" encodes smaller images of its own).
+    question. Every image is encoded once for all methods and ratios (smaller images of "downsample" are encoded beside).
 
     A run has a folder of its own in `output`, with config.json, environment.json, metrics.csv, predictions.csv and, where
     matplotlib is installed, accuracy.png. Interrupted, it goes on when it is called again in the same way, and ends with the
@@ -82,10 +84,11 @@ def evaluate_checkpoint(
             on the Hub, as `owner/name` or `owner/name@revision`; with columns image, question, answer, and if wanted
             question_type. None for the held-out questions of examples/shapes_vqa, in a clone of the project.
         split: of data that has several.
-        methods: names of methods, "base-only" and "downsample", separated by commas; None for all that fit the checkpoint.
+        methods: names of methods, "base-only" and "downsample", separated by commas; None for all of these that fit the
+            checkpoint. "downsample+" and a method's name make the image smaller and prune that, and leave the ratio in all.
         ratios: shares of patch tokens to keep, separated by commas, as decimals or fractions; 1 is the unpruned model.
         questions: so many of the first ones; None for all (of the project's own: 2,000).
-        device: "auto", "cpu", "cuda" or "cuda:" and a number.
+        device: "auto", "cpu", "cuda" or "cuda:" and a number. "auto" and "cuda" are each process's share of the devices.
         dtype: "auto" for the checkpoint's own, "float32", "bfloat16" or "float16".
         batch_size: images at once in the vision tower, and questions at once in the language model.
         max_new_tokens: per answer.
@@ -99,65 +102,160 @@ def evaluate_checkpoint(
 
     Raises:
         ValueError: for arguments, data, a checkpoint or settings that cannot be used; says what was given and what to do.
-        RuntimeError: where a row goes wrong: names the row, its image and question, the method and the ratio. No metrics are
-            written then.
+        RuntimeError: where a row goes wrong, in any process: names the row, its image and question, the method and the ratio.
+            No metrics are written then.
         OSError, huggingface_hub.errors.HfHubHTTPError: where the checkpoint cannot be downloaded.
     """
-    asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
-    told = chosen_weights_and_positions(weights_and_positions)
-    place = checked_device(device, timed=True)
-    if dtype not in DTYPES:
-        raise ValueError(f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own.")
-    for name, number in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
-        if number < 1:
-            raise ValueError(f"`--{name}` is {number}; it must be a whole number from 1.")
-    check_output(output)
-    asked = load_data(data, questions, split)
+    processes = Processes(device)
+    if not processes.is_main:
+        say = _silently
 
-    source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
-    base = source.base_without_weights(_UNPRUNED)
-    chosen = _that_fit(asked_methods, base, methods is None, say)
-    settings = settings_of_methods(chosen, source.settings(), changes, told)
-    plan = planned_variants(chosen, shares, settings, _cells_a_side(base), told)
-    _check_settings(base, settings, plan)
-    processor = source.load_processor(_UNPRUNED)
-    prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
+    def prepared() -> _Prepared:
+        asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
+        told = chosen_weights_and_positions(weights_and_positions)
+        place = checked_device(processes.device, timed=True)
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own."
+            )
+        for name, number in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
+            if number < 1:
+                raise ValueError(f"`--{name}` is {number}; it must be a whole number from 1.")
+        check_output(output)
+        asked = load_data(data, questions, split)
 
-    model = source.load_model(_UNPRUNED, dtype=dtype, device_map={"": str(place)})
-    environment = this_environment(place, model.dtype)
-    config = _config(source, asked, plan, settings, [float(share) for share in shares], batch_size, max_new_tokens)
-    what = f"{slug(config['checkpoint']['name'].rpartition('/')[2])}_{slug(asked.name)}"
-    folder = run_folder(output, what, config, environment)
-    work = PartWork(model, processor, plan, asked, prompts, batch_size, max_new_tokens)
-    parts = asked.parts(batch_size)
-    finished = FinishedParts(folder / PARTS)
+        source = open_source(checkpoint, revision=revision, token=token, cache_dir=cache_dir)
+        base = source.base_without_weights(_UNPRUNED)
+        chosen = _that_fit(asked_methods, base, methods is None, say)
+        settings = settings_of_methods(chosen, source.settings(), changes, told)
+        plan = planned_variants(chosen, shares, settings, _cells_a_side(base), told)
+        _check_settings(base, settings, plan)
+        processor = source.load_processor(_UNPRUNED)
+        prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
+
+        model = source.load_model(_UNPRUNED, dtype=dtype, device_map={"": str(place)})
+        environment = this_environment(place, model.dtype)
+        work = PartWork(model, processor, plan, asked, prompts, batch_size, max_new_tokens)
+        all_shares = [float(share) for share in shares]
+        config = functools.partial(_config, source, asked, plan, settings, all_shares, batch_size, max_new_tokens)
+        return _Prepared(asked, plan, work, asked.parts(batch_size), config, environment)
+
+    return _run(processes, processes.agreed(prepared), output, say)
+
+
+class _Prepared(NamedTuple):
+    """All that a process needs for its share of a run; `config` is for the one that writes."""
+
+    asked: EvaluationData
+    plan: list[Variant]
+    work: PartWork
+    parts: list[list[ImageGroup]]
+    config: Callable[[], dict[str, Any]]
+    environment: RunEnvironment
+
+
+def _silently(text: str) -> None:
+    """What processes that others speak for say."""
+
+
+def _run(processes: Processes, prepared: _Prepared, output: Path, say: Callable[[str], object]) -> Evaluation:
+    """Shares the parts among the processes, one each at a time; the main one alone has a folder, and writes."""
+    asked, plan, work, parts, config_of_run, environment = prepared
+    opened: list[_OpenRun] = []  # in the main process
+
+    def open_run() -> tuple[Path, list[int]]:
+        opened.append(_OpenRun(output, config_of_run(), environment, processes.number))
+        return opened[0].folder, sorted(opened[0].finished.results)
+
+    def write() -> list[MetricsRow]:
+        return opened[0].write(asked, plan, parts, say)
+
     try:
-        if finished.results:
-            say(f"Going on in {folder}: {len(finished.results)} of {len(parts)} parts are finished.")
-        with tqdm(total=len(asked.rows) * len(plan), unit="answer", desc="Evaluating") as progress:
-            for number, part in enumerate(parts):
-                if number in finished.results:
-                    progress.update(len(plan) * sum(len(group.rows) for group in part))
-                else:
-                    finished.add(number, work.results(part, progress.update))
-        table = answers_of_variants(plan, parts, finished.results)
+        folder, done = processes.from_main(open_run)
+        if done:
+            say(f"Going on in {folder}: {len(done)} of {len(parts)} parts are finished.")
+        waiting = [number for number in range(len(parts)) if number not in set(done)]
+
+        def answers_to(part: Sequence[ImageGroup]) -> int:
+            return len(plan) * sum(len(group.rows) for group in part)
+
+        with tqdm(
+            total=len(asked.rows) * len(plan), unit="answer", desc="Evaluating", disable=not processes.is_main
+        ) as progress:
+            progress.update(sum(answers_to(parts[number]) for number in done))
+            for start in range(0, len(waiting), processes.number):
+                share = waiting[start + processes.index : start + processes.index + 1]
+                of_all = processes.gathered(functools.partial(_results, work, parts, share, progress.update))
+                for results in of_all:
+                    for number, of_part in results.items():
+                        if opened:
+                            opened[0].finished.add(number, of_part)
+                        if number not in share:
+                            progress.update(answers_to(parts[number]))
+        metrics = processes.from_main(write)
+    except BaseException:
+        for run in opened:
+            run.abandon()
+        raise
+    finally:
+        for run in opened:
+            run.finished.close()
+    return Evaluation(folder, metrics)
+
+
+def _results(
+    work: PartWork, parts: Sequence[Sequence[ImageGroup]], share: Sequence[int], advance: Callable[[int], object]
+) -> dict[int, Any]:
+    """What comes out of some parts, by their numbers."""
+    return {number: work.results(parts[number], advance) for number in share}
+
+
+class _OpenRun:
+    """The folder of a run that is being written.
+
+    Args:
+        output: where the folders of runs lie.
+        config: of the run.
+        environment: of this process.
+        processes: how many share the run.
+
+    Raises:
+        ValueError: while another run writes the folder.
+    """
+
+    def __init__(self, output: Path, config: dict[str, Any], environment: RunEnvironment, processes: int):
+        self._config, self._environment = config, environment
+        what = f"{slug(config['checkpoint']['name'].rpartition('/')[2])}_{slug(config['data']['name'])}"
+        self.folder = run_folder(output, what, config, environment, processes)
+        self.finished = FinishedParts(self.folder / PARTS)
+
+    def write(
+        self,
+        asked: EvaluationData,
+        plan: Sequence[Variant],
+        parts: Sequence[Sequence[ImageGroup]],
+        say: Callable[[str], object],
+    ) -> list[MetricsRow]:
+        """Writes all results, from the parts, which are all finished."""
+        folder = self.folder
+        table = answers_of_variants(plan, parts, self.finished.results)
         metrics = metrics_rows(asked, plan, table)
         write_predictions(folder / PREDICTIONS, asked, plan, table)
         write_metrics(folder / METRICS, metrics)
         if can_plot():
-            title = f"{config['checkpoint']['name']}, {asked.name}: {len(asked.rows)} questions, {environment.date}"
+            name, date = self._config["checkpoint"]["name"], self._environment.date
+            title = f"{name}, {asked.name}: {len(asked.rows)} questions, {date}"
             atomic_write(folder / PLOT, lambda unfinished: draw_accuracy(unfinished, metrics, title))
         else:
             say('No figure was drawn, as matplotlib is not installed (`pip install "hivtp-hf[plots]"`).')
         # Last of all: where it is missing, a run is finished.
-        finished.path.unlink()
-    except BaseException:
-        if not finished.results:
-            shutil.rmtree(folder)  # nothing in it is worth going on from
-        raise
-    finally:
-        finished.close()
-    return Evaluation(folder, metrics)
+        self.finished.path.unlink()
+        return metrics
+
+    def abandon(self) -> None:
+        """Leaves what a later run can go on from, and nothing where that is nothing."""
+        if not self.finished.results:
+            shutil.rmtree(self.folder)
 
 
 def _that_fit(methods: Sequence[str], base: Any, is_default: bool, say: Callable[[str], object]) -> list[str]:
@@ -200,7 +298,7 @@ def _config(
     varied = ("method", "retention_ratio", "token_budget", "seed")
     # Of every method of the registry, in the order of the plan: what its variants have of weights and positions.
     told = {
-        method: list(dict.fromkeys(variant.weights_and_positions for variant in plan if variant.method == method))
+        method: list(dict.fromkeys(variant.weights_and_positions for variant in plan if variant.selector == method))
         for method in settings
     }
     of_methods = {

@@ -29,7 +29,7 @@ def check_output(output: Path) -> None:
             raise ValueError(f"`--output` is {output}, but {path} is no folder; give another one.")
 
 
-def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: RunEnvironment) -> Path:
+def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: RunEnvironment, processes: int = 1) -> Path:
     """The folder of a run, with its configuration and environment.
 
     That is the folder of a run of the same configuration in the same environment that was not finished, which then goes on;
@@ -41,6 +41,7 @@ def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: 
         what: what is evaluated, as part of a file name.
         config: all that decides what the run's results are, as JSON types.
         environment: of this process.
+        processes: how many share the run. Another number may go on with it.
     """
     output.mkdir(parents=True, exist_ok=True)
     for folder in sorted(output.glob(f"{what}-*")):
@@ -53,7 +54,7 @@ def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: 
         except FileExistsError:
             continue
         break
-    write_json(folder / ENVIRONMENT, asdict(environment))
+    write_json(folder / ENVIRONMENT, {**asdict(environment), "processes": processes})
     write_json(folder / CONFIG, config)
     return folder
 

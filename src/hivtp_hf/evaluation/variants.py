@@ -12,6 +12,8 @@ from ..pruning.settings import SHARED_SETTINGS, VisualTokenPruningConfig
 UNPRUNED, RANDOM = "none", "random"
 # Two that need no selector: the base tile alone, and the image shrunk to the same number of tokens.
 BASE_ONLY, DOWNSAMPLE = "base-only", "downsample"
+# Before the name of a method: of a smaller image it keeps so many tokens that a ratio of those of the image as it was is left.
+SMALLER = f"{DOWNSAMPLE}+"
 COMPARED = (UNPRUNED, *(name for name in METHODS if name != UNPRUNED), BASE_ONLY, DOWNSAMPLE)
 # Of the method "random", whose results are pooled over them.
 SEEDS = (0, 1, 2)
@@ -33,7 +35,7 @@ class Variant:
     """One way to shorten what the language model sees.
 
     Attributes:
-        method: one of `COMPARED`.
+        method: one of `COMPARED`, or one of the registry behind `SMALLER`.
         ratio: that was asked for; None for the base tile alone, whose share follows from the images.
         settings: of a method of the registry, the ratio among them.
         seed: of a random draw.
@@ -45,6 +47,16 @@ class Variant:
     settings: VisualTokenPruningConfig | None = None
     seed: int | None = None
     grid: int | None = None
+
+    @property
+    def selector(self) -> str:
+        """The method without what is done to the image before."""
+        return self.method.removeprefix(SMALLER)
+
+    @property
+    def is_of_smaller_images(self) -> bool:
+        """Whether a method of the registry prunes what an image was made smaller for."""
+        return self.method.startswith(SMALLER)
 
     @property
     def group(self) -> tuple[str, Fraction | None, str]:
@@ -62,7 +74,7 @@ class Variant:
     @property
     def ratio_is_measured(self) -> bool:
         """Whether results name the share of tokens that was really used, rather than the ratio that was asked for."""
-        return self.settings is None
+        return self.settings is None or self.is_of_smaller_images
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f", ratio {float(self.ratio):.6g}"
@@ -71,18 +83,24 @@ class Variant:
 
 
 def chosen_methods(text: str | None) -> tuple[str, ...]:
-    """The methods of a list such as "hivtp,random", in the order of `COMPARED` and always with "none"; None means all.
+    """The methods of a list such as "hivtp,random,downsample+hivtp", in the order of `COMPARED` and always with "none".
+
+    None means all of `COMPARED`.
 
     Raises:
         ValueError: for an unknown name.
     """
     if text is None:
         return COMPARED
+    of_smaller_images = tuple(f"{SMALLER}{name}" for name in METHODS if name != UNPRUNED)
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in COMPARED:
-            raise ValueError(f"`--methods` is {text!r}, in which {name!r} is unknown; give some of {', '.join(COMPARED)}.")
-    return tuple(name for name in COMPARED if name in (UNPRUNED, *names))
+        if name not in (*COMPARED, *of_smaller_images):
+            raise ValueError(
+                f"`--methods` is {text!r}, in which {name!r} is unknown; give some of {', '.join(COMPARED)}, or {SMALLER} "
+                f"with a method behind it, such as {of_smaller_images[0]}."
+            )
+    return tuple(name for name in (*COMPARED, *of_smaller_images) if name in (UNPRUNED, *names))
 
 
 def chosen_weights_and_positions(text: str | None) -> tuple[str, ...] | None:
@@ -113,7 +131,7 @@ def planned_variants(
     """All that a run compares, the unpruned model first.
 
     Args:
-        methods: of `COMPARED`.
+        methods: as `chosen_methods` returned them.
         ratios: above 0 and at most 1, largest first; at 1 every method is the unpruned model, which runs once.
         settings: of every method of the registry among them.
         grid: cells per side of a tile; None where images have sizes of their own, and each is shrunken by itself.
@@ -138,13 +156,15 @@ def planned_variants(
                 by_grid.setdefault(shrunken, Variant(DOWNSAMPLE, ratio, grid=shrunken))
             plan += by_grid.values()
         elif method != UNPRUNED:
+            selector, is_smaller = method.removeprefix(SMALLER), method.startswith(SMALLER)
             for ratio in pruned:
-                of_ratio = settings[method].replace(retention_ratio=float(ratio))
-                seeds = SEEDS if method == RANDOM else (None,)
+                of_ratio = settings[selector].replace(retention_ratio=float(ratio))
+                seeds = SEEDS if selector == RANDOM else (None,)
+                cells = None if grid is None or not is_smaller else grid_of_root(grid, ratio)
                 for told in _told(of_ratio, weights_and_positions):
                     for seed in seeds:
                         drawn = told if seed is None else told.replace(seed=seed)
-                        plan.append(Variant(method, ratio, drawn, seed))
+                        plan.append(Variant(method, ratio, drawn, seed, cells))
     return plan
 
 
@@ -165,6 +185,14 @@ def _told(settings: VisualTokenPruningConfig, names: Sequence[str] | None) -> li
 def shrunken_grid(grid: int, ratio: Fraction) -> int:
     """Cells per side of the largest tile that has at most a ratio of the cells of one of `grid` a side; at least 1."""
     return max(1, math.isqrt(math.floor(ratio * grid * grid)))
+
+
+def grid_of_root(grid: int, ratio: Fraction) -> int:
+    """Cells per side of the largest tile that has at most the square root of a ratio of the cells of one of `grid` a side.
+
+    So shrinking and pruning, one after the other, each leave the same share. At least 1.
+    """
+    return max(1, math.isqrt(math.isqrt(math.floor(ratio * grid**4))))
 
 
 def parsed_ratio(text: str) -> Fraction:
@@ -214,9 +242,10 @@ def settings_of_methods(
         ValueError: for a change that cannot be read, of a method that is not compared, and of what the run itself varies; and
             as `VisualTokenPruningConfig`.
     """
+    selectors = dict.fromkeys(name.removeprefix(SMALLER) for name in methods)
     settings = {
         name: own if own.method == name else VisualTokenPruningConfig(method=name)
-        for name in methods
+        for name in selectors
         if name in METHODS and name != UNPRUNED
     }
     for method, changed in _by_method(changes, settings, weights_and_positions is not None).items():
