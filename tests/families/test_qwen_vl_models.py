@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from transformers import QuantoConfig
+from transformers import AttentionInterface, QuantoConfig
 from transformers.vision_utils import get_vision_window_index
 
 from hivtp_hf import VisualTokenPruningConfig
@@ -359,14 +359,12 @@ def test_positions_of_a_pruned_prompt_need_its_images(twins):
 
 @pytest.mark.parametrize("method", ["uniform", "random"])
 def test_engines_get_positions_of_methods_that_look_at_no_image(twins, method):
-    """Before anything is encoded, and with an engine's name for its attention, which others are refused by."""
+    """Before anything is encoded."""
     twins.pruned.config.pruning_config = {"method": method, "retention_ratio": 0.3}
-    model = copy.deepcopy(twins.pruned)
-    model.config.get_text_config()._attn_implementation = "vllm"
     for rows in (ONE, BATCH):
         stock, pruned = inputs_of(twins, rows)
         names = ("mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions, deltas = model.model.get_rope_index(pruned["input_ids"], **{name: pruned[name] for name in names})
+        positions, deltas = twins.pruned.model.get_rope_index(pruned["input_ids"], **{name: pruned[name] for name in names})
         expected = oracle(twins, stock, pruned)["position_ids"]
         is_token = pruned["attention_mask"].bool()
         assert torch.equal(positions[:, is_token], expected[:, is_token])
@@ -375,10 +373,6 @@ def test_engines_get_positions_of_methods_that_look_at_no_image(twins, method):
             [of_row[:, row_mask].max() for of_row, row_mask in zip(expected.unbind(1), is_token, strict=True)]
         )
         assert torch.equal(deltas.flatten() + is_token.sum(1), furthest + 1)
-        if twins.family != "qwen3_vl":
-            images = {name: pruned[name] for name in ("pixel_values", "image_grid_thw")}
-            kept = model.model.get_image_features(**images).pooler_output
-            assert sum(map(len, kept)) == int((pruned["input_ids"] == IMAGE).sum())
 
 
 def test_layouts_are_asked_for_once_a_call(twins, monkeypatch):
@@ -431,22 +425,25 @@ def test_weights_on_disk_and_quantised_weights(twins, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_engines_that_would_answer_wrongly_are_refused(twins, engine):
-    """They can be told by what they call their attention, and ask for features first of all, before any request."""
-    model = copy.deepcopy(twins.pruned)
-    model.config.get_text_config()._attn_implementation = engine
-    images = images_of([(8, 12)], model)
+def test_engines_that_would_answer_wrongly_are_refused(twins, engine, monkeypatch):
+    """When they build the model; they can be told by what they call their attention."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, engine, AttentionInterface._global_mapping["sdpa"])
+
+    def built(**pruning):
+        config = copy.deepcopy(twins.pruned.config)
+        config.pruning_config = pruning
+        config.get_text_config()._attn_implementation = engine
+        with torch.device("meta"):
+            return type(twins.pruned.model)(config)
+
     if twins.family == "qwen3_vl":
         for ratio in (0.4, 1.0):
-            model.config.pruning_config = {"retention_ratio": ratio}
             with pytest.raises(ValueError, match=f"Qwen3-VL runs in {engine}.*`deepstack_features`.*dropped, pruned or not"):
-                model.model.get_image_features(**images)
+                built(retention_ratio=ratio)
         return
-    with pytest.raises(
-        ValueError, match=f"runs in {engine}.*positions are asked for before.*'uniform', 'random'.*`hivtp serve`"
-    ):
-        model.model.get_image_features(**images)
-    model.config.pruning_config = {"retention_ratio": 1}
-    (features,) = model.model.get_image_features(**images).pooler_output
-    (expected,) = twins.stock.get_image_features(**images, return_dict=True).pooler_output
-    assert torch.equal(features, expected)
+    refusal = f"runs in {engine}.*positions are asked for before.*'uniform', 'random'.*`hivtp serve`"
+    for pruning in ({"retention_ratio": 0.4}, {"token_budget": 50}, {"method": "spread", "retention_ratio": 0.4}):
+        with pytest.raises(ValueError, match=refusal):
+            built(**pruning)
+    for pruning in ({"retention_ratio": 1}, {"method": "none"}, {"method": "uniform", "retention_ratio": 0.4}):
+        assert built(**pruning).config.get_text_config()._attn_implementation == engine

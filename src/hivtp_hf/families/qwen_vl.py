@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from ..pruning.call_budget import refuse_budget_among
 from ..pruning.checked_values import MOST_CELLS, positive_integer
 from ..pruning.compat import cache_among, cache_of, named_arguments, parameters_of, take_stock_keys_of_classes
-from ..pruning.evidence import Evidence
+from ..pruning.evidence import Evidence, evidence_to_read
 from ..pruning.features import choose_by_layout
 from ..pruning.generation import PrunedGenerationMixin
 from ..pruning.layout import StitchedViews, TokenLayout
@@ -199,6 +199,29 @@ def qwen_vl_layout(
 class QwenVLModelMixin(PrunedModelMixin):
     """A base model of these families. Comes before the stock class."""
 
+    def _start_pruning(self) -> None:
+        super()._start_pruning()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """A ValueError where the model is built in a serving engine, for what that would answer wrongly."""
+        engine, further = self.config.get_text_config()._attn_implementation, self.family.streams[1:]
+        if engine not in _ENGINES:
+            return
+        way_out = "Serve the checkpoint with `hivtp serve`, or run the stock checkpoint by the engine's own class."
+        if further:
+            raise ValueError(
+                f"{self.family.title} runs in {engine} by transformers' classes, where `{further[0]}` of images are dropped, "
+                f"pruned or not; answers would be wrong. {way_out}"
+            )
+        pruning = self.config.pruning_config
+        if pruning.retention_ratio != 1 and evidence_to_read(pruning, self.provided_evidence) != frozenset():
+            raise ValueError(
+                f"{self.family.title} runs in {engine} by transformers' classes, where positions are asked for before images "
+                f"are encoded; where the tokens stand that {pruning.method!r} keeps follows from the image. Set "
+                f"`retention_ratio` to 1 there, or `method` to one that looks at no image: 'uniform', 'random'. {way_out}"
+            )
+
     def _take_stock_keys(self) -> None:
         ours, stocks = self.family.classes, self.family.stock_classes
         take_stock_keys_of_classes(
@@ -229,29 +252,10 @@ class QwenVLModelMixin(PrunedModelMixin):
             [`PrunedImageFeaturesOutput`]: stock's output with pruned `pooler_output`, and `kept_indices`.
 
         Raises:
-            ValueError: for inputs that do not fit each other or the pruning settings, and in serving engines for what they
-                would answer wrongly.
+            ValueError: for inputs that do not fit each other or the pruning settings.
         """
         arguments = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-        if self.config.get_text_config()._attn_implementation in _ENGINES:
-            self._check_engine(self._layouts(arguments, retention_ratio))
         return self._prune_image_features(super().get_image_features, arguments, retention_ratio, **kwargs)
-
-    def _check_engine(self, layouts: Sequence[TokenLayout]) -> None:
-        """A ValueError, when an engine first asks for features, for what it would answer wrongly from them."""
-        engine, further = self.config.get_text_config()._attn_implementation, self.family.streams[1:]
-        way_out = "Serve the checkpoint with `hivtp serve`, or run the stock checkpoint by the engine's own class."
-        if further:
-            raise ValueError(
-                f"{self.family.title} runs in {engine} by transformers' classes, where `{further[0]}` of images are dropped, "
-                f"pruned or not; answers would be wrong. {way_out}"
-            )
-        if choose_by_layout(layouts, self.provided_evidence) is None and not all(layout.keeps_everything for layout in layouts):
-            raise ValueError(
-                f"{self.family.title} runs in {engine} by transformers' classes, where positions are asked for before images "
-                f"are encoded; where the tokens stand that {self.config.pruning_config.method!r} keeps follows from the image. "
-                f"Set `retention_ratio` to 1 there, or `method` to one that looks at no image: 'uniform', 'random'. {way_out}"
-            )
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> Any:
