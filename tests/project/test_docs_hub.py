@@ -1,4 +1,4 @@
-"""The README's lines for publishing and loading, run as they are printed, against a Hub on loopback.
+"""The lines of docs/publishing.md, run as they are printed, against a Hub on loopback.
 
 What is left out of the print: the Hub's address and the login, which come by the environment, and the commit's hash, for
 which a reader puts the one that `hivtp push` has printed.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_readme import PRUNED_NAME, ROOT, STOCK_NAME
+from test_docs import PRUNED_NAME, ROOT, STOCK_NAME
 
 from checkpoints import GEOMETRY
 from hub_server import HubServer, run_client
@@ -36,12 +36,12 @@ def stock(tmp_path_factory):
 
 
 def section(title: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def loaded(hub: HubServer, home: Path, commit: str) -> list:
-    """What the README's lines for loading give in a process without the package."""
+    """What the lines for loading give in a process without the package."""
     code = (EXAMPLES / "load_published.py").read_text(encoding="utf-8")
     assert NO_COMMIT in code
     return run_client(hub, WITHOUT_THE_PACKAGE + code.replace(NO_COMMIT, commit) + REPORT, home=home, token=False)

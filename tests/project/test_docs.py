@@ -1,4 +1,4 @@
-"""The README's code is the files in examples/, and those run."""
+"""The code of README and docs is the files in examples/, and those run; what their tables say is what was measured."""
 
 import csv
 import json
@@ -8,15 +8,26 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from checkpoints import GEOMETRY, build_pruned_checkpoint
+from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
+from tiny_onevision import onevision_twins
 from tiny_qwen import save_qwen_checkpoint, save_stock_qwen_checkpoint
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+# Each once, though several pages may have it.
+BLOCKS = list(
+    dict.fromkeys(
+        block
+        for page in PAGES
+        for block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    )
+)
 # What a reader replaces by their own, and so do we.
 STOCK_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
 STOCK_LLAVA_NAME = "llava-hf/llava-1.5-7b-hf"
@@ -25,7 +36,7 @@ PRUNED_NAME = "your-name/llava-v1.6-mistral-7b-hivtp"
 PRUNED_QWEN_NAME = "your-name/qwen2.5-vl-7b-hivtp"
 # What lies in a clone, for a reader in its folder.
 IN_A_CLONE = ("examples/shapes_vqa/shapes-llava-next", "examples/shapes_vqa/scene.png")
-# These need a Hub to publish to and to load from: test_readme_hub.py has one.
+# These need a Hub to publish to and to load from: test_docs_hub.py has one.
 WITH_A_HUB = ("publish.py", "load_published.py")
 
 
@@ -33,17 +44,39 @@ def example_files():
     return {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
+def is_fragment(code):
+    """Whether it shows one call of something that pages before it have made."""
+    return "import " not in code
+
+
 def test_every_block_is_an_example():
-    assert BLOCKS
+    assert len(BLOCKS) > 15
     for language, block in BLOCKS:
         assert language == "python"
-        assert block in example_files().values()
+        assert is_fragment(block) or block in example_files().values()
+
+
+def test_links_lead_somewhere():
+    for page in (
+        *PAGES,
+        *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/accuracy/README.md")),
+    ):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], (
+                    f"{page.name}: {target}"
+                )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_of_methods(method):
-    _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Methods\n")
-    (row,) = re.findall(rf"^\| `{method}` \|.*$", section.partition("\n## ")[0], flags=re.MULTILINE)
+    section = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    (row,) = re.findall(rf"^\| `{method}` \|.*$", section, flags=re.MULTILINE)
     for setting in METHODS[method].settings:
         assert f"`{setting.name}` {setting.default}" in row
 
@@ -61,7 +94,7 @@ def measured_accuracy():
                     yield row["method"], f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/accuracy/README.md"])
+@pytest.mark.parametrize("name", ["docs/results.md", "benchmarks/accuracy/README.md"])
 def test_tables_of_accuracy_are_what_was_measured(name):
     measured, text = list(measured_accuracy()), (ROOT / name).read_text(encoding="utf-8")
     one = r"\d+\.\d \(\d+\.\d to \d+\.\d\)"
@@ -134,15 +167,39 @@ def checkpoints(tmp_path_factory):
     return {**stocks, **pruned, **ours}
 
 
+@pytest.fixture(scope="module")
+def deep_names(tmp_path_factory):
+    """What pages about settings speak of: a class, and a checkpoint with layers enough for stages."""
+    deep = build_stock_checkpoint(tmp_path_factory.mktemp("deep"), **GEOMETRY, text_layers=28)
+    return {"HIVTPLlavaNextForConditionalGeneration": HIVTPLlavaNextForConditionalGeneration, "checkpoint": deep}
+
+
+@pytest.fixture(scope="module")
+def onevision_names(tmp_path_factory):
+    """A model and a processor, and frames of a video, as the page about LLaVA-OneVision speaks of them."""
+    pair, folder = onevision_twins(), tmp_path_factory.mktemp("video")
+    for frame in range(3):
+        photo(70, 90, seed=frame).save(folder / f"{frame}.png")
+    pair.pruned.config.pruning_config = pair.processor.pruning_config = {}
+    return {"model": pair.pruned, "processor": pair.processor, "Image": Image, "Path": Path, "frames": folder}
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_block_runs(number, checkpoints, tmp_path, monkeypatch, capsys):
+def test_the_block_runs(number, checkpoints, tmp_path, monkeypatch, capsys, request):
     code = BLOCKS[number][1]
     if code in [(ROOT / "examples" / name).read_text(encoding="utf-8") for name in WITH_A_HUB]:
-        pytest.skip("needs a Hub; test_readme_hub.py runs it")
+        pytest.skip("needs a Hub; test_docs_hub.py runs it")
     for name, folder in checkpoints.items():
         code = code.replace(f'"{name}"', repr(folder))
     photo(60, 100).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    if is_fragment(code):
+        names = request.getfixturevalue("onevision_names" if "videos=" in code else "deep_names")
+        code = code.replace('"frames"', repr(str(names.get("frames"))))
+        Path("example.py").write_text(code, encoding="utf-8")
+        left = runpy.run_path("example.py", init_globals=names)
+        assert left.keys() & {"model", "output"}
+        return
     Path("example.py").write_text(code, encoding="utf-8")
     runpy.run_path("example.py")
     printed = capsys.readouterr().out
