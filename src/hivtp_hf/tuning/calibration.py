@@ -34,12 +34,17 @@ class Measured(NamedTuple):
     """What some settings come to.
 
     Attributes:
-        value: of the objective, the mean over all questions.
+        values: of the objective, of every question in turn.
         tokens_per_layer: of an image, newlines included, the mean over all layers of the language model and all images.
     """
 
-    value: float
+    values: tuple[float, ...]
     tokens_per_layer: float
+
+    @property
+    def value(self) -> float:
+        """Of the objective, the mean over all questions."""
+        return sum(self.values) / len(self.values)
 
 
 class _Reference(NamedTuple):
@@ -125,16 +130,18 @@ class CalibrationPasses:
                 advance(len(rows))
 
     def measure(self, settings: VisualTokenPruningConfig, advance: Callable[[int], object]) -> Measured:
-        """The objective's value of some settings, by one pass over every question. Arguments and errors as `refer`."""
-        values, per_layer = [], []
+        """The objective of some settings, by one pass over every question. Arguments and errors as `refer`."""
+        values: dict[int, float] = {}
+        per_layer = []
         for number, part in enumerate(self._parts):
             tokens = self._tokens(number, part, settings)
             per_layer += [tokens[group.rows[0]].tokens_per_layer for group in part]
             for rows in self._batches(part):
                 work = functools.partial(self._compared, tokens=tokens, settings=settings)
-                values += self._naming_the_row(rows, work, f"pruned by {settings!r}")
+                values.update(zip(rows, self._naming_the_row(rows, work, f"pruned by {settings!r}"), strict=True))
                 advance(len(rows))
-        return Measured(sum(values) / len(values), sum(per_layer) / len(per_layer))
+        # Rows about one image need not stand side by side.
+        return Measured(tuple(values[row] for row in sorted(values)), sum(per_layer) / len(per_layer))
 
     def _refer(self, rows: Sequence[int], tokens: Mapping[int, KeptTokens]) -> list[_Reference]:
         prompts, images = self._prompts_and_images(rows, tokens, {})
