@@ -8,9 +8,8 @@ groups of images that do not meet. About 15 minutes on one core. Needs `pip inst
 """
 
 import csv
-import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,11 @@ import typer
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from examples.shapes_vqa.held_out import held_out_questions
+from examples.shapes_vqa.held_out import HeldOut, held_out_questions, one_a_scene
 from examples.shapes_vqa.reference import CHECKPOINT
 from examples.shapes_vqa.scenes import draw
 from examples.shapes_vqa.splits import CALIBRATION, VALIDATION
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.checkpoints import open_source
 from hivtp_hf.evaluation import Row
@@ -41,26 +41,16 @@ _BATCH = 16
 _NAMED = {"default": {"importance_layers": [6, 7, 8]}, "checkpoint's own": {"importance_layers": [4, 5, 6]}}
 
 
-def rows_of_split(split: int, number: int) -> Iterator[Row]:
-    """So many questions of a split, several about an image."""
-    for index, scene, question in held_out_questions(number, split):
+def rows_of(split: int, asked: Iterable[HeldOut]) -> Iterator[Row]:
+    """Questions of a split as rows."""
+    for index, scene, question in asked:
         yield Row(draw(scene), f"{split}-{index}", question.text, question.answer, question.type)
-
-
-def one_an_image(rows: Iterator[Row]) -> Iterator[Row]:
-    """Of every image one question, of another type than the image before had where it has one."""
-    last = ""
-    for _, of_image in itertools.groupby(rows, lambda row: row.image_name):
-        asked = list(of_image)
-        chosen = next((row for row in asked if row.question_type > last), asked[0])
-        last = chosen.question_type
-        yield chosen
 
 
 def calibration(number: int) -> EvaluationData:
     """Questions about so many images of the split that chooses."""
-    rows = one_an_image(rows_of_split(CALIBRATION, 6 * number))
-    return checked_data("calibration", rows, number)
+    asked = one_a_scene(held_out_questions(len(QUESTION_TYPES) * number, CALIBRATION))
+    return checked_data("calibration", rows_of(CALIBRATION, asked), number)
 
 
 def random_settings(space: SearchSpace, number: int, seed: int = 0) -> list[VisualTokenPruningConfig]:
@@ -121,9 +111,8 @@ def main(
         with tqdm(total=(1 + len(drawn)) * images, desc=name) as progress:
             passes.refer(progress.update)
             values[name] = [passes.measure(one, progress.update).values for one in drawn]
-    right = right_answers(
-        model, processor, drawn, checked_data("validation", rows_of_split(VALIDATION, questions), None), share
-    )
+    asked = checked_data("validation", rows_of(VALIDATION, held_out_questions(questions, VALIDATION)), None)
+    right = right_answers(model, processor, drawn, asked, share)
 
     output.mkdir(parents=True, exist_ok=True)
     numbers = [number for number in NUMBERS_OF_IMAGES if number <= images]
