@@ -5,6 +5,7 @@ The folder is one that `hivtp evaluate --data` takes: images, and a table questi
 
 import csv
 import enum
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,16 +14,25 @@ import typer
 
 from hivtp_hf.files import staged_folder
 
-from .held_out import held_out_questions
+from .held_out import held_out_questions, one_a_scene
 from .scenes import draw
 from .splits import CALIBRATION, CONFIRMATION, TEST, VALIDATION
+from .vocabulary import QUESTION_TYPES
 
 SPLITS = {"test": TEST, "validation": VALIDATION, "calibration": CALIBRATION, "confirmation": CONFIRMATION}
+# One of each type.
+_MOST_A_SCENE = len(QUESTION_TYPES)
 Split = enum.StrEnum("Split", list(SPLITS))
 
 
-def export(folder: Path, number: int, split: str) -> None:
+def export(folder: Path, number: int, split: str, one_an_image: bool = False) -> None:
     """Writes so many questions of a split, and the images that they are about.
+
+    Args:
+        folder: that is made.
+        number: of questions.
+        split: by its name.
+        one_an_image: whether no two of them are about one image.
 
     Raises:
         ValueError: for a folder that exists.
@@ -32,7 +42,10 @@ def export(folder: Path, number: int, split: str) -> None:
         with (stage / "questions.csv").open("w", newline="", encoding="utf-8") as table:
             writer = csv.writer(table, lineterminator="\n")
             writer.writerow(("image", "question", "answer", "question_type"))
-            for index, scene, question in held_out_questions(number, SPLITS[split]):
+            asked = held_out_questions(number, SPLITS[split])
+            if one_an_image:
+                asked = itertools.islice(one_a_scene(held_out_questions(_MOST_A_SCENE * number, SPLITS[split])), number)
+            for index, scene, question in asked:
                 image = f"images/{split}-{index}.png"
                 if not (stage / image).exists():
                     draw(scene).save(stage / image)
@@ -43,10 +56,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     questions: Annotated[int, typer.Option(min=1)] = 2000,
     split: Split = Split.test,
+    one_an_image: Annotated[bool, typer.Option("--one-an-image", help="No two questions are about one image.")] = False,
 ) -> None:
     """Questions and images as files, for `hivtp evaluate --data`."""
     try:
-        export(folder, questions, split.value)
+        export(folder, questions, split.value, one_an_image)
     except ValueError as error:
         sys.exit(f"export: {error}")
 

@@ -1,9 +1,10 @@
 """The held-out questions, by which the reference model is judged; for `hivtp evaluate`."""
 
 import functools
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,20 @@ def held_out_questions(number: int, split: int = TEST) -> Iterator[HeldOut]:
                 asked[question.type] += 1
                 yield HeldOut(index, scene, question)
         index += 1
+
+
+def one_a_scene(asked: Iterable[HeldOut]) -> Iterator[HeldOut]:
+    """Of every scene one question, of the next type in the alphabet after that of the scene before where it has one."""
+    last = ""
+    for _, of_scene in itertools.groupby(asked, lambda one: one.number):
+        first, *others = of_scene
+        chosen = min((one for one in (first, *others) if one.question.type > last), key=_type_of, default=first)
+        last = chosen.question.type
+        yield chosen
+
+
+def _type_of(asked: HeldOut) -> str:
+    return asked.question.type
 
 
 def held_out_rows(number: int) -> Iterator[Row]:

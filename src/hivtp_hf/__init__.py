@@ -3,6 +3,7 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
+import importlib
 import sys
 from typing import Any
 
@@ -87,11 +88,14 @@ __all__ = [
     "__version__",
     "register_method",
     "select_hivtp",
+    "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`select_hivtp` and the other methods' selections, `select_<method>`, from the files of their methods."""
+    """`select_hivtp` and the other methods' selections, `select_<method>`, from the files of their methods; and `tune`."""
+    if name == "tune":  # imported when it is asked for, as it needs Pillow
+        return importlib.import_module(".tuning", __name__).tune
     method = METHODS.get(name.removeprefix("select_")) if name.startswith("select_") else None
     selection = None if method is None else getattr(sys.modules[type(method).__module__], name, None)
     if selection is None:
@@ -100,7 +104,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(f"select_{name}" for name, method in METHODS.items() if not method.keeps_everything)})
+    return sorted({*globals(), "tune", *(f"select_{name}" for name, method in METHODS.items() if not method.keeps_everything)})
 
 
 register_auto_classes()

@@ -37,6 +37,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     atomic_write(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
+def checked_target(target: Path, *, apart_from: Iterable[Path] = (), force: bool = False) -> Path:
+    """The absolute path of a folder that is to be made; arguments and errors as those of `staged_folder`."""
+    target = target.absolute()
+    for folder in apart_from:
+        ours, theirs = target.resolve(), folder.resolve()
+        if ours == theirs or theirs in ours.parents or ours in theirs.parents:
+            raise ValueError(f"{target} and {folder} lie in each other; give a target outside the source.")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} exists and is no folder; give another target.")
+    if target.exists() and not force:
+        raise ValueError(f"{target} exists already; give another target, or `--force` (force=True) to replace it.")
+    return target
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path, *, apart_from: Iterable[Path] = (), force: bool = False) -> Iterator[Path]:
     """An empty folder to fill, which becomes `target` if the block ends well, and vanishes if it does not.
@@ -49,15 +63,7 @@ def staged_folder(target: Path, *, apart_from: Iterable[Path] = (), force: bool 
     Raises:
         ValueError: for a `target` that exists, unless `force`; that is a file; or that touches `apart_from`.
     """
-    target = target.absolute()
-    for folder in apart_from:
-        ours, theirs = target.resolve(), folder.resolve()
-        if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-            raise ValueError(f"{target} and {folder} lie in each other; give a target outside the source.")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"{target} exists and is no folder; give another target.")
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists already; give another target, or `--force` (force=True) to replace it.")
+    target = checked_target(target, apart_from=apart_from, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
     try:

@@ -23,6 +23,7 @@ EXTRAS = {
     "figures": ["images", "plots"],
     "lmms_eval": ["images", "lmms-eval"],
     "serving": ["images", "serving"],
+    "tuning": ["images", "tune"],
 }
 
 pytestmark = pytest.mark.once
@@ -60,10 +61,10 @@ def test_no_extra_is_allowed_in_vain():
             assert used & names_of(PROJECT["optional-dependencies"][extra]), (folder, extra)
 
 
-def test_pictures_and_commands_need_no_matplotlib(tmp_path):
+def test_pictures_and_commands_need_neither_matplotlib_nor_optuna(tmp_path):
     program = """
 import sys
-sys.modules["matplotlib"] = None
-import hivtp_hf.cli, hivtp_hf.evaluation, hivtp_hf.figures.dispersion
+sys.modules["matplotlib"] = sys.modules["optuna"] = None
+import hivtp_hf.cli, hivtp_hf.evaluation, hivtp_hf.figures.dispersion, hivtp_hf.tuning
 """
     run_python(["-c", program], tmp_path, os.environ).check_returncode()

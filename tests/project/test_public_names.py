@@ -47,6 +47,7 @@ PUBLIC = [
     "VisualTokenPruningConfig",
     "register_method",
     "select_hivtp",
+    "tune",
 ]
 
 

@@ -30,6 +30,7 @@ def convert_checkpoint(
     config_only: bool = False,
     force: bool = False,
     show_progress: bool = True,
+    tuned_on: str | None = None,
 ) -> Path:
     """Makes a pruned checkpoint, which loads with and without this package; its weights are those of the source, bit for bit.
 
@@ -48,6 +49,7 @@ def convert_checkpoint(
         config_only: whether to leave the weights where they are.
         force: whether an existing target is replaced.
         show_progress: whether a bar tells how far copying is.
+        tuned_on: for the card: how the settings were found, in a paragraph.
 
     Returns:
         The folder, as an absolute path.
@@ -60,21 +62,26 @@ def convert_checkpoint(
     opened = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
     settings = opened.settings().replace(**(pruning or {}))
     origin = opened.origin()
-    apart_from = [opened.folder, *([Path(origin.name)] if origin.is_local else [])]
-    with staged_folder(Path(target), apart_from=apart_from, force=force) as stage:
+    with staged_folder(Path(target), apart_from=folders_of(opened), force=force) as stage:
         _write_configuration(opened, settings, stage, base=origin if config_only else None)
         opened.load_processor(settings).save_pretrained(stage)
         _forget_foreign_code(stage)
         for pattern in _COPIED:
             for path in opened.folder.glob(pattern):
                 shutil.copyfile(path, stage / path.name)
-        _write_card(opened, origin, stage, Path(target).name)
+        _write_card(opened, origin, stage, Path(target).name, tuned_on)
         if config_only:
             opened.check_weights()
         else:
             weights = opened.weight_files()  # last, as they may have to be downloaded
             copy_files([(path, stage / path.name) for path in weights], show_progress=show_progress)
     return Path(target).absolute()
+
+
+def folders_of(source: CheckpointSource) -> list[Path]:
+    """The folders that a checkpoint lies in, which none that is made from it may touch."""
+    origin = source.origin()
+    return [source.folder, *([Path(origin.name)] if origin.is_local else [])]
 
 
 def _write_configuration(
@@ -88,7 +95,7 @@ def _write_configuration(
     config.save_pretrained(folder)
 
 
-def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, name: str) -> None:
+def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, name: str, tuned_on: str | None) -> None:
     """README.md: what the finished checkpoint in `folder` is, and what it is made from."""
     try:
         card = ModelCard.load(source.folder / "README.md")
@@ -103,6 +110,7 @@ def _write_card(source: CheckpointSource, origin: BaseCheckpoint, folder: Path, 
         base_name=base_name,
         base_revision=base_revision,
         base_card=card,
+        tuned_on=tuned_on,
     )
     (folder / "README.md").write_text(str(made), encoding="utf-8")
 

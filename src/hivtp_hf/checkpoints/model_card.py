@@ -34,6 +34,7 @@ def model_card(
     base_name: str | None = None,
     base_revision: str | None = None,
     base_card: ModelCard | ModelCardData | None = None,
+    tuned_on: str | None = None,
 ) -> ModelCard:
     """The model card of a pruned checkpoint, complete or without weights. Nothing of the folder is executed.
 
@@ -46,6 +47,7 @@ def model_card(
         base_revision: its commit.
         base_card: its own card, or that card's metadata: licence and language are taken over from there where they are
             well-formed.
+        tuned_on: how the settings were found, in a paragraph; None where nobody says.
 
     Raises:
         ValueError: for a folder that is no pruned checkpoint.
@@ -76,6 +78,7 @@ def model_card(
         method_keeps=_what_is_kept(method),
         pruning=pruning,
         settings=list(_settings(pruning, method)),
+        tuned_on=tuned_on,
         keeps_at_least_one=source.family.keeps_at_least_one,
         names_layers=any(setting.is_layer for setting in method.settings),
         sizes=_sizes(source),

@@ -15,6 +15,7 @@ from .command_inspect import inspect
 from .command_methods import methods
 from .command_push import push
 from .command_serve import PASSED_ON, serve
+from .command_tune import tune
 from .command_visualize import visualize
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(inspect)
 app.command()(methods)
 app.command()(push)
 app.command(add_help_option=False, context_settings=PASSED_ON)(serve)
+app.command()(tune)
 app.command()(visualize)
 
 

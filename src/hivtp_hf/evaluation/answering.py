@@ -98,7 +98,7 @@ class PartWork:
         def answer(chosen: Sequence[int], new_tokens: int = self._max_new_tokens) -> tuple[list[str], float]:
             prompts = [self._prompts[row].ids(len(tokens_of_row[row].features)) for row in chosen]
             images = [tokens_of_row[row] for row in chosen if len(tokens_of_row[row].features)]
-            with _pruning_by(self._model, variant.settings or self._model.config.pruning_config):
+            with pruning_by(self._model, variant.settings or self._model.config.pruning_config):
                 return greedy_answers(self._model, self._processor, prompts, images, new_tokens)
 
         # Prompts of about one length together, for the least padding.
@@ -198,7 +198,7 @@ class _Prefill:
 
 
 @contextlib.contextmanager
-def _pruning_by(model: Any, settings: VisualTokenPruningConfig) -> Iterator[None]:
+def pruning_by(model: Any, settings: VisualTokenPruningConfig) -> Iterator[None]:
     """Within it a model goes by a variant's settings, by which it takes what was encoded."""
     before = model.config.pruning_config
     model.config.pruning_config = settings
@@ -234,6 +234,22 @@ def greedy_answers(
     Raises:
         ValueError: where the prefill is not finite: an answer would mean nothing.
     """
+    arguments = generation_arguments(model, processor, prompts, images)
+    with _watched(model.model) as prefill:
+        tokens = model.generate(**arguments, max_new_tokens=max_new_tokens)
+    check_finite("states of the language model's prefill", [prefill.last_states])
+    texts = processor.tokenizer.batch_decode(tokens[:, max(map(len, prompts)) :], skip_special_tokens=True)
+    return texts, prefill.seconds
+
+
+def generation_arguments(
+    model: Any, processor: Any, prompts: Sequence[Sequence[int]], images: Sequence[KeptTokens]
+) -> dict[str, Any]:
+    """The arguments of `generate` for greedy decoding, given images that are encoded already.
+
+    Args:
+        model, processor, prompts, images: as for `greedy_answers`.
+    """
     tokenizer = processor.tokenizer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
@@ -243,20 +259,9 @@ def greedy_answers(
     inputs = {"input_ids": ids, "attention_mask": mask, **together(images)}
     if "mm_token_type_ids" in processor.model_input_names:
         inputs["mm_token_type_ids"] = ((ids == processor.image_token_id) & mask.bool()).long()
-    with _watched(model.model) as prefill:
-        # What a checkpoint sets for sampling plays no part.
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=padding,
-        )
-    check_finite("states of the language model's prefill", [prefill.last_states])
-    return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True), prefill.seconds
+    # What a checkpoint sets for sampling plays no part.
+    sampling = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    return {**inputs, **sampling, "pad_token_id": padding}
 
 
 @contextlib.contextmanager

@@ -97,13 +97,14 @@ def load_data(source: str | Path | None, number: int | None, split: str | None =
     return checked_data(_EXAMPLES, _example_rows(number), number)
 
 
-def checked_data(name: str, rows: Iterable[Row], number: int | None) -> EvaluationData:
+def checked_data(name: str, rows: Iterable[Row], number: int | None, has_answers: bool = True) -> EvaluationData:
     """The first rows of some data, looked through.
 
     Args:
         name: of the data.
         rows: of the data, which may know more of them than are asked for.
         number: how many are asked for; None for all.
+        has_answers: whether every row must have one.
 
     Raises:
         ValueError: for fewer rows than asked for, and none at all; names the row for an empty question or answer, an image
@@ -116,7 +117,7 @@ def checked_data(name: str, rows: Iterable[Row], number: int | None) -> Evaluati
     image_sizes: dict[str, tuple[int, int]] = {}
     digest = hashlib.sha256()
     for index, row in enumerate(tqdm(chosen, desc="Looking through the data", unit="row", leave=False)):
-        _check_text(index, row, typed=bool(chosen[0].question_type))
+        _check_text(index, row, bool(chosen[0].question_type), has_answers)
         if row.image_name not in image_sizes:
             try:
                 image = row.open_image()
@@ -130,10 +131,10 @@ def checked_data(name: str, rows: Iterable[Row], number: int | None) -> Evaluati
     return EvaluationData(name, chosen, image_sizes, digest.hexdigest())
 
 
-def _check_text(index: int, row: Row, typed: bool) -> None:
+def _check_text(index: int, row: Row, typed: bool, has_answers: bool) -> None:
     if not row.question.strip():
         raise ValueError(f"{numbered(index)}: the question is empty. Write one, or leave the row out.")
-    if not normalised(row.answer):
+    if has_answers and not normalised(row.answer):
         raise ValueError(
             f"{numbered(index)}: the answer is {row.answer!r}, of which nothing is left without punctuation, so that no answer "
             "at all would be right. Write one, or leave the row out."

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ def numbered(index: int) -> str:
     return f"row {index + 1}"
 
 
-def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, Iterator[Row]]:
+def rows_of_source(source: str | Path, split: str | None = None, has_answers: bool = True) -> tuple[str, Iterator[Row]]:
     """The name of some data, and its rows in their order; images are opened when they are asked for.
 
     Columns are image (in a folder a path inside it, else an image of `datasets`), question, answer, and if wanted
@@ -69,6 +69,7 @@ def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, I
         source: a folder with `questions.csv` (in UTF-8, with a line of headings) or `questions.jsonl` (a JSON object a line),
             or written by `save_to_disk` of `datasets`; or a data set on the Hub, as `owner/name` or `owner/name@revision`.
         split: of data that has several.
+        has_answers: whether rows must have an answer; where not, that column is not read.
 
     Raises:
         ValueError: for what is none of these, for missing columns and values that are no text, where the row is named, and
@@ -84,7 +85,7 @@ def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, I
                 "set on the Hub, as owner/name."
             )
         loaded = _datasets(source).load_dataset(repository, revision=revision or None, split=split)
-        return repository.partition("/")[2], _rows_of_dataset(_one_split(loaded, source, split), None)
+        return repository.partition("/")[2], _rows_of_dataset(_one_split(loaded, source, split), None, has_answers)
 
     there = [folder / name for name in (*TABLES, *_SAVED) if (folder / name).is_file()]
     if len(there) != 1:
@@ -97,9 +98,9 @@ def rows_of_source(source: str | Path, split: str | None = None) -> tuple[str, I
     if split is not None and path.name != _SAVED[1]:
         raise ValueError(f"`--split` is {split!r}, but {folder} has no splits. Leave it out.")
     if path.name not in _SAVED:
-        return folder.resolve().name, _rows_of_table(path)
+        return folder.resolve().name, _rows_of_table(path, has_answers)
     dataset = _one_split(_datasets(source).load_from_disk(str(folder)), source, split)
-    return folder.resolve().name, _rows_of_dataset(dataset, folder)
+    return folder.resolve().name, _rows_of_dataset(dataset, folder, has_answers)
 
 
 def _datasets(source: str | Path) -> Any:
@@ -124,14 +125,14 @@ def _one_split(loaded: Any, source: str | Path, split: str | None) -> Any:
     return loaded[split]
 
 
-def _rows_of_table(path: Path) -> Iterator[Row]:
+def _rows_of_table(path: Path, has_answers: bool) -> Iterator[Row]:
     for index, record in enumerate(_records(path)):
         if not isinstance(record, dict) or None in record:
             raise ValueError(
                 f"{numbered(index)} of {path} is no JSON object, or has more fields than there are headings. Put text with "
                 "commas in double quotes."
             )
-        name, question, answer = (_text_of(index, record, column) for column in COLUMNS)
+        name, question, answer = _texts_of(index, record, COLUMNS, has_answers)
         image = functools.partial(Image.open, _image_path(path.parent, name, index))
         yield Row(image, name, question, answer, _type_of(index, record))
 
@@ -151,7 +152,7 @@ def _records(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _rows_of_dataset(dataset: Any, folder: Path | None) -> Iterator[Row]:
+def _rows_of_dataset(dataset: Any, folder: Path | None, has_answers: bool) -> Iterator[Row]:
     """The rows of a split. Images are told apart by their content, as they need have no names."""
     feature = dataset.features.get("image")
     if hasattr(feature, "decode"):
@@ -159,7 +160,7 @@ def _rows_of_dataset(dataset: Any, folder: Path | None) -> Iterator[Row]:
     for index, record in enumerate(dataset):
         content = _image_file(folder, record, index)
         name = Path(record["image"].get("path") or "image").name if isinstance(record["image"], Mapping) else record["image"]
-        question, answer = (_text_of(index, record, column) for column in COLUMNS[1:])
+        question, answer = _texts_of(index, record, COLUMNS[1:], has_answers)
         image_name = f"{name} {hashlib.sha256(content).hexdigest()[:16]}"
         image = functools.partial(_image_at, dataset, folder, index)
         yield Row(image, image_name, question, answer, _type_of(index, record))
@@ -219,6 +220,11 @@ def _value_of(index: int, record: Mapping[str, Any], name: str) -> Any:
             f"{numbered(index)}: there is no column {name!r} (there are: {known}). A row needs {', '.join(map(repr, COLUMNS))}."
         )
     return record[name]
+
+
+def _texts_of(index: int, record: Mapping[str, Any], columns: Sequence[str], has_answers: bool) -> list[str]:
+    """The texts that a row has in some columns; an empty answer where none is needed."""
+    return ["" if column == "answer" and not has_answers else _text_of(index, record, column) for column in columns]
 
 
 def _text_of(index: int, record: Mapping[str, Any], name: str) -> str:

@@ -29,7 +29,14 @@ def check_output(output: Path) -> None:
             raise ValueError(f"`--output` is {output}, but {path} is no folder; give another one.")
 
 
-def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: RunEnvironment, processes: int = 1) -> Path:
+def run_folder(
+    output: Path,
+    what: str,
+    config: Mapping[str, Any],
+    environment: RunEnvironment,
+    processes: int = 1,
+    results: str = METRICS,
+) -> Path:
     """The folder of a run, with its configuration and environment.
 
     That is the folder of a run of the same configuration in the same environment that was not finished, which then goes on;
@@ -42,10 +49,11 @@ def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: 
         config: all that decides what the run's results are, as JSON types.
         environment: of this process.
         processes: how many share the run. Another number may go on with it.
+        results: a file that a run writes at its end.
     """
     output.mkdir(parents=True, exist_ok=True)
     for folder in sorted(output.glob(f"{what}-*")):
-        if _is_unfinished(folder) and _is_of(folder, config, environment):
+        if _is_unfinished(folder, results) and _is_of(folder, config, environment):
             return folder
     for number in itertools.count(1):
         folder = output / f"{what}-{environment.stem}{'' if number == 1 else f'-{number}'}"
@@ -59,9 +67,9 @@ def run_folder(output: Path, what: str, config: Mapping[str, Any], environment: 
     return folder
 
 
-def _is_unfinished(folder: Path) -> bool:
+def _is_unfinished(folder: Path, results: str) -> bool:
     # What was done in parts goes last.
-    return (folder / PARTS).exists() or not (folder / METRICS).exists()
+    return (folder / PARTS).exists() or not (folder / results).exists()
 
 
 def _is_of(folder: Path, config: Mapping[str, Any], environment: RunEnvironment) -> bool:

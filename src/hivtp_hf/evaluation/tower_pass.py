@@ -18,18 +18,21 @@ from ..pruning.settings import VisualTokenPruningConfig
 from ..pruning.stages import tokens_of_layers
 
 
-def see(model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPruningConfig]) -> Look:
+def see(
+    model: Any, inputs: Mapping[str, Any], prunings: Iterable[VisualTokenPruningConfig], layers: Sequence[int] = ()
+) -> Look:
     """Runs the vision tower once over some images, and takes along what all methods look at.
 
     Args:
         model: a pruned model with a language modelling head. Its own settings play no part.
         inputs: of the processor for the images.
         prunings: the settings of all methods.
+        layers: encoder layers whose attention is taken along besides.
 
     Raises:
         ValueError: for settings that do not fit the tower, and where features or scores are not finite.
     """
-    look = model.look(inputs, prunings=list(prunings))
+    look = model.look(inputs, prunings=list(prunings), layers=layers)
     check_finite("the vision tower's visual features", look.features)
     for scores in (look.received, look.class_attention):
         check_finite("the vision tower's attention scores", scores.values())

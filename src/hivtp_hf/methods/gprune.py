@@ -36,8 +36,16 @@ class GPrune(PruningMethod):
     rule = "what gathers most mass on a graph of similar features (arXiv 2501.02268)"
     settings = (
         Setting("similarity_threshold", float, 0.5, 0, 1, meaning="cosine similarities below it are no edge"),
-        Setting("temperature", float, 0.03, 0, above_minimum=True, meaning="divides similarities before the softmax"),
-        Setting("iterations", int, 5, 0, 1000, meaning="how often tokens hand their mass to their neighbours"),
+        Setting(
+            "temperature",
+            float,
+            0.03,
+            0,
+            above_minimum=True,
+            meaning="divides similarities before the softmax",
+            search=(0.003, 1),
+        ),
+        Setting("iterations", int, 5, 0, 1000, meaning="how often tokens hand their mass to their neighbours", search=(0, 20)),
     )
     colour = "#E69F00"
     citation = r"""

@@ -38,7 +38,13 @@ class HiPrune(PruningMethod):
         Setting(
             "deep_layer", int, None, is_layer=True, meaning="encoder layer that ranks the rest; None: the visual feature's"
         ),
-        Setting("published_borders", bool, False, meaning="neighbours wrap round a view's border, as in the released code"),
+        Setting(
+            "published_borders",
+            bool,
+            False,
+            meaning="neighbours wrap round a view's border, as in the released code",
+            search=(),
+        ),
     )
     colour = "#56B4E9"
     citation = r"""

@@ -30,6 +30,7 @@ MIDDLE_LAYER_SETTINGS = (
         int,
         None,
         is_layer=True,
+        search=(),  # tuning names the layers themselves
         meaning=f"first encoder layer that scores; None: the family's own, {_MIDDLE_LAYERS[0]} where it has none",
     ),
     Setting(
@@ -38,6 +39,7 @@ MIDDLE_LAYER_SETTINGS = (
         None,
         1,
         is_layer=True,
+        search=(),
         meaning=f"how many layers are averaged, from the first on; None: {len(_MIDDLE_LAYERS)}, or the family's own",
     ),
     Setting(
@@ -45,6 +47,7 @@ MIDDLE_LAYER_SETTINGS = (
         tuple,
         None,
         is_layer=True,
+        search=(1, 8),
         meaning="encoder layers that are averaged, in place of a first one and a number",
     ),
 )
@@ -56,9 +59,10 @@ class HIVTP(PruningMethod):
     name = "hivtp"
     rule = "the best of every region and of every small window, by attention in middle layers (arXiv 2509.23663)"
     settings = (
-        Setting("global_ratio", float, 0.25, 0, 1, meaning="share of a region's cells kept by the global stage"),
-        Setting("local_window", int, 2, 1, meaning="side in cells of windows that each keep one cell more"),
-        Setting("regions", int, 2, 1, meaning="regions per side of a view, so 2 means four quadrants"),
+        # A retention ratio, which tuning holds, rules over the first two.
+        Setting("global_ratio", float, 0.25, 0, 1, meaning="share of a region's cells kept by the global stage", search=()),
+        Setting("local_window", int, 2, 1, meaning="side in cells of windows that each keep one cell more", search=()),
+        Setting("regions", int, 2, 1, meaning="regions per side of a view, so 2 means four quadrants", search=(1, 4)),
         *MIDDLE_LAYER_SETTINGS,
     )
     colour = "#0072B2"

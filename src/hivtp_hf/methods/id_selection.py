@@ -30,7 +30,14 @@ class IDSelection(SalientGreedyMethod):
     name = "id_selection"
     rule = "the most important, which suppresses what resembles it (ID-Selection, arXiv 2604.05601)"
     settings = (
-        Setting("sharpness", float, 20.0, 0, meaning="how fast suppression falls with the distance of features"),
+        Setting(
+            "sharpness",
+            float,
+            20.0,
+            0,
+            meaning="how fast suppression falls with the distance of features",
+            search=(0.5, 100),
+        ),
         SALIENCY_LAYER,
     )
     colour = "#BCBD22"

@@ -21,7 +21,14 @@ class MMTok(GreedyMethod):
     name = "mmtok"
     rule = "what represents all cells best, without the question (MMTok, arXiv 2508.18264)"
     settings = (
-        Setting("similarity_temperature", float, 0.2, 0.001, meaning="divides similarities before the softmax over cells"),
+        Setting(
+            "similarity_temperature",
+            float,
+            0.2,
+            0.001,
+            meaning="divides similarities before the softmax over cells",
+            search=(0.01, 2),
+        ),
     )
     colour = "#17BECF"
     citation = r"""

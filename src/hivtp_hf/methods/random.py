@@ -24,7 +24,7 @@ class Random(PruningMethod):
 
     name = "random"
     rule = "a baseline: cells drawn at random, the same for every image of a shape"
-    settings = (Setting("seed", int, 0, 0, 2**32 - 1, meaning="which draw"),)
+    settings = (Setting("seed", int, 0, 0, 2**32 - 1, meaning="which draw", search=()),)
     colour = "#CC79A7"
     knows_inclusion = True
 

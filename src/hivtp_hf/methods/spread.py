@@ -43,6 +43,7 @@ class Spread(PruningMethod):
             2.0,
             1,
             above_minimum=True,
+            search=(1.05, 10),
             meaning="how many times the mean score stands out most; what is at the mean or below does not",
         ),
         Setting(

@@ -60,6 +60,11 @@ _PUBLISHED_STRATEGIES = {
 _PUBLISHED_LAYERS, _PUBLISHED_DEPTH = (9, 18), 28
 
 
+def _published_first_stages(ratio: float) -> tuple[float, float]:
+    """Where the authors looked for what enters the language model, for a retention ratio."""
+    return ratio, min(1.0, 1.5 * ratio)
+
+
 class VFlowOpt(PruningMethod):
     """VFlowOpt: by what attention sinks attend to, with recycling and two stages inside the language model."""
 
@@ -73,6 +78,7 @@ class VFlowOpt(PruningMethod):
             "sink_threshold",
             float,
             None,
+            search=(0, 50),
             meaning="tokens that receive more than so many times the mean attention are sinks; None: published for the ratio",
         ),
         Setting(
@@ -88,6 +94,7 @@ class VFlowOpt(PruningMethod):
             float,
             None,
             1,
+            search=(3, 24),
             meaning="side in tokens of the cells that make one average each of what they lose; None: published for the ratio",
         ),
         Setting(
@@ -97,6 +104,7 @@ class VFlowOpt(PruningMethod):
             0,
             1,
             above_minimum=True,
+            search=_published_first_stages,
             meaning="share of the tokens, newlines included, that enters the language model; None: published for the ratio",
         ),
         Setting(
@@ -106,6 +114,7 @@ class VFlowOpt(PruningMethod):
             0,
             1,
             above_minimum=True,
+            search=(0.533, 1),
             meaning=(
                 "share of these left from the second stage on; None: published for the ratio. The third stage's follows, so "
                 "that `retention_ratio` is the average over layers"
@@ -116,9 +125,10 @@ class VFlowOpt(PruningMethod):
             int,
             None,
             1,
+            search=(),
             meaning="layer of the language model, from 0, before which the second stage drops; None: 9/28 of its depth",
         ),
-        Setting("third_stage_layer", int, None, 2, meaning="the same of the third stage; None: 18/28 of its depth"),
+        Setting("third_stage_layer", int, None, 2, meaning="the same of the third stage; None: 18/28 of its depth", search=()),
     )
     colour = "#D55E00"
     citation = r"""

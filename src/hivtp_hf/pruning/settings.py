@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ class Setting:
         minimum, maximum: the range, both ends included; None for no upper end.
         above_minimum: whether `minimum` itself is outside the range.
         is_layer: whether it counts encoder layers, so that it can be named where an encoder is not deep enough.
+        search: where tuning looks, both ends included: a range of its own, of layers in a list how many stand side by side; a
+            function that returns one for a retention ratio; an empty tuple where tuning leaves it alone. None for all that is
+            allowed, which of layers is the encoder's depth.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Setting:
     is_layer: bool = False
     meaning: str = ""
     choices: tuple[str, ...] = ()
+    search: Callable[[float], tuple[float, ...]] | tuple[float, ...] | None = None
 
     def checked(self, value: Any) -> Any:
         """`value` as a plain `kind` inside the range, or None where that is the default; ValueError otherwise."""
@@ -48,6 +52,12 @@ class Setting:
         if self.kind is list:
             return checked_stages(self.name, value)
         return checked_number(self.name, value, self.kind, self.minimum, self.maximum, self.above_minimum)
+
+    def search_range(self, ratio: float) -> tuple[float, ...] | None:
+        """Where tuning looks at a retention ratio; empty where it leaves the setting alone, None where that is not bounded."""
+        if self.search is not None:
+            return self.search(ratio) if callable(self.search) else self.search
+        return None if self.maximum is None else (self.minimum, self.maximum)
 
     @property
     def kind_name(self) -> str:
