@@ -9,6 +9,7 @@
 #   make test-releases  a small part of the tests on every minor release of transformers from the oldest to the newest
 #   make test-newest  the tests with the newest of everything that pyproject.toml allows
 #   make locks       every environment's exact versions anew, in locks/   (make lock-development for one)
+#   make docs        a site of docs/, in site/
 #   make lint        formatting, lint, types
 #   make bench       speed and memory beside stock and beside the limit   (make bench BENCH_ARGS="--preset 7b" on a GPU)
 #   make soak-serve  hivtp serve under clients of all kinds for 30 minutes   (make soak-serve SOAK_ARGS="--minutes 5")
@@ -30,7 +31,7 @@ VIDEO_TESTS = tests/integration/with_torchvision tests/families/test_qwen_vl_pro
 SOAK_ARGS ?= --minutes 30 --clients 8
 VLLM ?= 0.32.0
 
-.PHONY: demo test test-floor test-nightly test-lmms-eval test-video test-vllm test-releases test-newest locks lint format build bench bench-serving soak-serve clean
+.PHONY: demo test test-floor test-nightly test-lmms-eval test-video test-vllm test-releases test-newest locks docs lint format build bench bench-serving soak-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m examples.demo $(ARGS)
@@ -70,6 +71,9 @@ test-newest:
 	.venv-newest/bin/pip install --quiet "$(NEWEST_TORCH)" -e ".[dev]"
 	.venv-newest/bin/pip list
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -148,4 +152,4 @@ lock-%:
 	rm -rf build/locks/$*
 
 clean:
-	rm -rf .venv .venv-floor .venv-lmms-eval .venv-video .venv-vllm .venv-releases .venv-newest build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
+	rm -rf site .venv .venv-floor .venv-lmms-eval .venv-video .venv-vllm .venv-releases .venv-newest build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output bench_output evaluation_output
