@@ -95,15 +95,18 @@ class CellFeatures:
         """How many numbers a feature has; 0 where there is no view."""
         return self._of_views[0][0].shape[-1] if self._of_views else 0
 
-    def of_views(self, first: int, behind: int) -> Tensor:
-        """A copy of the features of some views, (views, cells, hidden), without gradient.
+    def of_views(self, first: int, behind: int, cells: slice = slice(None)) -> Tensor:
+        """A copy of the features of some cells of some views, (views, cells, hidden), without gradient.
 
         What cells have that stock does not use means nothing.
         """
-        of_views = self._of_views[first:behind]
+        of_views = [
+            (features[cells], None) if places is None else (features, places[cells])
+            for features, places in self._of_views[first:behind]
+        ]
         features, places = of_views[0]
-        cells = len(features) if places is None else len(places)
-        copy = torch.empty(len(of_views), cells, self.width, dtype=features.dtype, device=self._device)
+        number = len(features) if places is None else len(places)
+        copy = torch.empty(len(of_views), number, self.width, dtype=features.dtype, device=self._device)
         with torch.no_grad():
             for row, (features, places) in zip(copy, of_views, strict=True):
                 if places is None:
