@@ -59,7 +59,10 @@ def _evidence(case: str, pruning: VisualTokenPruningConfig) -> VisualEvidence:
     scores = {layer: torch.rand(layout.num_cells, generator=generator).pow(4) for layer in layers}
     class_attention = scores if case == "tiles" else {}
     features = [_features(layout.num_stock, hidden, generator)]
-    return VisualEvidence([layout], features, scores, class_attention, encoder, scores, None, encoded)
+    size = 64 if case == "tiles" else 80
+    keys = {layer: torch.randn(layout.num_cells, size, generator=generator) for layer in layers}
+    # The projector is stock's own, and not measured here.
+    return VisualEvidence([layout], features, scores, class_attention, encoder, scores, None, encoded, keys)
 
 
 def _seconds(call: Callable[[], Any], rounds: int) -> tuple[float, float, float]:

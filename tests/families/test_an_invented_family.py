@@ -22,6 +22,7 @@ from hivtp_hf.methods.scope import select_scope
 from hivtp_hf.methods.spread import select_spread
 from hivtp_hf.methods.uniform import select_uniform
 from hivtp_hf.methods.vflowopt import merge_vflowopt, strategy_vflowopt
+from hivtp_hf.methods.visionzip import select_visionzip
 from hivtp_hf.pruning.evidence import methods_of
 from hivtp_hf.pruning.registry import METHODS
 from invented_family import (
@@ -105,6 +106,17 @@ def maps_of(stock, given):
     return maps
 
 
+def keys_of(stock, given):
+    """Of every image the keys of the last layer, heads averaged, (cells, size)."""
+    found = []
+    hook = stock.tower.blocks[3].attention.qkv.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        stock.get_image_features(**given)
+    hook.remove()
+    keys = found[0].view(len(found[0]), 3, 4, 8)[:, 1].mean(1)
+    return keys.split(given["grids"].prod(1).tolist())
+
+
 def received_of(stock, given, layer):
     return [
         of_image.mean((0, 1)).view(*shape) for of_image, shape in zip(maps_of(stock, given)[layer], given["grids"], strict=True)
@@ -168,7 +180,7 @@ def test_scores_equal_whole_maps(stock, pruned, implementation):
         torch.testing.assert_close(features, of_stock, atol=1e-5, rtol=1e-5)
 
 
-def kept_by(method, first, last, features, layout, pruning, last_map):
+def kept_by(method, first, last, features, layout, pruning, last_map, keys):
     """The cells of one image that a method keeps, bool (1, rows, columns), from the scores of the two full layers."""
     if method == "vflowopt":
         importance = plain_importance(last_map, strategy_vflowopt(pruning).sink_threshold)
@@ -193,6 +205,9 @@ def kept_by(method, first, last, features, layout, pruning, last_map):
         return {"dpp": select_dpp, "mmtok": select_mmtok}[method](of_cells, valid, pruning)
     if method == "spread":
         return select_spread((first + last)[None] / 2, valid, pruning)
+    if method == "visionzip":
+        holders = select_visionzip(last[None], keys.view(1, *first.shape, -1), valid, pruning)
+        return holders == torch.arange(layout.num_cells).view(first.shape)
     return select_uniform(valid, pruning) if method == "uniform" else valid
 
 
@@ -224,8 +239,9 @@ def test_averages_stand_in_both_streams(stock, pruned):
         ):
             for place, (token, average) in enumerate(zip(merged.kept_indices, merged.source.tolist(), strict=True)):
                 row = of_stock[token]
-                if average < len(merged.members):
-                    members = merged.members[average][merged.weights[average] > 0]
+                if average < merged.num_averages:
+                    of_average = slice(*merged.starts[average : average + 2])
+                    members = merged.members[of_average][merged.weights[of_average] > 0]
                     weights = expected[members] / expected[members].sum()
                     row = (weights[:, None] * of_stock[members]).sum(0)
                 torch.testing.assert_close(found[place], row, atol=1e-5, rtol=1e-5)
@@ -243,7 +259,7 @@ SOME_SHAPES = st.lists(
 def test_kept_cells_equal_plain_references(stock, pruned, shapes, ratio, seed):
     given = inputs(shapes, seed)
     first, last = received_of(stock, given, 1), received_of(stock, given, 3)
-    last_maps = maps_of(stock, given)[3]
+    last_maps, keys = maps_of(stock, given)[3], keys_of(stock, given)
     with torch.no_grad():
         features = stock.get_image_features(**given).pooler_output
     for method in METHODS_THAT_CAN:
@@ -251,7 +267,8 @@ def test_kept_cells_equal_plain_references(stock, pruned, shapes, ratio, seed):
         pruning = pruned.config.pruning_config
         for image, (rows, columns) in enumerate(shapes):
             layout = pruned.token_layout(rows * PATCH, columns * PATCH)
-            expected = kept_by(method, first[image], last[image], features[image], layout, pruning, last_maps[image])
+            of_image = (first[image], last[image], features[image], layout, pruning, last_maps[image], keys[image])
+            expected = kept_by(method, *of_image)
             assert output.kept_indices[image].tolist() == expected.flatten().nonzero()[:, 0].tolist(), method
 
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.methods import greedy
+from hivtp_hf.methods import folded_matrix, greedy
 from hivtp_hf.methods.divprune import select_divprune
 from hivtp_hf.methods.dpp import select_dpp
+from hivtp_hf.methods.folded_matrix import FoldedMatrix
 from hivtp_hf.methods.greedy import (
     NEVER_PICKED,
     Picks,
@@ -557,3 +558,77 @@ def test_packed_features_that_do_not_fit():
         select_divprune([torch.rand(9, 2)], [layout], pruning)
     with pytest.raises(ValueError, match="has 0 images and `layouts` 1"):
         select_divprune([], [layout], pruning)
+
+
+# Large groups, of whose matrix half is held.
+
+
+def folded_and_whole(monkeypatch, cells, block, hidden=12, seed=0):
+    monkeypatch.setattr(folded_matrix, "_ROWS_OF_A_BLOCK", block)
+    features = torch.randn(1, cells, hidden, generator=torch.Generator().manual_seed(seed))
+    features[0, ::5] = features[0, 0].clone()
+    features[0, 3:4] = 0
+    directions = unit_vectors(features, torch.ones(1, cells, dtype=torch.bool))
+    return FoldedMatrix(lambda part: directions[:, part], cells), directions[0] @ directions[0].T
+
+
+@pytest.mark.parametrize(("cells", "block"), [(1, 4), (4, 4), (5, 4), (23, 4), (23, 7), (9, 100)])
+def test_a_folded_matrix_is_the_whole_one(monkeypatch, cells, block):
+    folded, whole = folded_and_whole(monkeypatch, cells, block)
+    everything = torch.arange(cells)
+    found = folded.rows(everything)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
+    assert torch.equal(found, found.T)
+    some = torch.tensor([cells - 1, 0, cells // 2, 0])
+    assert torch.equal(folded.rows(some), found[some])
+    assert torch.equal(folded.diagonal(), found.diagonal())
+    torch.testing.assert_close(folded.column_sums(), found.sum(0), atol=1e-5, rtol=0)
+    folded.change(lambda block, rows, columns: block.add_(2))
+    folded.divide_columns(everything + 1.0)
+    assert torch.equal(folded.rows(some), (found[some] + 2) / (everything + 1.0))
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_every_pick_of_a_large_group_is_the_best(monkeypatch, name):
+    """As of small groups; with bands too, of which each is folded by itself."""
+    monkeypatch.setattr(folded_matrix, "_ROWS_OF_A_BLOCK", 16)
+    monkeypatch.setattr(greedy, "_MOST_CELLS_HELD_WHOLE", 20)
+    generator = np.random.default_rng(5)
+    for ratio, hidden in ((0.3, 8), (1.0, 40)):
+        features = generator.standard_normal((2, 7, 9, hidden)).astype(np.float32)
+        features[:, 2, ::2] = features[:, 0, :1]
+        features[0, 5, 5] = np.nan
+        saliency = generator.integers(0, 5, (2, 7, 9)).astype(np.float32) / 4
+        valid = generator.random((2, 7, 9)) < 0.8
+        pruning = VisualTokenPruningConfig(name, ratio)
+        if name == "divprune":
+            valid[:] = True
+            layout = TokenLayout(None, pruning, [StitchedViews(7, 9)])
+            packed = list(torch.from_numpy(features).flatten(1, 2))
+            importance = METHODS[name].importance(VisualEvidence([layout] * 2, packed, {}, {}, ENCODER), pruning).view(2, -1)
+            total = rounded_share(63, ratio)
+            picks = [torch.sort(one, descending=True, stable=True).indices[:total].tolist() for one in importance]
+        else:
+            picks = picks_in_order(name, *map(torch.from_numpy, (features, saliency, valid)), pruning)
+        for view in range(2):
+            given_ = (features[view].reshape(63, -1), saliency[view].flatten(), valid[view].flatten())
+            hold_picks_against_formulas(name, picks[view], *given_, pruning)
+
+
+# Not of dpp, whose first picks are among cells that are equal but for rounding.
+@pytest.mark.parametrize("name", ["scope", "mmtok", "id_selection", "mmr"])
+def test_large_groups_are_split_and_folded_alike(monkeypatch, name):
+    """In bands a folded matrix picks what a whole one does."""
+    generator = torch.Generator().manual_seed(4)
+    features, saliency = torch.randn(1, 12, 6, 9, generator=generator), torch.rand(1, 12, 6, generator=generator)
+    valid = torch.ones(1, 12, 6, dtype=torch.bool)
+    pruning = VisualTokenPruningConfig(name, 0.4)
+    monkeypatch.setattr(greedy, "bands_of_rows", lambda rows: bands_of_rows(rows, 40))
+    whole = picks_in_order_of_any(name, features, saliency, valid, pruning)
+    monkeypatch.setattr(folded_matrix, "_ROWS_OF_A_BLOCK", 10)
+    monkeypatch.setattr(greedy, "_MOST_CELLS_HELD_WHOLE", 5)
+    assert torch.equal(picks_in_order_of_any(name, features, saliency, valid, pruning), whole)
+
+
+def picks_in_order_of_any(name, features, saliency, valid, pruning):
+    return METHODS[name].order(evidence_of(features, saliency, valid, [0]), pruning)

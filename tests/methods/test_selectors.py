@@ -18,6 +18,7 @@ from hivtp_hf.methods.random import select_random
 from hivtp_hf.methods.scope import select_scope
 from hivtp_hf.methods.spread import select_spread
 from hivtp_hf.methods.uniform import select_uniform
+from hivtp_hf.methods.visionzip import select_visionzip
 
 pytestmark = pytest.mark.once
 
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.once
 def as_features(*scores):
     """Features of two numbers, made of two kinds of scores."""
     return torch.stack([of.to(scores[-1].dtype) for of in scores], dim=-1)
+
+
+def is_its_own(holders):
+    """Which cells are kept, of the cells that hold each cell, (views, rows, columns)."""
+    rows, columns = holders.shape[1:]
+    return holders == torch.arange(rows * columns, device=holders.device).view(rows, columns)
 
 
 # name: (settings beside a ratio, the call with two kinds of scores, valid cells, indices of the tiles and settings)
@@ -41,6 +48,12 @@ SELECTORS = {
     "cls_attention": (
         {"method": "cls_attention"},
         lambda first, second, valid, tiles, pruning: select_cls_attention(first, valid, pruning),
+    ),
+    "visionzip": (
+        {"method": "visionzip"},
+        lambda first, second, valid, tiles, pruning: is_its_own(
+            select_visionzip(first, as_features(first, second), valid, pruning)
+        ),
     ),
     "scope": (
         {"method": "scope"},
@@ -206,7 +219,7 @@ def test_every_selection_takes_a_dict_and_refuses_what_does_not_fit(name):
     first, second, valid, tiles = given
     with pytest.raises(ValueError, match=r"`valid` is torch\.float32"):
         select(name, (first, second, valid.float(), tiles), 0.3)
-    if name in ("scope", "id_selection", "mmr"):
+    if name in ("scope", "id_selection", "mmr", "visionzip"):
         with pytest.raises(ValueError, match=r"`saliency` is torch\.int64"):
             select(name, (first.long(), second, valid, tiles), 0.3)
     elif name not in ("random", "uniform", "dpp", "mmtok"):

@@ -110,7 +110,7 @@ def good_settings(draw, methods=tuple(METHODS)):
     if settings.get("importance_layers") is not None:  # in place of these
         settings |= {name: None for name in ("importance_start_layer", "importance_num_layers") if name in settings}
     if settings.get("exact_count", True) and draw(st.booleans()):
-        weights = ["none", "cluster_size"] + ["inclusion"] * method.knows_inclusion
+        weights = ["none"] + ["cluster_size"] * (method.name != "visionzip") + ["inclusion"] * method.knows_inclusion
         settings |= {
             "token_weights": draw(st.sampled_from(weights)),
             "positions": draw(st.sampled_from(["packed", "original"])),
@@ -280,6 +280,7 @@ def selection(layout, pruning):
             ENCODER,
             attention_rows=scores,
             grey_levels=torch.zeros(layout.num_cells, 4, dtype=torch.uint8),
+            keys=dict.fromkeys(layers, torch.zeros(layout.num_cells, 2)),
         ),
         METHODS[pruning.method],
     )

@@ -110,7 +110,7 @@ class InventedModel(PreTrainedModel):
 class InventedFamily(Family):
     name = "invented"
     title = "Invented"
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.FEATURES})
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.KEYS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "grids")
     streams = ("pooler_output", "deepstack_features")
 
@@ -148,7 +148,7 @@ class InventedFamily(Family):
         assert len(arguments["pixel_values"]) == sum(layout.num_cells for layout in layouts)
 
     def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
-        assert [of_image.shape for of_image in scores] == [(1, layout.num_cells) for layout in layouts]
+        assert [of_image.shape[:2] for of_image in scores] == [(1, layout.num_cells) for layout in layouts]
         return torch.cat(list(scores), dim=1)[0]
 
     def processor_layout(self, processor: Any, height: int, width: int, pruning: Any) -> TokenLayout:

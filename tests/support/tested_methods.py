@@ -38,6 +38,7 @@ _KNOWN = {
     # Of views of few cells the published strategies make no averages, and find no sinks.
     "vflowopt": Tested(_VFLOWOPT, small={"sink_threshold": 1.5, "recycling_cell_side": 3, "entropy_weight": 0.2}),
     "cls_attention": Tested({"layer": None}),
+    "visionzip": Tested({"contextual_share": 10 / 64, "layer": None}),
     "divprune": Tested({}),
     "scope": Tested({"saliency_power": 1.0, "layer": None}),
     "dpp": Tested({}),

@@ -9,6 +9,7 @@ from transformers import LlavaOnevisionProcessor
 from examples.tiny_onevision_checkpoint import onevision_config, onevision_parts
 from families import Family
 from hivtp_hf.families import family_of_model_type
+from kept_rows import kept_rows
 from tiny_checkpoint import tiny_model
 from tiny_models import Twins
 
@@ -59,9 +60,9 @@ def video_oracle(pair: Twins, inputs: Any) -> dict[str, Any]:
     """What a stock model is given in place of a pruned processor's `inputs` with videos: embeddings and the attention mask."""
     pixels = inputs["pixel_values_videos"]
     ratio = {"retention_ratio": inputs["retention_ratio"][-len(pixels) :]} if "retention_ratio" in inputs else {}
-    kept = pair.pruned.get_video_features(pixels, **ratio).kept_indices
+    output = pair.pruned.get_video_features(pixels, **ratio)
     packed = pair.stock.get_video_features(pixels).pooler_output
-    features = torch.cat([of_video[indices] for of_video, indices in zip(packed, kept, strict=True)])
+    features = torch.cat(kept_rows(packed, output.pooler_output, output))
     embeddings = pair.stock.get_input_embeddings()(inputs["input_ids"])
     placeholders = (inputs["input_ids"] == pair.stock.config.video_token_id)[..., None]
     return {

@@ -20,6 +20,7 @@ from examples.tiny_qwen_checkpoint import CHAT_TEMPLATE, qwen_tokenizer, token_i
 from hivtp_hf.families.qwen2_5_vl import HIVTPQwen2_5_VLConfig, HIVTPQwen2_5_VLForConditionalGeneration
 from hivtp_hf.families.qwen2_vl import HIVTPQwen2VLConfig, HIVTPQwen2VLForConditionalGeneration
 from hivtp_hf.families.qwen3_vl import HIVTPQwen3VLConfig, HIVTPQwen3VLForConditionalGeneration
+from kept_rows import kept_rows
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 # Ids from here on are no text, and are not generated.
@@ -181,9 +182,7 @@ def oracle(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, 
     """
     model = twins.stock.model
     names = ("pixel_values", "image_grid_thw", "retention_ratio")
-    kept = twins.pruned.get_image_features(
-        **{name: pruned_inputs[name] for name in names if name in pruned_inputs}
-    ).kept_indices
+    output = twins.pruned.get_image_features(**{name: pruned_inputs[name] for name in names if name in pruned_inputs})
     encoded = model.get_image_features(stock_inputs["pixel_values"], stock_inputs["image_grid_thw"], return_dict=True)
     positions, _ = model.get_rope_index(
         stock_inputs["input_ids"],
@@ -193,7 +192,8 @@ def oracle(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, 
     )
     stays = (stock_inputs["input_ids"] != IMAGE) & stock_inputs["attention_mask"].bool()
     where = (stock_inputs["input_ids"] == IMAGE).nonzero()
-    for of_image, indices in zip(where.split([len(features) for features in encoded.pooler_output]), kept, strict=True):
+    of_images = where.split([len(features) for features in encoded.pooler_output])
+    for of_image, indices in zip(of_images, output.kept_indices, strict=True):
         row, column = of_image[indices].unbind(1)
         stays[row, column] = True
     is_token = pruned_inputs["attention_mask"].bool()
@@ -201,14 +201,14 @@ def oracle(twins: Twins, stock_inputs: dict[str, Any], pruned_inputs: dict[str, 
     for row in range(len(is_token)):
         of_rows[:, row, is_token[row]] = positions[:, row, stays[row]]
     embeddings = model.get_input_embeddings()(pruned_inputs["input_ids"])
-    features = torch.cat([of_image[indices] for of_image, indices in zip(encoded.pooler_output, kept, strict=True)])
+    features = torch.cat(kept_rows(encoded.pooler_output, output.pooler_output, output))
     embeddings[pruned_inputs["input_ids"] == IMAGE] = features.to(embeddings.dtype)
     given = {"inputs_embeds": embeddings, "attention_mask": pruned_inputs["attention_mask"], "position_ids": of_rows}
     if twins.family == "qwen3_vl":
         given["visual_pos_masks"] = pruned_inputs["input_ids"] == IMAGE
         given["deepstack_visual_embeds"] = [
-            torch.cat([of_image[indices] for of_image, indices in zip(layer, kept, strict=True)])
-            for layer in encoded.deepstack_features
+            torch.cat(kept_rows(layer, own, output))
+            for layer, own in zip(encoded.deepstack_features, output.deepstack_features, strict=True)
         ]
     return given
 

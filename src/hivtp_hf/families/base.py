@@ -163,12 +163,12 @@ class Family(ABC):
 
     @abstractmethod
     def cell_scores(self, model: Any, scores: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Tensor:
-        """The attention of the tokens of an encoder as that of cells: float32 (cells of all images,), in the order of views.
+        """Attention or keys of the tokens of an encoder as those of cells: float32 (cells of all images, ...), view by view.
 
         Args:
             model: a base model, stock's or ours.
-            scores: of every call of the layer in one pass float32 (sequences, tokens). An encoder that packs images into one
-                sequence calls it for each segment.
+            scores: of every call of the layer in one pass float32 (sequences, tokens), or of keys (sequences, tokens, size).
+                An encoder that packs images into one sequence calls it for each segment.
             layouts: of every image.
 
         Raises:
@@ -203,6 +203,14 @@ class Family(ABC):
             layouts: of every image.
         """
         return None
+
+    def project(self, model: Any, encoded: Tensor) -> Tensor:
+        """Visual features (n, hidden) of what the encoder says, (n, width), for families that provide `Evidence.ENCODED`.
+
+        Raises:
+            ValueError: unless the family defines it.
+        """
+        raise ValueError(f"the family {self.name!r} provides what its encoder says, but no projector; define its `project`.")
 
     @abstractmethod
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:

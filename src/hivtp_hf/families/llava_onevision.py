@@ -51,7 +51,7 @@ class LlavaOnevisionFamily(LlavaTowersFamily):
     name = "llava_onevision"
     title = "LLaVA-OneVision"
     # Resampled cells have no pixels of their own.
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.FEATURES})
+    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.KEYS, Evidence.FEATURES})
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
     feature_arguments: ClassVar[tuple[str, ...]] = (*LlavaTowersFamily.feature_arguments, "vision_aspect_ratio")
 

@@ -36,6 +36,7 @@ class LlavaTowersFamily(Family):
             Evidence.RECEIVED_ATTENTION,
             Evidence.CLASS_ATTENTION,
             Evidence.ATTENTION_ROWS,
+            Evidence.KEYS,
             Evidence.PIXELS,
             Evidence.FEATURES,
             Evidence.ENCODED,
@@ -80,9 +81,9 @@ class LlavaTowersFamily(Family):
             )
         of_cells = of_tiles[:, class_tokens:]
         if not any(part.resampled_from for part in parts):
-            return of_cells.flatten()
+            return of_cells.flatten(0, 1)
         of_parts = of_cells.split([sum(views.num_views for views in part.of_tower) for part in parts])
-        return torch.cat([part.from_tower(values.flatten()) for part, values in zip(parts, of_parts, strict=True)])
+        return torch.cat([part.from_tower(values.flatten(0, 1)) for part, values in zip(parts, of_parts, strict=True)])
 
     def grey_levels(self, model: Any, arguments: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> Tensor:
         vision, pixels = model.config.vision_config, arguments["pixel_values"]
@@ -103,6 +104,9 @@ class LlavaTowersFamily(Family):
         cells = math.prod(layouts[0].view_shapes[0])
         of_tiles = [state[:, state.shape[1] - cells :] for state in read]
         return list(of_tiles[0] if len(of_tiles) == 1 else torch.cat(of_tiles, dim=-1))
+
+    def project(self, model: Any, encoded: Tensor) -> Tensor:
+        return model.multi_modal_projector(encoded)
 
     def tiny_config_values(self, tile_size: int) -> dict[str, Any]:
         return {}

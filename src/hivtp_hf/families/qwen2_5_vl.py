@@ -54,7 +54,7 @@ class Qwen2_5_VLFamily(QwenVLFamily):
         rows, columns = layout.view_shapes[0]
         of_row, of_column = (torch.arange(number, device=of_cells.device) // side for number in (rows, columns))
         window = of_row[:, None] * (-(-columns // side)) + of_column
-        return torch.empty_like(of_cells).scatter_(0, window.flatten().argsort(stable=True), of_cells)
+        return torch.empty_like(of_cells).index_copy_(0, window.flatten().argsort(stable=True), of_cells)
 
 
 class HIVTPQwen2_5_VLConfig(PrunedConfigMixin, Qwen2_5_VLConfig):

@@ -42,7 +42,9 @@ _ENGINES = ("vllm", "sglang")
 class QwenVLFamily(Family):
     """A family over a `visual` tower whose patches are merged 2 x 2."""
 
-    provides = frozenset({Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.PIXELS, Evidence.FEATURES})
+    provides = frozenset(
+        {Evidence.RECEIVED_ATTENTION, Evidence.ATTENTION_ROWS, Evidence.KEYS, Evidence.PIXELS, Evidence.FEATURES}
+    )
     image_inputs = ("pixel_values", "image_grid_thw")
     keeps_at_least_one = True
 
@@ -102,7 +104,7 @@ class QwenVLFamily(Family):
             )
         return torch.cat(
             [
-                self.in_raster_order(model, of_image.view(-1, merged).mean(1), layout)
+                self.in_raster_order(model, of_image[0].unflatten(0, (-1, merged)).mean(1), layout)
                 for of_image, layout in zip(scores, layouts, strict=True)
             ]
         )
@@ -117,7 +119,7 @@ class QwenVLFamily(Family):
         return as_grey_levels(pixels, *self.pixel_scale).view(-1, vision.spatial_merge_size**2 * pixels.shape[-1])
 
     def in_raster_order(self, model: Any, of_cells: Tensor, layout: TokenLayout) -> Tensor:
-        """Values of the merged cells of one image, (cells,), from the order in which the tower has them; that by default."""
+        """Values of the merged cells of one image, (cells, ...), from the tower's order, which by default is that already."""
         return of_cells
 
     def processor_layout(self, processor: Any, height: int, width: int, pruning: VisualTokenPruningConfig) -> TokenLayout:

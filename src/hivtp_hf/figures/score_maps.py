@@ -65,6 +65,7 @@ _WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "hiprune": ("attention received, deep layer", lambda pruning: _note_of_layer(pruning.deep_layer)),
     "cls_attention": ("attention of the class token", lambda pruning: _note_of_layer(pruning.layer)),
     "vflowopt": ("attention of sinks", lambda pruning: "layer of the visual feature"),
+    "visionzip": ("rank, dominant tokens first", lambda pruning: f"by attention, {_note_of_layer(pruning.layer)}"),
     "gprune": ("mass gathered per neighbour", lambda pruning: f"after {pruning.iterations} iterations"),
 }
 

@@ -18,6 +18,7 @@ from .scope import Scope
 from .spread import Spread
 from .uniform import Uniform
 from .vflowopt import VFlowOpt
+from .visionzip import VisionZip
 
 # In this order they are listed everywhere.
 METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
@@ -26,6 +27,7 @@ METHOD_CLASSES: tuple[type[PruningMethod], ...] = (
     GPrune,
     VFlowOpt,
     ClassAttention,
+    VisionZip,
     DivPrune,
     Scope,
     DPP,

@@ -39,7 +39,8 @@ class PruningMethod(ABC):
             answers with (cells of all images,).
         counts_newlines: whether its budget is of all tokens of an image as stock packs them, newlines too. `count` then gives
             one number, of tokens; token budgets, layouts and processors follow it.
-        merges: whether some tokens that it keeps hold averages of others, so that `merge` says what stays.
+        merges: whether some tokens that it keeps hold averages of others, so that `merge` says what stays. Of a method that
+            reads `Evidence.ENCODED` they are averages of that, and then go through the projector.
     """
 
     name: ClassVar[str]

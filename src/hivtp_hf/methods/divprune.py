@@ -13,7 +13,7 @@ from ..pruning.evidence import CellFeatures, Evidence, VisualEvidence
 from ..pruning.layout import TokenLayout
 from ..pruning.settings import VisualTokenPruningConfig
 from .base import PruningMethod, settings_of
-from .greedy import NEVER_PICKED, Picks, importance_of_order, is_picked, max_min_order, order_in_groups
+from .greedy import NEVER_PICKED, Picks, distances, importance_of_order, is_picked, max_min_order, order_in_groups
 from .ranking import check_packed_features, rounded_share
 
 
@@ -107,7 +107,7 @@ def _divprune_orders(
             of_images.width,
             torch.ones(len(images), len(positions), dtype=torch.bool, device=device),
             picks,
-            lambda similarity, valid, of_band, groups, band: max_min_order(similarity.neg_().add_(1), valid, of_band),
+            lambda similarity, valid, of_band, groups, band: max_min_order(distances(similarity), valid, of_band),
             rows,
         )
         of_cells = torch.full((len(images), layout.num_cells), NEVER_PICKED, dtype=torch.int64, device=device)

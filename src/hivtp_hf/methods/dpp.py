@@ -67,9 +67,10 @@ def select_dpp(features: Tensor, valid: Tensor, pruning: VisualTokenPruningConfi
 
 
 def _dpp_order(features: CellFeatures | Tensor, valid: Tensor, pruning: VisualTokenPruningConfig) -> Tensor:
+    width = features.shape[-1] if isinstance(features, Tensor) else features.width
     return order_in_views(
         features,
         valid,
         picks_of_views(valid, pruning),
-        lambda similarity, cells, picks, views, band: determinant_order(similarity, cells, picks),
+        lambda similarity, cells, picks, views, band: determinant_order(similarity, cells, picks, width),
     )

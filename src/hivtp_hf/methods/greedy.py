@@ -3,10 +3,11 @@
 Four loops. Coverage picks what adds most to what is represented, max-min what lies farthest from all that is picked,
 the determinant what spans most volume with it, and suppression the most important of what is not similar to it. All go over
 many groups at once, in float32, and ties go to the lowest index. Nothing waits for the device, with two exceptions that change
-no pick: on a CPU coverage leaves out what cannot win, and the determinant ends where nothing new is left.
+no pick: on a CPU coverage leaves out what cannot win, and the determinant ends where nothing new is left. Large groups wait.
 
-A group is compared through one matrix up to 8,192 cells. Larger ones are split into bands of whole rows, as equal as they can
-be, each with its share of the picks by largest remainder, as the matrix grows with the square of the cells.
+A group is compared through one matrix up to 8,192 cells, of which half is held above 4,096. Larger ones are split into bands of
+whole rows, as equal as they can be, each with its share of the picks by largest remainder, as the matrix grows with the square
+of the cells.
 """
 
 import itertools
@@ -21,10 +22,13 @@ from torch import Tensor
 from ..pruning.evidence import CellFeatures, EncoderFacts, Evidence, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import PruningMethod
+from .folded_matrix import FoldedMatrix
 from .ranking import rounded_share, totals_of_views, without_autocast
 
 # Above so many cells of a group there is a matrix for each of several bands.
 MOST_CELLS_OF_A_MATRIX = 8192
+# Above so many, half of a matrix is held, of one group at a time.
+_MOST_CELLS_HELD_WHOLE = 4096
 # What features and matrices of groups that are chosen from together may take. A single group may take more.
 _BYTES_AT_ONCE = 128 * 2**20
 # Rows of a matrix that are formed at once: only what is on and below the diagonal is computed.
@@ -117,9 +121,9 @@ def check_features(features: Any, valid: Tensor) -> None:
         )
 
 
-# Of similarities (groups, n, n), valid cells (groups, n), how many to pick, and the slices of groups and of cells that these
-# are: when each is picked, int64 (groups, n).
-Loop = Callable[[Tensor, Tensor, Picks, slice, slice], Tensor]
+# Of similarities (groups, n, n), or a `FoldedMatrix` of one group, valid cells (groups, n), how many to pick, and the slices of
+# groups and of cells that these are: when each is picked, int64 (groups, n).
+Loop = Callable[[Any, Tensor, Picks, slice, slice], Tensor]
 
 
 def order_in_views(features: CellFeatures | Tensor, valid: Tensor, picks: Picks, loop: Loop) -> Tensor:
@@ -142,7 +146,7 @@ def order_in_views(features: CellFeatures | Tensor, valid: Tensor, picks: Picks,
 
 
 def order_in_groups(
-    features: Callable[[int, int], Tensor],
+    features: Callable[[int, int, slice], Tensor],
     width: int,
     valid: Tensor,
     picks: Picks,
@@ -152,8 +156,8 @@ def order_in_groups(
     """When every cell is picked, of groups of one size.
 
     Args:
-        features: gives a copy of those of the groups from one number to before another, (groups, cells, hidden), any float
-            dtype.
+        features: gives a copy of those of some cells of the groups from one number to before another, (groups, n, hidden), any
+            float dtype.
         width: how many numbers a feature has.
         valid: bool (groups, cells); other cells are never picked, and nothing is compared with them.
         picks: how many of every group.
@@ -163,21 +167,29 @@ def order_in_groups(
     Returns:
         int64 (groups, cells).
     """
-    groups, cells = valid.shape
+    groups = len(valid)
     bands = bands_of_rows(rows)
     largest = max([band.stop - band.start for band in bands])
-    at_once = max(1, _BYTES_AT_ONCE // max(1, 4 * (largest * largest + 2 * cells * width)))
+    is_folded = largest > _MOST_CELLS_HELD_WHOLE
+    at_once = 1 if is_folded else max(1, _BYTES_AT_ONCE // max(1, 4 * (largest * largest + 2 * largest * width)))
     order = torch.full_like(valid, NEVER_PICKED, dtype=torch.int64)
     with torch.no_grad(), without_autocast(valid.device):
         for first in range(0, groups if picks.most else 0, at_once):
             chunk = slice(first, min(first + at_once, groups))
-            of_chunk = [features(chunk.start, chunk.stop)]
             for band, of_band in zip(bands, _picks_of_bands(valid[chunk], bands, picks, chunk), strict=True):
-                if of_band.most:
-                    similarity = similarities(unit_vectors(of_chunk[0][:, band], valid[chunk, band], in_place=True))
-                    if band is bands[-1]:
-                        of_chunk.clear()  # what is large goes before the loop
-                    order[chunk, band] = loop(similarity, valid[chunk, band], of_band, chunk, band)
+                if not of_band.most:
+                    continue
+
+                def directions(part: slice, chunk: slice = chunk, band: slice = band) -> Tensor:
+                    cells = slice(band.start + part.start, band.start + part.stop)
+                    return unit_vectors(features(chunk.start, chunk.stop, cells), valid[chunk, cells], in_place=True)
+
+                number = band.stop - band.start
+                if is_folded:
+                    similarity: Any = FoldedMatrix(directions, number)
+                else:
+                    similarity = similarities(directions(slice(0, number)))
+                order[chunk, band] = loop(similarity, valid[chunk, band], of_band, chunk, band)
     return order
 
 
@@ -286,10 +298,25 @@ def from_zero_to_one(saliency: Tensor, valid: Tensor) -> Tensor:
     return torch.where(highest > lowest, (saliency - lowest) / (highest - lowest), 1.0).masked_fill(~valid, 0.0)
 
 
-# The loops. Each takes matrices (groups, n, n) of valid cells (groups, n), which it may overwrite.
+# The loops. Each takes matrices (groups, n, n) of valid cells (groups, n), which it may overwrite; or that of one large group.
 
 
-def coverage_order(gains: Tensor, weights: Tensor | None, valid: Tensor, picks: Picks) -> Tensor:
+def distances(similarity: Any) -> Any:
+    """1 less similarities, in their place."""
+    if isinstance(similarity, FoldedMatrix):
+        similarity.change(lambda block, rows, columns: block.neg_().add_(1))
+        return similarity
+    return similarity.neg_().add_(1)
+
+
+def _rows_of_picks(matrix: Any, pick: Tensor) -> Tensor:
+    """The row of a cell of every group, (groups, n), for cells int64 (groups,)."""
+    if isinstance(matrix, FoldedMatrix):
+        return matrix.rows(pick)
+    return matrix[torch.arange(len(pick), device=pick.device), pick]
+
+
+def coverage_order(gains: Any, weights: Tensor | None, valid: Tensor, picks: Picks) -> Tensor:
     """Repeatedly the cell that adds most to what is covered.
 
     Args:
@@ -301,7 +328,9 @@ def coverage_order(gains: Tensor, weights: Tensor | None, valid: Tensor, picks: 
     Returns:
         int64 (groups, n).
     """
-    weights = torch.ones_like(gains[:, 0]) if weights is None else weights
+    weights = torch.ones_like(valid, dtype=torch.float32) if weights is None else weights
+    if isinstance(gains, FoldedMatrix):
+        return _coverage_order_of_group(gains, weights[0], valid[0], int(picks.number[0]))[None]
     if gains.device.type == "cpu" and not torch.compiler.is_compiling():
         of_groups = zip(gains, weights, valid, picks.number.tolist(), strict=True)
         return torch.stack([_coverage_order_of_group(*of_group) for of_group in of_groups])
@@ -318,10 +347,11 @@ def coverage_order(gains: Tensor, weights: Tensor | None, valid: Tensor, picks: 
     return _order_of_steps(steps, valid, picks)
 
 
-def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, number: int) -> Tensor:
+def _coverage_order_of_group(gains: Any, weights: Tensor, valid: Tensor, number: int) -> Tensor:
     """As `coverage_order`, of one group (n, n) on a CPU: what a cell adds never grows, so most need not be computed anew."""
     covered, order = torch.zeros_like(weights), torch.full_like(valid, NEVER_PICKED, dtype=torch.int64)
-    bounds = _coverage_added(gains, covered) * weights
+    everything = torch.arange(len(valid), device=valid.device)
+    bounds = torch.cat([_coverage_added(_rows(gains, part), covered) for part in everything.split(128)]) * weights
     bounds[~valid] = -1
     at_once = min(_GAINS_AT_ONCE, len(bounds))
     for step in range(number):
@@ -335,22 +365,27 @@ def _coverage_order_of_group(gains: Tensor, weights: Tensor, valid: Tensor, numb
             stale = bounds.masked_fill(fresh, -1)
             chosen = stale.topk(at_once).indices
             bounds[chosen] = torch.where(
-                stale[chosen] < 0, bounds[chosen], _coverage_added(gains[chosen], covered) * weights[chosen]
+                stale[chosen] < 0, bounds[chosen], _coverage_added(_rows(gains, chosen), covered) * weights[chosen]
             )
             fresh[chosen] = True
         pick = int(bounds.argmax())
         order[pick] = step
         bounds[pick] = -1
-        covered = torch.maximum(covered, gains[pick])
+        covered = torch.maximum(covered, _rows(gains, everything[pick : pick + 1])[0])
     return order
 
 
+def _rows(matrix: Any, chosen: Tensor) -> Tensor:
+    """Some rows of the matrix of one group, (m, n), for cells int64 (m,)."""
+    return matrix.rows(chosen) if isinstance(matrix, FoldedMatrix) else matrix[chosen]
+
+
 def _coverage_added(gains: Tensor, covered: Tensor) -> Tensor:
-    """What cells add to what is covered, (m,), for gains (m, n), in steps that stay in a cache."""
-    return torch.cat([(rows - covered).clamp_(min=0).sum(1) for rows in gains.split(512)])
+    """What cells add to what is covered, (m,), for gains (m, n)."""
+    return (gains - covered).clamp_(min=0).sum(1)
 
 
-def max_min_order(distance: Tensor, valid: Tensor, picks: Picks) -> Tensor:
+def max_min_order(distance: Any, valid: Tensor, picks: Picks) -> Tensor:
     """First the cell that is farthest from its nearest neighbour, then repeatedly the one farthest from all that are picked.
 
     Args:
@@ -361,20 +396,33 @@ def max_min_order(distance: Tensor, valid: Tensor, picks: Picks) -> Tensor:
     Returns:
         int64 (groups, n).
     """
-    groups = torch.arange(len(distance), device=distance.device)
-    distance.diagonal(dim1=1, dim2=2).fill_(math.inf)
-    nearest = distance.masked_fill_(~valid[:, None], math.inf).amin(2).masked_fill_(~valid, -math.inf)
+    groups = torch.arange(len(valid), device=valid.device)
+    if isinstance(distance, FoldedMatrix):
+        nearest = _nearest_neighbours(distance, valid[0])[None]
+    else:
+        distance.diagonal(dim1=1, dim2=2).fill_(math.inf)
+        nearest = distance.masked_fill_(~valid[:, None], math.inf).amin(2)
+    nearest = nearest.masked_fill_(~valid, -math.inf)
     steps = []
     for step in range(picks.most):
         pick = nearest.argmax(1)
         steps.append(pick)
-        of_pick = distance[groups, pick]
+        of_pick = _rows_of_picks(distance, pick)
         nearest = torch.minimum(nearest, of_pick) if step else of_pick.masked_fill(~valid, -math.inf)
         nearest[groups, pick] = -math.inf
     return _order_of_steps(steps, valid, picks)
 
 
-def determinant_order(similarity: Tensor, valid: Tensor, picks: Picks) -> Tensor:
+def _nearest_neighbours(distance: FoldedMatrix, valid: Tensor) -> Tensor:
+    """Of every cell the distance of the nearest other one that is valid, (n,)."""
+    nearest = []
+    for part in torch.arange(len(valid), device=valid.device).split(128):
+        rows = distance.rows(part).masked_fill_(~valid, math.inf)
+        nearest.append(rows.scatter_(1, part[:, None], math.inf).amin(1))
+    return torch.cat(nearest)
+
+
+def determinant_order(similarity: Any, valid: Tensor, picks: Picks, width: int | None = None) -> Tensor:
     """Repeatedly the cell that multiplies the determinant of those picked by most; the rest evenly, where none adds volume.
 
     Past the rank of the features all that is left is rounding. Cells are then taken at even distances in raster order.
@@ -383,24 +431,27 @@ def determinant_order(similarity: Tensor, valid: Tensor, picks: Picks) -> Tensor
         similarity: float32 (groups, n, n), symmetric.
         valid: bool (groups, n).
         picks: how many of every group.
+        width: how many numbers a feature has, which no rank exceeds; None for any number.
 
     Returns:
         int64 (groups, n); cells that fill up follow behind all that were picked, in raster order.
     """
     groups, cells = valid.shape
-    index = torch.arange(groups, device=similarity.device)
-    volume = similarity.diagonal(dim1=1, dim2=2).clone().masked_fill_(~valid, -math.inf)
-    basis = similarity.new_zeros(groups, picks.most, cells)
+    index = torch.arange(groups, device=valid.device)
+    diagonal = similarity.diagonal()[None] if isinstance(similarity, FoldedMatrix) else similarity.diagonal(dim1=1, dim2=2)
+    volume = diagonal.clone().masked_fill_(~valid, -math.inf)
+    most = picks.most if width is None else min(picks.most, width)
+    basis = torch.zeros(groups, most, cells, device=valid.device)
     adds = torch.ones_like(index, dtype=torch.bool)
     steps, counted = [], []
-    for step in range(picks.most):
+    for step in range(most):
         best, pick = volume.max(1)
         adds = adds & (best >= _LEAST_VOLUME)
-        if similarity.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(adds.any()):
+        if valid.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(adds.any()):
             break
         steps.append(pick)
         counted.append(adds)
-        row = similarity[index, pick]
+        row = _rows_of_picks(similarity, pick)
         if step:
             row = row - torch.bmm(basis[index, :step, pick][:, None], basis[:, :step])[:, 0]
         row = row / best.clamp(min=_LEAST_VOLUME).sqrt()[:, None]
@@ -421,7 +472,7 @@ def _evenly_behind(order: Tensor, valid: Tensor, picks: Picks) -> Tensor:
     return torch.where(filled, picked + filled.cumsum(1) - 1, NEVER_PICKED)
 
 
-def suppression_order(similarity: Tensor, scores: Tensor, valid: Tensor, picks: Picks, sharpness: float) -> Tensor:
+def suppression_order(similarity: Any, scores: Tensor, valid: Tensor, picks: Picks, sharpness: float) -> Tensor:
     """Repeatedly the cell with the highest score, which takes from the scores of those that are similar to it.
 
     Args:
@@ -440,13 +491,13 @@ def suppression_order(similarity: Tensor, scores: Tensor, valid: Tensor, picks: 
     for _ in range(picks.most):
         pick = (scores + blocked).argmax(1)
         steps.append(pick)
-        share = (1 - similarity[groups, pick]).square_().mul_(-sharpness).exp_()
+        share = (1 - _rows_of_picks(similarity, pick)).square_().mul_(-sharpness).exp_()
         scores = (scores - share * scores[groups, pick][:, None]).clamp_(min=0)
         blocked[groups, pick] = -math.inf
     return _order_of_steps(steps, valid, picks)
 
 
-def relevance_order(similarity: Tensor, scores: Tensor, valid: Tensor, picks: Picks, relevance: float) -> Tensor:
+def relevance_order(similarity: Any, scores: Tensor, valid: Tensor, picks: Picks, relevance: float) -> Tensor:
     """Repeatedly the cell with the best balance of a high score and of being unlike all that are picked.
 
     Args:
@@ -466,7 +517,7 @@ def relevance_order(similarity: Tensor, scores: Tensor, valid: Tensor, picks: Pi
     for step in range(picks.most):
         pick = (weighed - (1 - relevance) * nearest).argmax(1)
         steps.append(pick)
-        of_pick = similarity[groups, pick]
+        of_pick = _rows_of_picks(similarity, pick)
         nearest = torch.maximum(nearest, of_pick) if step else of_pick
         weighed[groups, pick] = -math.inf
     return _order_of_steps(steps, valid, picks)

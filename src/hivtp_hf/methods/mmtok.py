@@ -12,6 +12,7 @@ from torch import Tensor
 from ..pruning.evidence import CellFeatures, Evidence, ViewEvidence
 from ..pruning.settings import Setting, VisualTokenPruningConfig
 from .base import check_views, settings_of
+from .folded_matrix import FoldedMatrix
 from .greedy import GreedyMethod, Picks, check_features, coverage_order, is_picked, order_in_views, picks_of_views
 
 
@@ -83,7 +84,7 @@ def _mmtok_order(features: CellFeatures | Tensor, valid: Tensor, pruning: Visual
     return order_in_views(features, valid, picks_of_views(valid, pruning), picked)
 
 
-def represented_shares(similarity: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def represented_shares(similarity: Any, valid: Tensor, temperature: float) -> Any:
     """How much each cell (first) represents each (second), float32 (groups, n, n): shares of 1 / n; 0 for cells not valid.
 
     Args:
@@ -91,6 +92,15 @@ def represented_shares(similarity: Tensor, valid: Tensor, temperature: float) ->
         valid: bool (groups, n).
         temperature: divides similarities before the softmax.
     """
+    if isinstance(similarity, FoldedMatrix):  # of one group
+
+        def weigh(block: Tensor, rows: slice, columns: slice) -> None:
+            block.sub_(1).div_(temperature).exp_().mul_(valid[0, rows, None]).mul_(valid[0, columns])
+
+        similarity.change(weigh)
+        smallest = torch.finfo(torch.float32).tiny
+        similarity.divide_columns(similarity.column_sums().clamp(min=smallest) * valid[0].sum().clamp(min=1))
+        return similarity
     # The matrix is symmetric, so a softmax of its columns is the transpose of one of its rows, and lies as the loop reads it.
     # Cosines are at most 1, so that nothing overflows without the maximum.
     weights = similarity.sub_(1).div_(temperature).exp_().mul_(valid[:, :, None]).mul_(valid[:, None])

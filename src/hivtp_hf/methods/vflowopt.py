@@ -505,12 +505,14 @@ def recycle_tokens(
     held = torch.where(num_members > 1, place_of_token[holder], len(kept_indices))
     source = torch.full((len(kept_indices) + 1,), making, device=device)
     source = source.scatter_(0, held, torch.arange(making, device=device))[: len(kept_indices)]
-    return MergedTokens(kept_indices, source, members, weights)
+    return MergedTokens(
+        kept_indices, source, members.flatten(), weights.flatten(), torch.arange(making + 1, device=device) * most
+    )
 
 
 def _without_averages(kept_indices: Tensor) -> MergedTokens:
-    nothing = kept_indices.new_zeros(0, 1)
-    return MergedTokens(kept_indices, torch.zeros_like(kept_indices), nothing, nothing.float())
+    nothing = kept_indices.new_zeros(0)
+    return MergedTokens(kept_indices, torch.zeros_like(kept_indices), nothing, nothing.float(), kept_indices.new_zeros(1))
 
 
 def groups_of_tokens(places: Tensor, side: float) -> tuple[Tensor, Tensor, int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_scores import attention_of_rows, received_attention
+from .attention_scores import attention_of_rows, mean_keys, received_attention
 from .config_views import ConfigView, ModuleView
 from .encoder_layers import find_layers
 
@@ -58,6 +58,7 @@ class CollectedAttention:
         class_attention: those of which it is wanted what the class token (the first) attends to.
         rows: by any name, of which layers it is wanted what some tokens attend to.
         class_tokens: how many class tokens stand first. They have no part in `rows`, neither as rows nor as columns.
+        keys: the layers of which the keys of tokens are wanted, heads averaged.
 
     Attributes:
         layers: all layers that have to report.
@@ -69,13 +70,15 @@ class CollectedAttention:
         class_attention: Iterable[int] = (),
         rows: Mapping[Any, RowsWanted] | None = None,
         class_tokens: int = 0,
+        keys: Iterable[int] = (),
     ):
         self._received = tuple(sorted(set(received)))
         self._class_attention = tuple(sorted(set(class_attention)))
         self._rows = dict(rows or {})
         self._class_tokens = class_tokens
+        self._keys = tuple(sorted(set(keys)))
         of_rows = [layer for wanted in self._rows.values() for layer in wanted.layers]
-        self.layers = tuple(sorted({*self._received, *self._class_attention, *of_rows}))
+        self.layers = tuple(sorted({*self._received, *self._class_attention, *self._keys, *of_rows}))
         self._scores: dict[tuple[Hashable, int], list[Tensor]] = {}
         self._sequences: dict[int, int] = {}
 
@@ -88,6 +91,8 @@ class CollectedAttention:
             if layer in layers:
                 rows = query[:, :, :1] if from_class_token else query
                 self._keep(from_class_token, layer, received_attention(rows, key, scaling, num_heads))
+        if layer in self._keys:
+            self._keep("keys", layer, mean_keys(key, num_heads))
         of_layer = [name for name, wanted in self._rows.items() if layer in wanted.layers]
         if not of_layer:
             return
@@ -115,6 +120,10 @@ class CollectedAttention:
     def class_attention(self) -> dict[int, list[Tensor]]:
         """The same of what the class token attends to."""
         return self._of(True, self._class_attention)
+
+    def keys(self) -> dict[int, list[Tensor]]:
+        """The same of the keys of tokens, heads averaged: float32 (sequences, tokens, size)."""
+        return self._of("keys", self._keys)
 
     def rows(self) -> dict[Hashable, dict[int, list[Tensor]]]:
         """By name the same of what the tokens attend to that were chosen, class tokens left out."""

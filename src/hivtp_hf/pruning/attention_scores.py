@@ -1,4 +1,4 @@
-"""Queries and keys of one attention layer, reduced to the attention that every token receives, or to what some attend to.
+"""Queries and keys of one attention layer, reduced to the attention that tokens receive, what some attend to, or mean keys.
 
 In chunks of bounded memory: the maps of one LLaVA-NeXT image and layer alone would take 100 MB.
 
@@ -55,6 +55,26 @@ def attention_of_rows(query: Tensor, key: Tensor, scaling: float, num_heads: int
     with torch.no_grad():
         summed = _summed_rows(query.detach(), key.detach(), scaling, rows, weights)
         return _over_all_heads(summed, query.shape[1], num_heads) / num_heads
+
+
+def mean_keys(key: Tensor, num_heads: int) -> Tensor:
+    """The keys of tokens, averaged over all heads.
+
+    Args:
+        key: (sequences, heads, tokens, head_dim) in any float dtype.
+        num_heads: heads of the layer, as for `received_attention`.
+
+    Returns:
+        float32 (sequences, tokens, head_dim), without gradient.
+
+    Raises:
+        ValueError: as `received_attention`.
+    """
+    with torch.no_grad():
+        summed = torch.zeros_like(key[:, 0], dtype=torch.float32)
+        for of_head in key.detach().unbind(1):  # one by one, as a sum in float32 would first convert all of them
+            summed = summed + of_head
+        return _over_all_heads(summed, key.shape[1], num_heads) / num_heads
 
 
 def _over_all_heads(summed: Tensor, heads: int, num_heads: int) -> Tensor:

@@ -23,6 +23,7 @@ class Evidence(enum.Enum):
     RECEIVED_ATTENTION = ("the attention that tokens receive", "attention layers that can be read")
     CLASS_ATTENTION = ("what the class token attends to", "class token")
     ATTENTION_ROWS = ("what some tokens attend to", "attention layers that can be read")
+    KEYS = ("the keys of tokens", "attention layers that can be read")
     PIXELS = ("pixels", "known scale of its pixels")
     FEATURES = ("the visual features", "feature for every cell")
     ENCODED = ("what the vision encoder says of every cell before the projector", "hidden state to read for every cell")
@@ -94,15 +95,18 @@ class CellFeatures:
         """How many numbers a feature has; 0 where there is no view."""
         return self._of_views[0][0].shape[-1] if self._of_views else 0
 
-    def of_views(self, first: int, behind: int) -> Tensor:
-        """A copy of the features of some views, (views, cells, hidden), without gradient.
+    def of_views(self, first: int, behind: int, cells: slice = slice(None)) -> Tensor:
+        """A copy of the features of some cells of some views, (views, cells, hidden), without gradient.
 
         What cells have that stock does not use means nothing.
         """
-        of_views = self._of_views[first:behind]
+        of_views = [
+            (features[cells], None) if places is None else (features, places[cells])
+            for features, places in self._of_views[first:behind]
+        ]
         features, places = of_views[0]
-        cells = len(features) if places is None else len(places)
-        copy = torch.empty(len(of_views), cells, self.width, dtype=features.dtype, device=self._device)
+        number = len(features) if places is None else len(places)
+        copy = torch.empty(len(of_views), number, self.width, dtype=features.dtype, device=self._device)
         with torch.no_grad():
             for row, (features, places) in zip(copy, of_views, strict=True):
                 if places is None:
@@ -129,6 +133,7 @@ class ViewEvidence(NamedTuple):
             None unless pixels are read.
         features: the visual features of their cells.
         encoded: the same of what the encoder says before the projector; None unless it is read.
+        keys: of every layer read the keys of cells, heads averaged, float32 (views, rows, columns, size).
     """
 
     valid: Tensor
@@ -141,6 +146,7 @@ class ViewEvidence(NamedTuple):
     grey_levels: Tensor | None = None
     features: CellFeatures = CellFeatures((), torch.device("cpu"))
     encoded: CellFeatures | None = None
+    keys: Mapping[int, Tensor] = {}
 
     def mean_scores(self) -> Tensor:
         """The average of the attention that cells receive, over the layers read: float32 (views, rows, columns)."""
@@ -161,6 +167,8 @@ class VisualEvidence(NamedTuple):
             None unless pixels are read.
         encoded: of every view of every image what the encoder says of its cells before the projector, (cells, hidden); None
             unless it is read.
+        keys: of every layer read the keys of cells, heads averaged, float32 (cells of all images, size).
+        projector: makes visual features (n, hidden) of what the encoder says, (n, width); None unless that is read.
     """
 
     layouts: Sequence[TokenLayout]
@@ -171,6 +179,8 @@ class VisualEvidence(NamedTuple):
     attention_rows: Mapping[int, Tensor] = {}
     grey_levels: Tensor | None = None
     encoded: Sequence[Tensor] | None = None
+    keys: Mapping[int, Tensor] = {}
+    projector: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -199,14 +209,15 @@ class VisualEvidence(NamedTuple):
             self.encoder,
             parts(self.attention_rows),
             None if self.grey_levels is None else part(self.grey_levels),
-            None if self.encoded is None else self._encoded_of(members),
+            None if self.encoded is None else [view for member in members for view in self.encoded_of(member)],
+            parts(self.keys),
+            self.projector,
         )
 
-    def _encoded_of(self, members: Sequence[int]) -> list[Tensor]:
-        """What the encoder says of the views of some of the images."""
-        encoded = iter(self.encoded or ())
-        of_images = [[next(encoded) for _ in range(layout.num_views)] for layout in self.layouts]
-        return [view for member in members for view in of_images[member]]
+    def encoded_of(self, image: int) -> Sequence[Tensor]:
+        """What the encoder says of the views of one of the images, where it is read: (cells, hidden) each."""
+        first = sum(layout.num_views for layout in self.layouts[:image])
+        return (self.encoded or ())[first : first + self.layouts[image].num_views]
 
     def ask(
         self, method: Any, question: Callable[[Any, VisualTokenPruningConfig], Tensor | None], pruning: Any
@@ -255,6 +266,7 @@ class VisualEvidence(NamedTuple):
             None if self.grey_levels is None else part(self.grey_levels),
             self._features_of(members),
             None if self.encoded is None else CellFeatures([(self.encoded[member], None) for member in members], self.device),
+            {layer: part(keys) for layer, keys in self.keys.items()},
         )
 
     def _features_of(self, members: Sequence[int]) -> CellFeatures:

@@ -1,7 +1,7 @@
 """What every model family shares: from scores and packed features to kept features, and the checks around that."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read, methods_of
 from .layout import TokenLayout
-from .merging import MergedTokens, with_averages
+from .merging import MergedTokens, averages_of, with_averages
 from .prompt_columns import SURVIVES_ALL
 from .registry import pruning_method
 from .settings import VisualTokenPruningConfig
@@ -72,6 +72,8 @@ def gather_evidence(
     attention_rows: Mapping[int, Tensor] | None = None,
     grey_levels: Tensor | None = None,
     encoded: Sequence[Tensor] | None = None,
+    keys: Mapping[int, Tensor] | None = None,
+    projector: Callable[[Tensor], Tensor] | None = None,
 ) -> VisualEvidence:
     """What a method may look at, brought together from one pass of the vision tower.
 
@@ -83,6 +85,8 @@ def gather_evidence(
         attention_rows: of every layer read what the method's tokens attend to, float32 (cells of all images,).
         grey_levels: uint8 (cells of all images, pixels of a cell), or None where pixels are not read.
         encoded: of every view what the encoder says of its cells before the projector, (cells, hidden), where that is read.
+        keys: of every layer read the keys of cells, float32 (cells of all images, size).
+        projector: makes features of what the encoder says, where that is read.
 
     Raises:
         ValueError: where features do not fit the layouts.
@@ -101,6 +105,8 @@ def gather_evidence(
         attention_rows={layer: of_layer.to(device) for layer, of_layer in rows.items()},
         grey_levels=None if grey_levels is None else grey_levels.to(device),
         encoded=encoded,
+        keys={layer: of_layer.to(device) for layer, of_layer in (keys or {}).items()},
+        projector=projector,
     )
 
 
@@ -170,14 +176,29 @@ def cut(stream: Sequence[Any], kept_indices: Sequence[Tensor], layouts: Sequence
     return pieces
 
 
-def cut_and_merge(
-    stream: Sequence[Any],
-    kept_indices: Sequence[Tensor],
-    merged: Sequence[MergedTokens | None],
-    layouts: Sequence[TokenLayout],
+def cut_and_merge_features(
+    evidence: VisualEvidence, kept_indices: Sequence[Tensor], merged: Sequence[MergedTokens | None]
 ) -> list[Any]:
-    """As `cut`, with averages in the rows that hold one, as `choose_and_merge` says them."""
-    return with_averages(stream, cut(stream, kept_indices, layouts), merged)
+    """As `cut`, of the visual features, with averages in the rows that hold one, as `choose_and_merge` says them.
+
+    Where a method reads what the encoder says before the projector, averages are of that, and then go through the projector.
+    This is not linear, so that averages of features would be others.
+    """
+    averages = [
+        None if of_image is None or evidence.projector is None else _projected_averages(evidence, image, of_image)
+        for image, of_image in enumerate(merged)
+    ]
+    return with_averages(evidence.features, cut(evidence.features, kept_indices, evidence.layouts), merged, averages)
+
+
+def _projected_averages(evidence: VisualEvidence, image: int, merged: MergedTokens) -> Tensor:
+    """The averages of an image, (averages, hidden), of what the encoder says of its cells, projected."""
+    layout, encoded, projector = evidence.layouts[image], torch.cat(list(evidence.encoded_of(image))), evidence.projector
+    cell_of_token = torch.zeros(layout.num_stock, dtype=torch.int64, device=encoded.device)
+    positions = layout.cell_positions.to(encoded.device)
+    cell_of_token[positions] = layout.cell_numbers(positions)
+    averages = averages_of(encoded, merged._replace(members=cell_of_token[merged.members.to(encoded.device)]))
+    return averages if projector is None or not len(averages) else projector(averages.to(encoded.dtype))
 
 
 # What `prune_features` says beside streams: a list with a value for each image, or None.
@@ -189,13 +210,18 @@ def prune_features(evidence: VisualEvidence, streams: Mapping[str, Any], num_lay
 
     Args:
         evidence: of all images of a call, whose settings differ in ratios alone.
-        streams: by name of every image (num_stock, ...), or lists of such streams.
+        streams: by name of every image (num_stock, ...), or lists of such streams; the visual features are the evidence's own.
         num_layers: of the language model.
     """
     layouts, pruning = evidence.layouts, evidence.layouts[0].pruning
     kept_indices, merged = choose_and_merge(evidence)
     return {
-        **{name: cut_and_merge(stream, kept_indices, merged, layouts) for name, stream in streams.items()},
+        "pooler_output": cut_and_merge_features(evidence, kept_indices, merged),
+        **{
+            name: with_averages(stream, cut(stream, kept_indices, layouts), merged)
+            for name, stream in streams.items()
+            if name != "pooler_output"
+        },
         "kept_indices": kept_indices,
         "num_stock": None if pruning.positions == "packed" else [layout.num_stock for layout in layouts],
         "log_weights": weigh_features(evidence, kept_indices),

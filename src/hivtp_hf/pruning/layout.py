@@ -107,20 +107,22 @@ class StitchedViews(NamedTuple):
         return views.transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
     def from_tower(self, of_cells: Tensor) -> Tensor:
-        """Values of the tower's cells, float (cells,), as those of the cells here, resampled as stock resamples features."""
+        """Values of the tower's cells, float (cells, ...), as those of the cells here, resampled as stock does it."""
         if not self.resampled_from:
             return of_cells
         sizes = [views.num_views * views.rows * views.columns for views in self.resampled_from]
         shape = (self.rows * self.down // len(sizes), self.columns * self.across)
         resampled = []
         for views, values in itertools.groupby(
-            zip(self.resampled_from, of_cells.split(sizes), strict=True), lambda pair: pair[0]
+            zip(self.resampled_from, of_cells.reshape(len(of_cells), -1).split(sizes), strict=True), lambda pair: pair[0]
         ):
-            grids = views.stitched(torch.stack([value for _, value in values]))
+            grids = views.stitched(torch.stack([value.T for _, value in values]))
             rows, columns = views.used_rows, views.used_columns
-            used = grids[:, None, rows.start : rows.stop, columns.start : columns.stop]
-            resampled.append(torch.nn.functional.interpolate(used, shape, mode="bilinear").flatten())
-        return self.unstitched(torch.cat(resampled).view(self.down * self.rows, self.across * self.columns))
+            used = grids[:, :, rows.start : rows.stop, columns.start : columns.stop]
+            # Grids lie one below the other, and their numbers side by side.
+            resampled.append(torch.nn.functional.interpolate(used, shape, mode="bilinear").transpose(0, 1).flatten(1))
+        whole = torch.cat(resampled, dim=1).unflatten(1, (self.down * self.rows, self.across * self.columns))
+        return self.unstitched(whole).T.reshape(-1, *of_cells.shape[1:])
 
     def unstitched(self, grid: Tensor) -> Tensor:
         """The reverse of `stitched`."""

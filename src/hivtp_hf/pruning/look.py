@@ -1,5 +1,6 @@
 """`Look`: one pass of a vision encoder over some images, with all that pruning methods read from it."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .evidence import EncoderFacts, Evidence, VisualEvidence, evidence_to_read
-from .features import choose_and_merge, cut_and_merge, gather_evidence, importance_of_images
+from .features import choose_and_merge, cut_and_merge_features, gather_evidence, importance_of_images
 from .layout import TokenLayout
 from .settings import VisualTokenPruningConfig
 
@@ -27,6 +28,7 @@ class Look:
             order of views.
         class_attention: the same of what the class token attends to; empty where the encoder has none.
         encoder: the vision encoder's depth, and the layer whose output is the visual feature.
+        keys: of the layers that settings read the keys of cells, heads averaged, float32 (cells of all images, size).
         further_streams: by the names of `Family.streams` what else has a row for every token, such as DeepStack features: a
             list of layers, each of every image (num_stock, hidden); None for families without such.
         attention_rows: what some tokens attend to, the same by layer; by the settings that read it, as these say which tokens.
@@ -43,6 +45,7 @@ class Look:
     encoder: EncoderFacts
     attention_rows: Mapping[VisualTokenPruningConfig, Mapping[int, Tensor]]
     grey_levels: Tensor | None
+    keys: Mapping[int, Tensor]
     further_streams: Mapping[str, Any] | None = None
     encoded: Sequence[Tensor] | None = None
 
@@ -65,7 +68,11 @@ class Look:
         settings = self._settings(pruning)
         kinds = evidence_to_read(settings, self.base.provided_evidence) or frozenset()
         layers = settings.scored_layers(self.encoder)
-        read = {Evidence.RECEIVED_ATTENTION: self.received, Evidence.CLASS_ATTENTION: self.class_attention}
+        read = {
+            Evidence.RECEIVED_ATTENTION: self.received,
+            Evidence.CLASS_ATTENTION: self.class_attention,
+            Evidence.KEYS: self.keys,
+        }
         missing = [layer for kind, scores in read.items() for layer in layers if kind in kinds and layer not in scores]
         rows = self.attention_rows.get(settings, {}) if Evidence.ATTENTION_ROWS in kinds else {}
         if Evidence.ATTENTION_ROWS in kinds and not rows:
@@ -76,12 +83,16 @@ class Look:
                 "Give `prunings` or `layers` to `look`."
             )
         layouts = self.layouts(settings) if layouts is None else layouts
-        received, class_attention = (
+        received, class_attention, keys = (
             {layer: scores[layer] for layer in layers if kind in kinds} for kind, scores in read.items()
         )
         grey_levels = self.grey_levels if Evidence.PIXELS in kinds else None
-        encoded = self.encoded if Evidence.ENCODED in kinds else None
-        return gather_evidence(self.features, layouts, received, class_attention, self.encoder, rows, grey_levels, encoded)
+        encoded, projector = None, None
+        if Evidence.ENCODED in kinds:
+            encoded, projector = self.encoded, functools.partial(self.base.family.project, self.base)
+        return gather_evidence(
+            self.features, layouts, received, class_attention, self.encoder, rows, grey_levels, encoded, keys, projector
+        )
 
     def kept(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """What a method keeps of every image: features (num_retained, hidden), and int64 positions in the packed sequence.
@@ -90,7 +101,7 @@ class Look:
         """
         evidence = self.evidence(pruning, layouts)
         kept, merged = choose_and_merge(evidence)
-        return cut_and_merge(self.features, kept, merged, evidence.layouts), kept
+        return cut_and_merge_features(evidence, kept, merged), kept
 
     def importance(self, pruning: Any = None, layouts: Sequence[TokenLayout] | None = None) -> Tensor | None:
         """The scores by which a method ranks, float (cells of all images,) in the order of views; None where it does not."""

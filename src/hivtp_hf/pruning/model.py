@@ -157,17 +157,22 @@ class PrunedModelMixin(MarkedColumnsMixin):
                 f"`layers` has {wrong}; the vision tower has {encoder.num_layers} layers, 0 to {encoder.num_layers - 1}."
             )
         class_attention = set(received) if has_class_token else set()
+        keys: set[int] = set()
         wanted = [self.config.pruning_config] if prunings is None and layers is None else prunings or ()
         rows, reads_pixels, tells_encoded = {}, False, Evidence.ENCODED in self.provided_evidence
         for settings in map(VisualTokenPruningConfig.coerce, wanted):
             kinds = check_pruning_fits_encoder(settings, encoder, self.provided_evidence)
-            for kind, read in ((Evidence.RECEIVED_ATTENTION, received), (Evidence.CLASS_ATTENTION, class_attention)):
+            for kind, read in (
+                (Evidence.RECEIVED_ATTENTION, received),
+                (Evidence.CLASS_ATTENTION, class_attention),
+                (Evidence.KEYS, keys),
+            ):
                 if kind in kinds:
                     read.update(settings.scored_layers(encoder))
             reads_pixels |= Evidence.PIXELS in kinds
             if Evidence.ATTENTION_ROWS in kinds:
                 rows[settings] = _rows_wanted(settings.scored_layers(encoder), self._layouts(arguments, pruning=settings))
-        collector = CollectedAttention(received, class_attention, rows, int(has_class_token))
+        collector = CollectedAttention(received, class_attention, rows, int(has_class_token), keys)
         call = functools.partial(super().get_image_features, **arguments, return_dict=True)
         call = self.family.ending_early(call, self.config, arguments, collector.layers)
         output = self._received_attention_tap.call(call, collector)
@@ -180,6 +185,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
             attention_rows=self._rows_of_cells(collector, layouts),
             grey_levels=self.family.grey_levels(self, arguments, layouts) if reads_pixels else None,
             encoded=self.family.encoded_cells(self, output, arguments, layouts) if tells_encoded else None,
+            keys=self._of_cells(collector.keys(), layouts),
         )
 
     def _image_arguments(self) -> tuple[str, ...]:
@@ -223,6 +229,7 @@ class PrunedModelMixin(MarkedColumnsMixin):
                 layers if Evidence.CLASS_ATTENTION in kinds else (),
                 {pruning: _rows_wanted(layers, layouts)} if Evidence.ATTENTION_ROWS in kinds else None,
                 int(Evidence.CLASS_ATTENTION in self.provided_evidence),
+                layers if Evidence.KEYS in kinds else (),
             )
             output = self._received_attention_tap.call(call, collector)
             of_stock = {name: getattr(output, name) for name in self.family.streams}
@@ -236,18 +243,15 @@ class PrunedModelMixin(MarkedColumnsMixin):
         self, collector: CollectedAttention, layouts: Sequence[TokenLayout]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Of every layer that reported what cells receive, and what the class token gives them, float32 (cells of images,)."""
-        received, class_attention = (
-            {layer: self.family.cell_scores(self, found, layouts) for layer, found in of_kind.items()}
-            for of_kind in (collector.received(), collector.class_attention())
-        )
-        return received, class_attention
+        return self._of_cells(collector.received(), layouts), self._of_cells(collector.class_attention(), layouts)
+
+    def _of_cells(self, of_layers: Mapping[int, Sequence[Tensor]], layouts: Sequence[TokenLayout]) -> dict[int, Tensor]:
+        """What a collector has of the tokens of every layer, as that of cells: float32 (cells of images, ...)."""
+        return {layer: self.family.cell_scores(self, found, layouts) for layer, found in of_layers.items()}
 
     def _rows_of_cells(self, collector: CollectedAttention, layouts: Sequence[TokenLayout]) -> dict[Any, dict[int, Tensor]]:
         """By settings and layer what the tokens attend to that a method named, float32 (cells of images,)."""
-        return {
-            settings: {layer: self.family.cell_scores(self, found, layouts) for layer, found in of_settings.items()}
-            for settings, of_settings in collector.rows().items()
-        }
+        return {settings: self._of_cells(of_settings, layouts) for settings, of_settings in collector.rows().items()}
 
     # The layout is Python over image sizes: a compiler would trace it anew for each size.
     @torch.compiler.disable
@@ -287,7 +291,11 @@ class PrunedModelMixin(MarkedColumnsMixin):
     ) -> dict[str, Any]:
         rows = next(iter(self._rows_of_cells(collector, layouts).values()), None)
         scores = self._scores_of_cells(collector, layouts)
-        evidence = gather_evidence(streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels, encoded)
+        keys = self._of_cells(collector.keys(), layouts)
+        projector = None if encoded is None else functools.partial(self.family.project, self)
+        evidence = gather_evidence(
+            streams["pooler_output"], layouts, *scores, encoder, rows, grey_levels, encoded, keys, projector
+        )
         return prune_features(evidence, streams, self.config.get_text_config().num_hidden_layers)
 
     @can_return_tuple
