@@ -1,4 +1,4 @@
-"""What makes a site of pages that also read well in the repository: files that lie beside docs/ come along, or lose their links."""
+"""What makes a site of pages that also read well in the repository: pictures from beside docs/ come along, other links go."""
 
 import re
 from pathlib import Path

@@ -4,7 +4,7 @@ Blocks of rows reach up to the diagonal. Features are brought to length 1 a bloc
 nor all features are there at once. Asking for rows waits for the device, which takes little of what such groups take.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,16 +37,21 @@ class FoldedMatrix:
 
     def rows(self, chosen: Tensor) -> Tensor:
         """Some rows, float32 (n, cells), for cells int64 (n,)."""
-        found = torch.empty(len(chosen), self._cells, device=chosen.device)
-        cells: Sequence[int] = chosen.tolist()
-        for rows, block in self._blocks:
-            inside = [place for place, cell in enumerate(cells) if rows.start <= cell < rows.stop]
-            if inside:
-                found[inside, : rows.stop] = block[[cells[place] - rows.start for place in inside]]
-            before = [place for place, cell in enumerate(cells) if cell < rows.start]
-            if before:
-                found[before, rows] = block[:, [cells[place] for place in before]].T
-        return found if self._divisor is None else found.div_(self._divisor)
+        # In order, those of a block stand side by side, and so do those whose part there lies in columns.
+        cells, order = chosen.sort()
+        found = torch.empty(len(cells), self._cells, device=cells.device)
+        bounds = torch.tensor([rows.start for rows, _ in self._blocks[1:]], device=cells.device)
+        ends = [*torch.searchsorted(cells, bounds).tolist(), len(cells)]
+        first = 0
+        for (rows, block), behind in zip(self._blocks, ends, strict=True):
+            if first:
+                found[:first, rows] = block.index_select(1, cells[:first]).T
+            if first < behind:
+                found[first:behind, : rows.stop] = block.index_select(0, cells[first:behind] - rows.start)
+            first = behind
+        if self._divisor is not None:
+            found.div_(self._divisor)
+        return found if len(cells) == 1 else torch.empty_like(found).index_copy_(0, order, found)
 
     def change(self, function: Callable[[Tensor, slice, slice], object]) -> None:
         """Lets a function change blocks in place, all elements alike; it is told the rows and columns that they are of."""
