@@ -11,7 +11,7 @@ import torch
 
 from examples.tiny_onevision_checkpoint import onevision_config
 from hivtp_hf import StitchedViews, VisualTokenPruningConfig
-from hivtp_hf.families.llava_onevision import llava_onevision_layout, most_tiles_of
+from hivtp_hf.families.llava_onevision_layout import llava_onevision_layout, most_tiles_of
 from hivtp_hf.methods.vflowopt import merge_vflowopt
 from hivtp_hf.pruning.compat import cache_argument, cache_of, prefills_images_in_chunks
 from hivtp_hf.pruning.evidence import methods_of

@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.tiny_onevision_checkpoint import onevision_config
 from hivtp_hf import VisualTokenPruningConfig
-from hivtp_hf.families.llava_onevision import llava_onevision_video_layout
+from hivtp_hf.families.llava_onevision_layout import llava_onevision_video_layout
 from hivtp_hf.pruning.compat import cache_argument, cache_of, prefills_images_in_chunks
 from hivtp_hf.pruning.evidence import methods_of
 from hivtp_hf.pruning.registry import METHODS

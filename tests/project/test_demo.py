@@ -10,7 +10,7 @@ from PIL import Image
 from checkpoints import GEOMETRY, build_pruned_checkpoint
 from examples import demo
 from hivtp_hf import TokenLayout, VisualTokenPruningConfig
-from hivtp_hf.families.llava_onevision import llava_onevision_layout, llava_onevision_video_layout
+from hivtp_hf.families.llava_onevision_layout import llava_onevision_layout, llava_onevision_video_layout
 from hivtp_hf.pruning.registry import METHODS
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
