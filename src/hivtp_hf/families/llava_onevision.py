@@ -6,6 +6,7 @@ video are pooled, and pruned like tiles.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
