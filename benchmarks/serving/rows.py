@@ -21,7 +21,7 @@ class Row:
         prompt_tokens: of a request, on average.
         requests_per_second, slowest, fastest: the median over rounds, and both ends.
         latency: the median over all requests of all rounds, in seconds.
-        correct: the share of right answers.
+        correct: the share of right answers, or None where no answer is right.
     """
 
     variant: str
@@ -34,11 +34,11 @@ class Row:
     slowest: float
     fastest: float
     latency: float
-    correct: float
+    correct: float | None
 
 
 def write_results(
-    folder: Path, rows: Sequence[Row], environment: Environment, vllm: str, command: str, note: str
+    folder: Path, rows: Sequence[Row], environment: Environment, vllm: str, words: str, command: str, note: str
 ) -> list[Path]:
     """Writes CSV and Markdown, named by the environment; returns their paths. Older files of these names are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,9 @@ def write_results(
             writer.writerows({**_rounded(row), **where} for row in rows)
 
     atomic_write(paths[0], write_csv)
-    atomic_write(paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, command, note), encoding="utf-8"))
+    atomic_write(
+        paths[1], lambda path: path.write_text(_summary(rows, environment, vllm, words, command, note), encoding="utf-8")
+    )
     return paths
 
 
@@ -61,7 +63,7 @@ def _rounded(row: Row) -> dict[str, object]:
     return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
 
 
-def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: str, note: str) -> str:
+def _summary(rows: Sequence[Row], environment: Environment, vllm: str, words: str, command: str, note: str) -> str:
     headings = ("variant", "kept", "prompt tokens", "at once", "requests a second", "slowest to fastest", "latency", "right")
     lines = [
         "# Requests a second of vLLM's server",
@@ -70,9 +72,10 @@ def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: 
         f"{environment.transformers}, Python {environment.python}; {environment.date}, commit {environment.commit}.",
         f"`{command}`",
         "",
-        "The trained model of examples/shapes_vqa, one question about one drawn image a request. All servers were up at once,",
-        "and only one was asked at a time, in another random order each round; every image was new to its server. Medians of",
-        f"{rows[0].repeats} rounds of {rows[0].requests} requests. Definitions and limits: benchmarks/README.md.",
+        words,
+        "All servers were up at once, and only one was asked at a time, in another random order each round; every image was new to",
+        f"its server. Medians of rounds: {rows[0].repeats}, each of at least {rows[0].requests} requests. Definitions and limits:",
+        "benchmarks/README.md.",
         *([note] if note else []),
         "",
         _line(headings),
@@ -80,7 +83,12 @@ def _summary(rows: Sequence[Row], environment: Environment, vllm: str, command: 
     ]
     for row in rows:
         ends = f"{row.slowest:.2f} to {row.fastest:.2f}"
-        numbers = (f"{row.requests_per_second:.2f}", ends, f"{row.latency * 1000:.0f} ms", f"{row.correct:.0%}")
+        numbers = (
+            f"{row.requests_per_second:.2f}",
+            ends,
+            f"{row.latency * 1000:.0f} ms",
+            "-" if row.correct is None else f"{row.correct:.0%}",
+        )
         lines.append(_line((row.variant, f"{row.ratio:.3f}", f"{row.prompt_tokens:.0f}", str(row.concurrency), *numbers)))
     return "\n".join(lines) + "\n"
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.shapes_vqa.reference import CHECKPOINT
 from hivtp_hf.checkpoints import convert_checkpoint
 
 from .server import PRUNED
@@ -25,19 +24,20 @@ class Variant(NamedTuple):
     arguments: tuple[str, ...]
 
 
-def variants(folder: Path, method: str, ratios: list[float]) -> list[Variant]:
+def variants(stock: Path, folder: Path, method: str, ratios: list[float]) -> list[Variant]:
     """The stock checkpoint, and the method at every ratio.
 
     vLLM's own LLaVA-NeXT is not among them: it needs torchvision, which has no build for a torch without CUDA.
 
     Args:
+        stock: the checkpoint.
         folder: an existing one, for the pruned checkpoints.
         method: of hivtp_hf.
         ratios: of the pruned checkpoints.
     """
-    found = [Variant("stock", 1.0, CHECKPOINT, ("--model-impl", "transformers"))]
+    found = [Variant("stock", 1.0, stock, ("--model-impl", "transformers"))]
     for number, ratio in enumerate(ratios):
         settings = {"method": method, "retention_ratio": ratio}
-        checkpoint = convert_checkpoint(str(CHECKPOINT), folder / f"pruned-{number}", settings, show_progress=False)
+        checkpoint = convert_checkpoint(str(stock), folder / f"pruned-{number}", settings, show_progress=False)
         found.append(Variant(method, ratio, checkpoint, PRUNED))
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from transformers import image_utils
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
@@ -24,6 +25,7 @@ from served import ON_CPU, Reference, Served, bytes_part, image_part, png_of, se
 from tiny_checkpoint import build_stock_checkpoint
 from tiny_models import photo
 
+httpx = image_utils.httpx
 CLIENTS = 8
 PRUNING = {"retention_ratio": 2 / 9}
 OUR_OPTIONS = {
@@ -34,6 +36,7 @@ OUR_OPTIONS = {
     "max_media_pixels",
     "max_waiting_requests",
     "shutdown_timeout",
+    "trust_clients",
 }
 
 
@@ -74,10 +77,10 @@ def content_of(row: Row) -> list[dict[str, Any]]:
     return [image_part(row.open_image()), text_part(row.question)]
 
 
-def refused(server: Served, model: object, content: Any, stream: bool) -> str:
+def refused(server: Served, model: object, content: Any, stream: bool, **options: Any) -> str:
     """The message of a request that is answered with the status 400."""
     with pytest.raises(openai.BadRequestError) as error:
-        server.ask(model, content, stream=stream)
+        server.ask(model, content, stream=stream, **options)
     assert error.value.response.status_code == 400
     return error.value.body["message"]
 
@@ -138,6 +141,23 @@ def test_a_prompt_that_leaves_no_room(server, complete, reference, stream):
     assert f"holds {context}" in message
 
 
+def test_an_answer_ends_with_the_context(server, complete, reference):
+    """However many tokens a request asks for, and whether or not the model would stop."""
+    config = reference.model.config.text_config
+    room = 4
+    text = long_text(reference, config.max_position_embeddings - room)
+    with server.client() as client:
+        answer = client.chat.completions.create(
+            model=str(complete),
+            messages=[{"role": "user", "content": text}],
+            max_tokens=10**9,
+            temperature=0,
+            logit_bias={str(reference.model.generation_config.eos_token_id): -100.0},
+        )
+    assert answer.usage.completion_tokens == room
+    assert answer.choices[0].finish_reason == "length"
+
+
 def test_a_revision_on_the_hub(config_only, reference, rows, tmp_path):
     """Of a checkpoint whose weights are in another repository."""
     files, stock = contents(config_only), contents(CHECKPOINT)
@@ -167,10 +187,28 @@ def test_checkpoints_named_in_requests(config_only, reference, rows, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_an_error_within_a_stream_ends_it(server, complete):
-    """Once an answer has begun, the status has been sent; the client is told all the same."""
-    with pytest.raises(openai.APIError):
-        server.ask(complete, "What?", stream=True, extra_body={"generation_config": '{"num_beams": 2}'})
+def post(server, path, **body):
+    return httpx.post(f"{server.url}{path}", json=body, trust_env=False, timeout=60)
+
+
+def test_clients_do_not_administrate(server, complete, rows):
+    """Nor set how answers are generated beyond OpenAI's fields, unless they are trusted."""
+    for path in ("/reset", "/load_model"):
+        answer = post(server, path, model=str(complete))
+        assert answer.status_code == 403
+        assert "--trust-clients" in answer.json()["error"]["message"]
+    for stream in (False, True):
+        message = refused(server, complete, "What?", stream, extra_body={"generation_config": '{"num_beams": 100}'})
+        assert "--trust-clients" in message
+
+
+def test_trusted_clients(complete, tmp_path):
+    with serving(tmp_path, complete, *ON_CPU, "--trust-clients") as server:
+        # An error once an answer has begun: the status has been sent, and the client is told all the same.
+        with pytest.raises(openai.APIError):
+            server.ask(complete, "What?", stream=True, extra_body={"generation_config": '{"num_beams": 2}'})
+        assert '"ready"' in post(server, "/load_model", model=str(complete)).text
+        assert post(server, "/reset").json() == {"status": "ok"}
 
 
 def test_the_server_does_not_know_our_classes_by_itself(complete):

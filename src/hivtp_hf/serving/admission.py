@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from .answering import client_gone
 from .request_errors import error_response
 
+# End points by which a client changes what all others are served.
+ADMINISTRATION = ("/load_model", "/reset")
 RETRY_AFTER = 5  # seconds, which a client that is turned away is asked to wait
 _BODY_SECONDS = 60  # in which a request must have arrived
 _TEXT_BYTES = 2 * 2**20  # of a request, beside its images
@@ -20,11 +23,13 @@ class Admission:
         app: the application, of ASGI.
         waiting: how many requests may wait for the one that runs. All others are turned away with the status 503.
         image_bytes: how large all images of a request may be.
+        refused_paths: end points that nobody may use.
     """
 
-    def __init__(self, app: Any, waiting: int, image_bytes: int) -> None:
+    def __init__(self, app: Any, waiting: int, image_bytes: int, refused_paths: Sequence[str] = ()) -> None:
         self._app = app
         self._waiting = waiting
+        self._refused = frozenset(refused_paths)
         # In base64, four characters stand for three bytes.
         self._largest = image_bytes * 4 // 3 + _TEXT_BYTES
         self._present = 0
@@ -32,6 +37,10 @@ class Admission:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
+            return
+        if scope["path"] in self._refused:
+            message = f"{scope['path']} is closed, as it changes what others are served. --trust-clients opens it."
+            await error_response(403, message)(scope, receive, send)
             return
         try:
             async with asyncio.timeout(_BODY_SECONDS):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -65,6 +66,7 @@ class _WatchedModel:
     def generate(self, **arguments: Any) -> Any:
         if self._gone.is_set():
             raise _ClientGone
+        end_with_context(self._model, arguments)
         return self._model.generate(**arguments, stopping_criteria=StoppingCriteriaList([_ClientGoneCriteria(self._gone)]))
 
 
@@ -86,6 +88,23 @@ def _take_notice(running: "asyncio.Future[Any]") -> None:
         running.exception()
 
 
+def end_with_context(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Has the answer of a model of ours end where its context does, however many tokens the request asks for.
+
+    Args:
+        model: any; those that are not ours are left alone.
+        arguments: of its `generate`, with `input_ids` and a `generation_config`, which is changed.
+    """
+    settings = arguments["generation_config"]
+    if isinstance(model, _MODELS) and settings.max_new_tokens is not None:
+        room = _context(model) - arguments["input_ids"].shape[-1]
+        settings.max_new_tokens = min(settings.max_new_tokens, room)
+
+
+def _context(model: Any) -> int:
+    return model.config.get_text_config().max_position_embeddings
+
+
 def check_prompt_fits(model: Any, inputs: Any) -> None:
     """A ValueError where a prompt leaves no room for an answer in the context of a model of ours.
 
@@ -95,7 +114,7 @@ def check_prompt_fits(model: Any, inputs: Any) -> None:
     """
     if not isinstance(model, _MODELS):
         return
-    length, context = inputs["input_ids"].shape[-1], model.config.get_text_config().max_position_embeddings
+    length, context = inputs["input_ids"].shape[-1], _context(model)
     if length >= context:
         raise ValueError(
             f"the prompt has {length} tokens, those of images included; the model's context holds {context}, and the answer "

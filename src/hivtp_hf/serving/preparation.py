@@ -24,10 +24,12 @@ class Preparation:
 
     Args:
         media: where images come from.
+        trust_clients: whether a request may carry a `generation_config`.
     """
 
-    def __init__(self, media: Media) -> None:
+    def __init__(self, media: Media, trust_clients: bool = False) -> None:
         self._media = media
+        self._trust_clients = trust_clients
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="preparation")
 
     def take_over(self, handler: Any) -> None:
@@ -45,6 +47,8 @@ class Preparation:
 
         async def handle_request(body: dict[str, Any], request_id: str) -> Any:
             check_template_arguments(body.get("chat_template_kwargs"))
+            if not self._trust_clients:
+                check_no_generation_config(body)
             parts = list(image_parts(body))
             files = await self._media.fetch([_named(part) for part in parts])
 
@@ -129,6 +133,15 @@ def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             raise ValueError(f"this server takes texts and images, no {part['type']} (of {', '.join(part)}).")
     return messages
+
+
+def check_no_generation_config(body: dict[str, Any]) -> None:
+    """A ValueError for a request with a `generation_config`, whose beams and caches take memory and time without a limit."""
+    if body.get("generation_config") is not None:
+        raise ValueError(
+            "the request has a generation_config, which this server takes with --trust-clients alone. Send the fields of "
+            "OpenAI's API, such as max_tokens, temperature, top_p and seed."
+        )
 
 
 def check_template_arguments(arguments: Any) -> None:

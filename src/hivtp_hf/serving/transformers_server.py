@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils.import_utils import is_serve_available
 
 from ..families import FAMILIES
-from .admission import Admission
+from .admission import ADMINISTRATION, Admission
 from .answering import watch_generation
 from .media import Media, MediaLimits
 from .preparation import Preparation
@@ -55,6 +55,14 @@ class Server(Serve):
             int, typer.Option(help="Requests that may wait for the one that is answered. Others get the status 503.")
         ] = 32,
         shutdown_timeout: Annotated[int, typer.Option(help="Seconds for answers to end in, once the server is to stop.")] = 30,
+        trust_clients: Annotated[
+            bool,
+            typer.Option(
+                "--trust-clients",
+                help="Let clients load checkpoints and unload all (/load_model, /reset), and send a generation_config "
+                "(`transformers chat` does).",
+            ),
+        ] = False,
         **options: Any,
     ) -> None:
         if not is_serve_available():
@@ -71,6 +79,7 @@ class Server(Serve):
         make_classes_known()
         self._in_background = non_blocking
         self._most_waiting, self._shutdown_timeout = max_waiting_requests, shutdown_timeout
+        self._trust_clients = trust_clients
         # Else the server runs before this constructor can reach what it is made of; so it calls `start_server`.
         super().__init__(force_model=force_model, non_blocking=True, **options)
 
@@ -80,11 +89,14 @@ class Server(Serve):
         config.timeout_graceful_shutdown = self._shutdown_timeout
         answer_errors_of_requests(config.app)
         watch_generation(self._generation_state)
-        preparation = Preparation(self._media)
+        preparation = Preparation(self._media, self._trust_clients)
         for handler in (self._chat_handler, self._response_handler, self._completion_handler):
             preparation.take_over(handler)
         preparation.take_over_decisions(getattr(self, "_systemone_handler", None))  # not in 5.19
-        config.app.add_middleware(Admission, waiting=self._most_waiting, image_bytes=self._media.limits.bytes)
+        refused = () if self._trust_clients else ADMINISTRATION
+        config.app.add_middleware(
+            Admission, waiting=self._most_waiting, image_bytes=self._media.limits.bytes, refused_paths=refused
+        )
         if self._in_background:
             super().start_server()
         else:

@@ -1,4 +1,4 @@
-"""vLLM with several images in a prompt, with heads sharded over ranks, and with checkpoints that cannot be served."""
+"""vLLM with several images in a prompt, budgets, other families, sharded heads, and checkpoints that cannot be served."""
 
 import os
 
@@ -8,10 +8,13 @@ from PIL import Image
 from asked import MAX_TOKENS, generated, rows
 from engine_runs import run_engine
 from examples.shapes_vqa.reference import CHECKPOINT
-from hivtp_hf import HIVTPLlavaNextForConditionalGeneration
+from examples.tiny_onevision_checkpoint import onevision_config, onevision_parts
+from families import FAMILIES
 from hivtp_hf.checkpoints import convert_checkpoint
 from tiny_checkpoint import tiny_config, tiny_model, tiny_processor
 from tiny_models import SMALL, photo, pruned_config, pruned_processor
+from tiny_onevision import FAMILY as ONEVISION
+from tiny_onevision import SMALL as ONEVISION_SMALL
 
 PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
@@ -65,18 +68,64 @@ def test_a_budget_of_the_engine(tmp_path):
     assert run.answers == answers_of_generate(checkpoint, prompts, paths, MAX_TOKENS, **budget), run.output[-8000:]
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="every rank needs a core of its own")
-def test_two_ranks_keep_what_one_keeps(tmp_path):
-    config = tiny_config(**SMALL, text_width=128)
-    # Two heads for two ranks, of a size that the engine takes.
+def with_heads_for_the_engine(config):
+    """A configuration whose language model has two heads, of a size that the engine takes."""
     config.text_config.head_dim = 64
     config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 2
-    pruning = {"retention_ratio": 0.3}
-    model = HIVTPLlavaNextForConditionalGeneration(pruned_config(config, pruning))
+    return config
+
+
+def save_tiny_checkpoint(folder, family, pruning):
+    """A pruned checkpoint of random weights."""
+    config = with_heads_for_the_engine(tiny_config(**SMALL, family=family, text_width=128))
+    model = FAMILIES[family].model(pruned_config(config, pruning))
     model.load_state_dict(tiny_model(config).state_dict())
-    model.save_pretrained(tmp_path / "pruned")
-    pruned_processor(tiny_processor(config), pruning).save_pretrained(tmp_path / "pruned")
-    paths = [[path] for path in saved(tmp_path, [photo(60, 100), photo(100, 60, 1), photo(170, 50, 2), photo(90, 90, 3)])]
+    model.save_pretrained(folder)
+    pruned_processor(tiny_processor(config), pruning).save_pretrained(folder)
+
+
+def save_onevision_checkpoint(folder, pruning):
+    """The same for LLaVA-OneVision."""
+    config = with_heads_for_the_engine(onevision_config(**ONEVISION_SMALL, text_width=128))
+    values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    model = ONEVISION.model(ONEVISION.config(**values, pruning_config=pruning))
+    model.load_state_dict(tiny_model(config).state_dict())
+    model.save_pretrained(folder)
+    ONEVISION.processor(**onevision_parts(config), pruning_config=pruning).save_pretrained(folder)
+
+
+PHOTOS = [(60, 100), (100, 60), (170, 50), (90, 90)]
+
+
+def saved_photos(folder):
+    return [[path] for path in saved(folder, [photo(*size, seed) for seed, size in enumerate(PHOTOS)])]
+
+
+@pytest.mark.parametrize("method", ["hivtp", "gprune"])
+def test_llava(method, tmp_path):
+    save_tiny_checkpoint(tmp_path / "pruned", "llava", {"method": method, "retention_ratio": 0.3})
+    paths = saved_photos(tmp_path)
+    prompts = [PROMPT] * len(paths)
+    run = run_engine(tmp_path, tmp_path / "pruned", prompts, paths, 8)
+    expected = answers_of_generate(tmp_path / "pruned", prompts, paths, 8)
+    assert run.answers == expected, run.output[-8000:]
+    assert len({tuple(answer["token_ids"]) for answer in expected}) > 1  # or equal answers would prove nothing
+
+
+def test_llava_onevision(tmp_path):
+    save_onevision_checkpoint(tmp_path / "pruned", {"retention_ratio": 0.3})
+    paths = saved_photos(tmp_path)
+    prompts = [PROMPT] * len(paths)
+    run = run_engine(tmp_path, tmp_path / "pruned", prompts, paths, 8, limit_mm_per_prompt={"image": 1, "video": 0})
+    expected = answers_of_generate(tmp_path / "pruned", prompts, paths, 8)
+    assert run.answers == expected, run.output[-8000:]
+    assert len({tuple(answer["token_ids"]) for answer in expected}) > 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="every rank needs a core of its own")
+def test_two_ranks_keep_what_one_keeps(tmp_path):
+    save_tiny_checkpoint(tmp_path / "pruned", "llava_next", {"retention_ratio": 0.3})
+    paths = saved_photos(tmp_path)
     prompts = [PROMPT] * len(paths)
     first, second, *_ = sorted(os.sched_getaffinity(0))
     cores = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
