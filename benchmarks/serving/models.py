@@ -62,8 +62,8 @@ def half_billion_model(folder: Path) -> Served:
     tiny_model(config).save_pretrained(checkpoint)
     tiny_processor(config).save_pretrained(checkpoint)
     words = (
-        "LLaVA-NeXT of random weights: a language model of the shape of Qwen2.5-0.5B (24 layers, 896 wide, a vocabulary of 400) and\n"
-        "a narrow tower (10 layers, 64 wide). One image of noise a request; every answer has 5 tokens, and none is right."
+        "LLaVA-NeXT of random weights: a language model shaped as Qwen2.5-0.5B (24 layers, 896 wide, a vocabulary of 400)\n"
+        "and a narrow tower (10 layers, 64 wide). One image of noise a request; every answer has 5 tokens, and none is right."
     )
     return Served(checkpoint, squares_of_noise(), words)
 
