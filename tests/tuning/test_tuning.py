@@ -147,10 +147,12 @@ def test_an_image_is_encoded_once_within_the_memory(parts, monkeypatch):
     looks = counted_looks(monkeypatch)
     kept = hivtp_hf.tune(*parts, SAMPLES, **QUICK)
     assert len(looks) == 2  # four images, three at a time
+    assert (kept.images, kept.images_kept) == (4, 4)
     looks.clear()
     # Room for no part: each is encoded for the unpruned pass and for every trial.
     again = hivtp_hf.tune(*parts, SAMPLES, **QUICK, memory=1e-7)
     assert len(looks) == 2 * 4
+    assert again.images_kept == 0
     assert looks[1:] == [[]] * 7  # after the first, only what is read
     assert without_seconds(again.trials) == without_seconds(kept.trials)
 
@@ -184,6 +186,9 @@ def test_it_goes_on_where_it_was(parts, tmp_path, monkeypatch):
     rest = hivtp_hf.tune(*parts, SAMPLES, **options, journal=tmp_path / "journal")
     assert without_seconds(rest.trials) == without_seconds(whole.trials)
     assert rest.settings == whole.settings
+    finished = hivtp_hf.tune(*parts, SAMPLES, **options, journal=tmp_path / "journal")
+    assert without_seconds(finished.trials) == without_seconds(whole.trials)
+    assert finished.images_kept is None
     with pytest.raises(ValueError, match="keeps trials of another search"):
         hivtp_hf.tune(*parts, SAMPLES, **{**options, "seed": 6}, journal=tmp_path / "journal")
 
