@@ -1,5 +1,6 @@
 """`hivtp tune` and `hivtp_hf.tune` on tiny models: against plain passes of the model itself, on every family."""
 
+import inspect
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from evaluations import ROWS, SIZES, data_folder, table_of
 from examples.tiny_onevision_checkpoint import build_onevision_checkpoint
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.checkpoints import open_source
+from hivtp_hf.cli import command_tune
 from hivtp_hf.evaluation import Row
 from hivtp_hf.tuning import calibration, tune_checkpoint
 from hivtp_hf.tuning.objectives import OBJECTIVES
@@ -286,6 +288,15 @@ def test_the_command_makes_a_folder_and_a_checkpoint(hivtp, stock, tmp_path):
     assert again.returncode == 1
     assert "exists already" in again.stderr
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.once
+def test_the_defaults_of_the_command_are_the_librarys():
+    library = {**tune_checkpoint.__kwdefaults__, "changes": None}
+    command = {name: parameter.default for name, parameter in inspect.signature(command_tune.tune).parameters.items()}
+    assert {name: value for name, value in command.items() if value is not inspect.Parameter.empty} == {
+        name: value for name, value in library.items() if name not in ("token", "say")
+    }
 
 
 @pytest.mark.once

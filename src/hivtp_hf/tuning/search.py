@@ -60,7 +60,7 @@ class SearchPlan:
     Attributes:
         start: the settings that it starts from, with the retention ratio.
         names: of the settings to search; None for the method's own.
-        fixed: settings that are left alone where `names` is None.
+        fixed: names of settings that somebody has given a value, which are left alone.
         stages: how many are searched.
         trials: so many points are measured, the start among them.
         seed: of all draws.
