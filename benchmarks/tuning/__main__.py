@@ -4,12 +4,13 @@ Random settings of `hivtp` at one retention ratio, beside the default layers and
 Of each the three objectives on calibration questions, one an image, and how many questions of the split "validation" are
 answered right. No tuning takes part. OUTPUT gets values.csv: a line a setting, and of every objective the mean over the first
 images, by their number; and correlations.csv: Spearman's rank correlation with right answers over the random settings, for
-groups of images that do not meet. About 15 minutes on one core. Needs `pip install -e ".[dev]"`.
+groups of images that do not meet. Stopped, it has the questions that it has. About 15 minutes on one core. Needs
+`pip install -e ".[dev]"`.
 """
 
 import csv
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,14 +70,16 @@ def random_settings(space: SearchSpace, number: int, seed: int = 0) -> list[Visu
     return found
 
 
-def right_answers(model: Any, processor: Any, settings: Sequence[Any], data: EvaluationData, ratio: Fraction) -> list[int]:
-    """How many questions are answered right under each of some settings; of the unpruned model first."""
+def right_answers(
+    model: Any, processor: Any, settings: Sequence[Any], data: EvaluationData, ratio: Fraction
+) -> Iterator[tuple[int, list[int]]]:
+    """Part by part how many questions were asked so far, and answered right: by the unpruned model, then under all settings."""
     plan = [
         Variant(UNPRUNED, Fraction(1), VisualTokenPruningConfig(method=UNPRUNED)),
         *(Variant(one.method, ratio, one, number) for number, one in enumerate(settings)),
     ]
     prompts = [prompt_of(processor, row.question) for row in data.rows]
-    work, right = PartWork(model, processor, plan, data, prompts, _BATCH, 8), [0] * len(plan)
+    work, right, asked = PartWork(model, processor, plan, data, prompts, _BATCH, 8), [0] * len(plan), 0
     with tqdm(total=len(plan) * len(data.rows), desc="Answering") as progress:
         for part in data.parts(_BATCH):
             rows = [row for group in part for row in group.rows]
@@ -85,7 +88,8 @@ def right_answers(model: Any, processor: Any, settings: Sequence[Any], data: Eva
                     normalised(answer) == normalised(data.rows[row].answer)
                     for answer, row in zip(result["answers"], rows, strict=True)
                 )
-    return right
+            asked += len(rows)
+            yield asked, right
 
 
 def main(
@@ -112,28 +116,54 @@ def main(
             passes.refer(progress.update)
             values[name] = [passes.measure(one, progress.update).values for one in drawn]
     asked = checked_data("validation", rows_of(VALIDATION, held_out_questions(questions, VALIDATION)), None)
-    right = right_answers(model, processor, drawn, asked, share)
-
     output.mkdir(parents=True, exist_ok=True)
+    for number, right in right_answers(model, processor, drawn, asked, share):
+        write_values(output / "values.csv", dict(zip(names, drawn, strict=True)), values, number, right)
+        write_correlations(output / "correlations.csv", values, right)
+    print((output / "correlations.csv").read_text(encoding="utf-8"))
+
+
+def write_values(
+    path: Path,
+    settings: Mapping[str, VisualTokenPruningConfig],
+    values: Mapping[str, Sequence[Sequence[float]]],
+    questions: int,
+    right: Sequence[int],
+) -> None:
+    """Writes a line for each of some settings, after one for the unpruned model.
+
+    Args:
+        path: of the file.
+        settings: by name.
+        values: of every objective and of all settings those of all images.
+        questions: how many were asked.
+        right: how many the unpruned model answers, then all settings.
+    """
+    images = len(next(iter(values.values()))[0])
     numbers = [number for number in NUMBERS_OF_IMAGES if number <= images]
-    with open(output / "values.csv", "w", newline="", encoding="utf-8") as file:
+    columns = [f"{name}_{number}" for name in values for number in numbers]
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        columns = [f"{name}_{number}" for name in OBJECTIVES for number in numbers]
         writer.writerow(("settings", "layers", "regions", "questions", "right", *columns))
         writer.writerow(("unpruned", "", "", questions, right[0], *[""] * len(columns)))
-        for place, (name, one) in enumerate(zip(names, drawn, strict=True)):
+        for place, (name, one) in enumerate(settings.items()):
             means = [statistics.fmean(of[place][:number]) for of in values.values() for number in numbers]
             layers = "+".join(map(str, one.importance_layers))
             writer.writerow((name, layers, one.regions, questions, right[1 + place], *(f"{mean:.6f}" for mean in means)))
-    with open(output / "correlations.csv", "w", newline="", encoding="utf-8") as file:
+
+
+def write_correlations(path: Path, values: Mapping[str, Sequence[Sequence[float]]], right: Sequence[int]) -> None:
+    """Writes a line for every objective and number of images, over the random settings. Arguments as `write_values`."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("objective", "images", "groups", "mean", "lowest", "highest"))
         for name, of_settings in values.items():
-            for number in numbers:
+            for number in NUMBERS_OF_IMAGES:
+                if number > len(of_settings[0]):
+                    continue
                 found = correlations(of_settings[len(_NAMED) :], right[1 + len(_NAMED) :], number)
                 cells = (statistics.fmean(found), min(found), max(found))
                 writer.writerow((name, number, len(found), *(f"{cell:.3f}" for cell in cells)))
-                print(name, number, len(found), *(f"{cell:.3f}" for cell in cells))
 
 
 def correlations(values: Sequence[Sequence[float]], right: Sequence[int], number: int) -> list[float]:

@@ -1,8 +1,8 @@
 """Tuned settings beside others, on held-out questions: python -m benchmarks.tuning.held_out OUTPUT
 
 The small trained model answers the held-out questions of Shapes-VQA under each of some settings, from one pass of the vision
-tower. OUTPUT gets answers.csv, a line a question and settings, part by part; and paired.csv: what some settings win and lose against
-others on the same questions, with McNemar's exact p, two-sided. Stopped, it has the questions that it has.
+tower. OUTPUT gets answers.csv, a line a question with whether each answers it right; and paired.csv: what some settings win
+and lose against others on the same questions, with McNemar's exact p, two-sided. Stopped, it has the questions that it has.
 """
 
 import csv

@@ -133,6 +133,8 @@ def test_stages_that_mean_nothing():
         ({"method": "hivtp", "names": ["region"]}, "names 'region'; settings of 'hivtp' that can be searched are regions"),
         ({"method": "hivtp", "names": ["local_window"]}, "`--search` names 'local_window'"),
         ({"method": "hivtp", "names": ["regions"], "fixed": ["regions"]}, "which `--set` gives a value"),
+        ({"method": "hivtp", "fixed": ["importance_start_layer"]}, "the search of importance_layers would replace"),
+        ({"method": "hivtp", "fixed": ["stages"], "stages": 1}, "the search of --stages would replace"),
         ({"method": "mmtok", "fixed": ["similarity_temperature"]}, "nothing to tune"),
         ({"method": "uniform", "stages": 1}, "does not rank tokens"),
         ({"method": "vflowopt", "stages": 1}, "has stages of its own"),

@@ -1,5 +1,6 @@
 """`hivtp tune` and `hivtp_hf.tune` on tiny models: against plain passes of the model itself, on every family."""
 
+import inspect
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from evaluations import ROWS, SIZES, data_folder, table_of
 from examples.tiny_onevision_checkpoint import build_onevision_checkpoint
 from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.checkpoints import open_source
+from hivtp_hf.cli import command_tune
 from hivtp_hf.evaluation import Row
 from hivtp_hf.tuning import calibration, tune_checkpoint
 from hivtp_hf.tuning.objectives import OBJECTIVES
@@ -147,10 +149,12 @@ def test_an_image_is_encoded_once_within_the_memory(parts, monkeypatch):
     looks = counted_looks(monkeypatch)
     kept = hivtp_hf.tune(*parts, SAMPLES, **QUICK)
     assert len(looks) == 2  # four images, three at a time
+    assert (kept.images, kept.images_kept) == (4, 4)
     looks.clear()
     # Room for no part: each is encoded for the unpruned pass and for every trial.
     again = hivtp_hf.tune(*parts, SAMPLES, **QUICK, memory=1e-7)
     assert len(looks) == 2 * 4
+    assert again.images_kept == 0
     assert looks[1:] == [[]] * 7  # after the first, only what is read
     assert without_seconds(again.trials) == without_seconds(kept.trials)
 
@@ -184,6 +188,9 @@ def test_it_goes_on_where_it_was(parts, tmp_path, monkeypatch):
     rest = hivtp_hf.tune(*parts, SAMPLES, **options, journal=tmp_path / "journal")
     assert without_seconds(rest.trials) == without_seconds(whole.trials)
     assert rest.settings == whole.settings
+    finished = hivtp_hf.tune(*parts, SAMPLES, **options, journal=tmp_path / "journal")
+    assert without_seconds(finished.trials) == without_seconds(whole.trials)
+    assert finished.images_kept is None
     with pytest.raises(ValueError, match="keeps trials of another search"):
         hivtp_hf.tune(*parts, SAMPLES, **{**options, "seed": 6}, journal=tmp_path / "journal")
 
@@ -281,6 +288,15 @@ def test_the_command_makes_a_folder_and_a_checkpoint(hivtp, stock, tmp_path):
     assert again.returncode == 1
     assert "exists already" in again.stderr
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.once
+def test_the_defaults_of_the_command_are_the_librarys():
+    library = {**tune_checkpoint.__kwdefaults__, "changes": None}
+    command = {name: parameter.default for name, parameter in inspect.signature(command_tune.tune).parameters.items()}
+    assert {name: value for name, value in command.items() if value is not inspect.Parameter.empty} == {
+        name: value for name, value in library.items() if name not in ("token", "say")
+    }
 
 
 @pytest.mark.once

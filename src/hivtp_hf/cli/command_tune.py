@@ -1,5 +1,6 @@
 """`hivtp tune`."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,15 +121,15 @@ def _print_table(tuning: "Tuning") -> None:
         values = [_rounded(shown_setting(trial.settings[name])) for name in names]
         table.add_row(title, f"{trial.value:.5f}", f"{trial.tokens_per_layer:.1f}", *values)
     Console().print(table)
+    if tuning.images_kept is not None and tuning.images_kept < tuning.images:
+        say(
+            f"The vision tower ran once for all trials over {tuning.images_kept} of {tuning.images} images, and in every trial "
+            "over the others: there was no room for more (`--memory`), or the method says during the pass what it reads."
+        )
     if tuning.importance:
         say("Importance: " + ", ".join(f"{name} {share:.2f}" for name, share in tuning.importance.items()))
 
 
 def _rounded(text: str) -> str:
-    """A number of many digits with four, which tuning.csv has in full."""
-    try:
-        return f"{float(text):.4g}" if "." in text else text
-    except ValueError:  # several numbers, or a word
-        return (
-            "+".join(":".join(_rounded(part) for part in pair.split(":")) for pair in text.split("+")) if ":" in text else text
-        )
+    """Numbers with four digits, which tuning.csv has in full."""
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number.group()):.4g}", text)

@@ -38,6 +38,8 @@ class Tuning:
         trials: all of them in their order, the start first, rejected points among them.
         importance: how much of being among the better trials each parameter decides, as shares; empty for few trials.
         study: what it came from.
+        images: how many there were.
+        images_kept: of how many of them the vision tower ran once for all trials; None where no trial was left to run.
     """
 
     settings: VisualTokenPruningConfig
@@ -47,6 +49,8 @@ class Tuning:
     trials: tuple[Trial, ...]
     importance: dict[str, float]
     study: Study
+    images: int
+    images_kept: int | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class SearchPlan:
     Attributes:
         start: the settings that it starts from, with the retention ratio.
         names: of the settings to search; None for the method's own.
-        fixed: settings that are left alone where `names` is None.
+        fixed: names of settings that somebody has given a value, which are left alone.
         stages: how many are searched.
         trials: so many points are measured, the start among them.
         seed: of all draws.
@@ -219,7 +223,8 @@ def search_settings(
     study.trials = _kept_trials(finished, plan, space, data)
     total, done = passes.num_questions * (plan.trials + 1), passes.num_questions * (len(study.finished) + 1)
     with tqdm(total=total, unit="pass", desc="Tuning", disable=not show_progress) as progress:
-        if len(study.finished) < plan.trials:
+        is_left = len(study.finished) < plan.trials
+        if is_left:
             passes.refer(progress.update)
         progress.update(done - progress.n)
         while len(study.finished) < plan.trials:
@@ -232,7 +237,17 @@ def search_settings(
             progress.set_postfix_str(f"best {value_of(study.best):.4f}", refresh=False)
     best, start = study.best, study.trials[0]
     settings = plan.start if best is start or best.point is None else space.settings(best.point)
-    return Tuning(settings, plan.start, value_of(best), value_of(start), tuple(study.trials), study.importance(), study)
+    return Tuning(
+        settings,
+        plan.start,
+        value_of(best),
+        value_of(start),
+        tuple(study.trials),
+        study.importance(),
+        study,
+        len(data.image_sizes),
+        passes.num_kept if is_left else None,
+    )
 
 
 def _next_trial(

@@ -49,7 +49,7 @@ class SearchSpace:
     Args:
         start: the settings whose others stay as they are, with a retention ratio.
         names: of the settings to search; None for all of the method's own that tuning does not leave alone.
-        fixed: names that are left alone where `names` is None.
+        fixed: names of settings that somebody has given a value, which are left alone.
         encoder: the vision encoder, whose depth bounds layers.
         num_layers: of the language model.
         stages: how many stages inside the language model are searched, in place of those of `start`.
@@ -77,6 +77,7 @@ class SearchSpace:
         self.layers = sorted(layers)
         _check_stages(start, stages, num_layers)
         self._searched = self._chosen(names, fixed)
+        self._check_fixed(fixed)
         parameters = [parameter for setting in self._searched for parameter in self._parameters_of(setting)]
         for stage in range(1, stages + 1):
             parameters.append(Parameter(f"stage_{stage}.layer", 1, num_layers - 1, is_whole=True))
@@ -174,6 +175,19 @@ class SearchSpace:
                     f"`--search` names {name!r}; settings of {self._start.method!r} that can be searched are {', '.join(can)}."
                 )
         return [setting for name, setting in known.items() if name in names]
+
+    def _check_fixed(self, fixed: Sequence[str]) -> None:
+        """A ValueError where what is searched would replace what was given."""
+        replaced = {"stages": "--stages"} if self._stages else {}
+        for setting in self._searched:
+            if setting.kind is tuple:
+                replaced |= dict.fromkeys(self._other_ways_to_name_layers(), setting.name)
+        for name in fixed:
+            if name in replaced:
+                raise ValueError(
+                    f"`--set` gives {name!r} a value, which the search of {replaced[name]} would replace. Leave one out "
+                    "(`--search` names what is searched)."
+                )
 
     def _range_of(self, setting: Setting) -> tuple[Any, ...]:
         """Where a setting is searched; empty where it is left alone."""
