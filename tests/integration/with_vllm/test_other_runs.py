@@ -1,6 +1,7 @@
 """vLLM with several images in a prompt, budgets, other families, sharded heads, and checkpoints that cannot be served."""
 
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -66,6 +67,17 @@ def test_a_budget_of_the_engine(tmp_path):
     budget = {"retention_ratio": 2 / 9}
     run = run_engine(tmp_path, checkpoint, prompts, paths, MAX_TOKENS, mm_processor_kwargs=budget)
     assert run.answers == answers_of_generate(checkpoint, prompts, paths, MAX_TOKENS, **budget), run.output[-8000:]
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="vLLM compiles C++ for a CPU")
+def test_the_compiled_language_model(tmp_path):
+    """As an engine runs without `enforce_eager`."""
+    checkpoint = convert_checkpoint(str(CHECKPOINT), tmp_path / "pruned", {"retention_ratio": 2 / 9}, show_progress=False)
+    paths = [[path] for path in saved(tmp_path, [row.open_image() for row in rows()[:16]])]
+    prompts = [f"USER: <image>\n{row.question} ASSISTANT:" for row in rows()[:16]]
+    run = run_engine(tmp_path, checkpoint, prompts, paths, MAX_TOKENS, enforce_eager=False)
+    assert run.answers == answers_of_generate(checkpoint, prompts, paths, MAX_TOKENS), run.output[-8000:]
+    assert "Warming up model for the compilation" in run.output
 
 
 def with_heads_for_the_engine(config):
