@@ -13,7 +13,7 @@ import typer
 
 from hivtp_hf.files import staged_folder
 
-from .held_out import held_out_questions
+from .held_out import held_out_questions, held_out_reading
 from .scenes import draw
 from .splits import CALIBRATION, CONFIRMATION, TEST, VALIDATION
 
@@ -21,8 +21,8 @@ SPLITS = {"test": TEST, "validation": VALIDATION, "calibration": CALIBRATION, "c
 Split = enum.StrEnum("Split", list(SPLITS))
 
 
-def export(folder: Path, number: int, split: str) -> None:
-    """Writes so many questions of a split, and the images that they are about.
+def export(folder: Path, number: int, split: str, reading: int = 0) -> None:
+    """Writes so many questions of a split, so many more about signs, and the images that they are about.
 
     Raises:
         ValueError: for a folder that exists.
@@ -32,8 +32,10 @@ def export(folder: Path, number: int, split: str) -> None:
         with (stage / "questions.csv").open("w", newline="", encoding="utf-8") as table:
             writer = csv.writer(table, lineterminator="\n")
             writer.writerow(("image", "question", "answer", "question_type"))
-            for index, scene, question in held_out_questions(number, SPLITS[split]):
-                image = f"images/{split}-{index}.png"
+            asked = [(f"{split}-{one.number}", one) for one in held_out_questions(number, SPLITS[split])]
+            asked += [(f"{split}-signs-{one.number}", one) for one in held_out_reading(reading, SPLITS[split])]
+            for name, (_, scene, question) in asked:
+                image = f"images/{name}.png"
                 if not (stage / image).exists():
                     draw(scene).save(stage / image)
                 writer.writerow((image, question.text, question.answer, question.type))
@@ -43,10 +45,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     questions: Annotated[int, typer.Option(min=1)] = 2000,
     split: Split = Split.test,
+    reading: Annotated[int, typer.Option(min=0, help="So many more, about what is written on signs.")] = 0,
 ) -> None:
     """Questions and images as files, for `hivtp evaluate --data`."""
     try:
-        export(folder, questions, split.value)
+        export(folder, questions, split.value, reading)
     except ValueError as error:
         sys.exit(f"export: {error}")
 
