@@ -106,9 +106,11 @@ def _named_signs(signs: Sequence[Sign]) -> Iterator[tuple[str, Sign]]:
     """Signs by their colour, and by their place where one is clearly outermost of several."""
     colours = Counter(sign.colour for sign in signs)
     yield from ((sign.colour, sign) for sign in signs if colours[sign.colour] == 1)
+    if len(signs) == 1:
+        return
     for axis, (before, behind) in (("x", ("left", "right")), ("y", ("top", "bottom"))):
         along = sorted(signs, key=lambda sign: getattr(sign, axis))
-        for name, outermost, next_one in ((before, *along[:2]), (behind, *along[:-3:-1])) if len(signs) > 1 else ():
+        for name, (outermost, next_one) in ((before, along[:2]), (behind, along[:-3:-1])):
             if abs(getattr(outermost, axis) - getattr(next_one, axis)) >= _CLEARLY_APART:
                 yield name, outermost
 

@@ -51,6 +51,11 @@ class Sign:
         cosine, sine = abs(math.cos(math.radians(self.angle))), abs(math.sin(math.radians(self.angle)))
         return (width * cosine + height * sine) / 2, (width * sine + height * cosine) / 2
 
+    @property
+    def character_area(self) -> float:
+        """Of the place of a character, in pixels."""
+        return _ADVANCE * self.height**2
+
     def on_plate(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where points of the image lie on the plate: across and down from its centre, in heights of a character."""
         cosine, sine = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))

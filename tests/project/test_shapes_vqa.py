@@ -21,15 +21,17 @@ from examples.shapes_vqa.scenes import (
     make_sign_scene,
 )
 from examples.shapes_vqa.signs import LARGEST, SMALLEST, Sign
-from examples.shapes_vqa.vocabulary import CHARACTERS, CODES, COLOURS, DIGITS, KINDS, LETTERS, QUESTION_TYPES, READING
+from examples.shapes_vqa.vocabulary import CHARACTERS, CODES, COLOURS, DIGITS, LETTERS, QUESTION_TYPES, READING
 from hivtp_hf.evaluation.data import load_data
 from research.shapes_vqa.blind_floor import blind_floor, training_questions, training_reading
-from research.shapes_vqa.dense_targets import dense_targets, layout_of
-from research.shapes_vqa.model import make_config, make_processor
+from research.shapes_vqa.dense_targets import SHOWN_KINDS, dense_targets
+from research.shapes_vqa.references import REFERENCES
 
 pytestmark = pytest.mark.once
 
+MODELS = pytest.mark.parametrize("reference", REFERENCES.values(), ids=REFERENCES)
 SCENES = [make_scene((splits.VALIDATION, index)) for index in range(200)]
+SIGN_SCENES = [make_sign_scene((splits.VALIDATION, index)) for index in range(200)]
 
 
 def shape(kind="circle", colour="red", digit=None, x=40.0, y=40.0, radius=15.0):
@@ -76,7 +78,7 @@ def test_shapes_lie_apart_and_inside():
 
 
 def test_every_pinpoint_shape_and_un_padding_occur():
-    layouts = [layout_of(scene) for scene in SCENES]
+    layouts = [REFERENCES["shapes-llava-next"].layout_of(None, scene.height, scene.width) for scene in SCENES]
     assert {(layout.parts[1].down, layout.parts[1].across) for layout in layouts} == {(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)}
     unpadded = [not bool(layout.valid.all()) for layout in layouts]
     assert 0.3 < sum(unpadded) / len(unpadded) < 1
@@ -123,30 +125,64 @@ def test_an_image_blind_answer_is_near_chance():
         assert 0 < row.correct / row.n < row.chance + 0.07
 
 
-def test_labels_of_cells():
+@MODELS
+def test_labels_of_cells(reference):
+    processor = reference.make_processor(reference.make_config())
     for scene in SCENES[:60]:
-        layout, targets = layout_of(scene), dense_targets(scene)
+        layout = reference.layout_of(processor, scene.height, scene.width)
+        targets = dense_targets(scene, layout)
         assert len(targets.positions) == int(layout.valid.sum())
         boxes = layout.pixel_boxes(targets.positions)
         for index, one in enumerate(scene.shapes):
             of_shape = targets.shape == index
             assert bool(of_shape.any())
-            assert set(targets.kind[of_shape].tolist()) == {KINDS.index(one.kind)}
+            assert set(targets.kind[of_shape].tolist()) == {SHOWN_KINDS.index(one.kind)}
             assert set(targets.colour[of_shape].tolist()) == {list(COLOURS).index(one.colour)}
             centre = (boxes[of_shape, :2] + boxes[of_shape, 2:]) / 2
             assert float((centre - torch.tensor([one.x, one.y])).norm(dim=1).max()) < 1.7 * one.radius
-        assert set(targets.kind[targets.shape < 0].tolist()) == {len(KINDS)}
-        # Each shape's centre lies in one cell of the base tile and in one of the crops.
-        assert int(targets.is_centre.sum()) == 2 * len(scene.shapes)
+        assert set(targets.kind[targets.shape < 0].tolist()) == {len(SHOWN_KINDS)}
+        # Each shape's centre lies in one cell of the image, which is shown twice where there is a base tile.
+        assert int(targets.is_centre.sum()) == len(scene.shapes) * (2 if reference.has_base_tile else 1)
 
 
-def test_every_word_is_one_token():
-    tokenizer = make_processor(make_config()).tokenizer
-    for scene in SCENES[:100]:
+@MODELS
+def test_labels_of_signs(reference):
+    processor = reference.make_processor(reference.make_config())
+    for scene in SIGN_SCENES[:40]:
+        layout = reference.layout_of(processor, scene.height, scene.width)
+        targets = dense_targets(scene, layout)
+        boxes = layout.pixel_boxes(targets.positions)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        for index, sign in enumerate(scene.signs):
+            of_sign = targets.sign == index
+            assert bool(of_sign.any())
+            assert set(targets.kind[of_sign].tolist()) == {SHOWN_KINDS.index("sign")}
+            assert set(targets.colour[of_sign].tolist()) == {list(COLOURS).index(sign.colour)}
+            width, _ = sign.size
+            near = ((centres - torch.tensor([sign.x, sign.y])).abs() < torch.tensor([width, width]) / 2 + 16).all(1)
+            for place, character in enumerate(sign.code):
+                shows = targets.characters[:, place] == CHARACTERS.index(character)
+                assert bool((shows & near).any())
+        nothing = (targets.characters == len(CHARACTERS)).all(1)
+        assert bool(nothing[~targets.is_shown].float().mean() > 0.98)
+        # What is asked about an image of another size lies in the same places.
+        size = round(1.3 * scene.height), round(1.3 * scene.width)
+        larger = dense_targets(scene, reference.layout_of(processor, *size), size[1] / scene.width)
+        assert set(larger.sign.tolist()) == set(targets.sign.tolist())
+
+
+@MODELS
+def test_every_word_and_every_character_is_one_token(reference):
+    tokenizer = reference.make_processor(reference.make_config()).tokenizer
+    for scene in (*SCENES[:100], *SIGN_SCENES[:100]):
         for question in questions_about(scene):
             ids = tokenizer(f"{question.text} {question.answer}")["input_ids"]
             assert tokenizer.unk_token_id not in ids
-            assert tokenizer.decode(ids[-1:]) == question.answer
+            words = len(question.answer) if question.type == READING else 1
+            assert tokenizer.decode(ids[-words:]) == question.answer
+            assert len(ids) == len(question.text.split()) + 1 + words  # a question mark is a token
+    for code in CODES[::7]:
+        assert tokenizer.decode(tokenizer(code.upper())["input_ids"]) == code
 
 
 def test_exported_questions_are_the_held_out_ones(tmp_path, run_main):
@@ -159,9 +195,6 @@ def test_exported_questions_are_the_held_out_ones(tmp_path, run_main):
     assert "exists already" in run_main(export.main, tmp_path / "data").stderr
     run_main(export.main, tmp_path / "other", "--questions", 20, "--split", "calibration")
     assert (tmp_path / "other" / "images" / "calibration-0.png").is_file()
-
-
-SIGN_SCENES = [make_sign_scene((splits.VALIDATION, index)) for index in range(200)]
 
 
 def test_signs_lie_apart_and_inside_in_many_sizes_faces_and_angles():
