@@ -12,9 +12,9 @@ import numpy as np
 from hivtp_hf.evaluation import Row
 
 from .questions import Balance, Question
-from .scenes import Scene, draw, make_scene
+from .scenes import Scene, draw, make_scene, make_sign_scene
 from .splits import TEST
-from .vocabulary import QUESTION_TYPES
+from .vocabulary import QUESTION_TYPES, READING
 
 # One question of a type about an image, so that an interval rests on as many images as it counts questions.
 _MOST = dict.fromkeys(QUESTION_TYPES, 1)
@@ -53,6 +53,17 @@ def one_a_scene(asked: Iterable[HeldOut]) -> Iterator[HeldOut]:
 
 def _type_of(asked: HeldOut) -> str:
     return asked.question.type
+
+
+def held_out_reading(number: int, split: int = TEST) -> Iterator[HeldOut]:
+    """So many questions for what is written on signs, one about an image: the same ones each time."""
+    balance, random, asked, index = Balance(), np.random.default_rng([split]), 0, 0
+    while asked < number:
+        scene = make_sign_scene((split, index))
+        for question in balance.choose(scene, {READING: 1}, random):
+            asked += 1
+            yield HeldOut(index, scene, question)
+        index += 1
 
 
 def held_out_rows(number: int) -> Iterator[Row]:

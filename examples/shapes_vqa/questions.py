@@ -1,13 +1,14 @@
 """Questions about a scene, and their balance: without the image, every answer to a question is about as likely as another."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .scenes import Scene, Shape
-from .vocabulary import COLOURS, COUNTS, DIGITS, KINDS, PLACE
+from .signs import Sign
+from .vocabulary import CODES, COLOURS, COUNTS, DIGITS, KINDS, PLACE, READING
 
 # Two shapes lie left and right of each other, or above and below, if their centres are so far apart, in pixels.
 _CLEARLY_APART = 24
@@ -19,8 +20,8 @@ class Question(NamedTuple):
     """A question about an image.
 
     Attributes:
-        type: one of `QUESTION_TYPES`, or `PLACE`.
-        text, answer: as the model reads and says them; the answer is one word.
+        type: one of `QUESTION_TYPES`, `READING` or `PLACE`.
+        text, answer: as the model reads and says them; the answer is one word, or what is written on a sign.
         form: what questions have in common that have the same answers to choose from.
         choices: those answers.
     """
@@ -33,7 +34,9 @@ class Question(NamedTuple):
 
 
 def questions_about(scene: Scene) -> list[Question]:
-    """All questions that a scene answers, without any balance."""
+    """All questions that a scene answers, without any balance. Where there are signs, all are about them."""
+    if scene.signs:
+        return list(_reading(scene))
     return [question for ask in (_colour, _shape, _presence, _count, _relation, _digit, _place) for question in ask(scene)]
 
 
@@ -92,6 +95,24 @@ def _digit(scene: Scene) -> Iterator[Question]:
     for shape in _only(scene, "kind"):
         if shape.digit is not None:
             yield Question("digit", f"Which digit is on the {shape.kind}?", shape.digit, "digit", DIGITS)
+
+
+def _reading(scene: Scene) -> Iterator[Question]:
+    for name, sign in _named_signs(scene.signs):
+        yield Question(READING, f"What is written on the {name} sign?", sign.code, READING, CODES)
+
+
+def _named_signs(signs: Sequence[Sign]) -> Iterator[tuple[str, Sign]]:
+    """Signs by their colour, and by their place where one is clearly outermost of several."""
+    colours = Counter(sign.colour for sign in signs)
+    yield from ((sign.colour, sign) for sign in signs if colours[sign.colour] == 1)
+    if len(signs) == 1:
+        return
+    for axis, (before, behind) in (("x", ("left", "right")), ("y", ("top", "bottom"))):
+        along = sorted(signs, key=lambda sign: getattr(sign, axis))
+        for name, (outermost, next_one) in ((before, along[:2]), (behind, along[:-3:-1])):
+            if abs(getattr(outermost, axis) - getattr(next_one, axis)) >= _CLEARLY_APART:
+                yield name, outermost
 
 
 def _place(scene: Scene) -> Iterator[Question]:

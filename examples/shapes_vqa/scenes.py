@@ -1,4 +1,4 @@
-"""Scenes: shapes that do not overlap, at sizes that make every pinpoint shape and un-padding occur."""
+"""Scenes: shapes and signs that do not overlap, at sizes that make every pinpoint shape and un-padding occur."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .backgrounds import background
+from .signs import LARGEST, SMALLEST, Sign, paint_sign, random_sign
 from .vocabulary import COLOURS, DIGITS, KINDS
 
 TILE = 96
@@ -17,6 +18,9 @@ _PROPORTIONS = {(2, 2): 0.5, (1, 2): 0.2, (2, 1): 0.2, (1, 3): 0.05, (3, 1): 0.0
 _LEAST_RADIUS, _LARGEST_RADIUS = 13, 20
 # Edges are smoothed by drawing so many times larger.
 _OVERSAMPLING = 4
+# The seeds of scenes with signs end with it, so that those of scenes without stay what they were.
+_WITH_SIGNS = 29
+_MOST_SIGNS = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Scene:
     width: int
     shapes: tuple[Shape, ...]
     seed: tuple[int, ...]
+    signs: tuple[Sign, ...] = ()
 
 
 def make_scene(seed: Sequence[int]) -> Scene:
@@ -64,6 +69,54 @@ def make_practice_scene(seed: Sequence[int]) -> Scene:
     height, width = _image_size(random)
     shapes = _placed(height, width, 40, KINDS, list(COLOURS), 0.85, random, most_tries=120)
     return Scene(height, width, shapes, tuple(seed))
+
+
+def make_sign_scene(seed: Sequence[int]) -> Scene:
+    """A scene of one to four signs of different colours, and up to two shapes; all of it decided by the seed."""
+    random = np.random.default_rng([*seed, _WITH_SIGNS])
+    height, width = _image_size(random)
+    colours = random.permutation(list(COLOURS)).tolist()
+    signs = _placed_signs(height, width, int(random.integers(1, _MOST_SIGNS + 1)), colours, random)
+    number = int(random.integers(0, 3))
+    shapes = [
+        shape
+        for shape in _placed(height, width, number, KINDS, list(COLOURS), 0.6, random)
+        if not any(_touches(sign, shape.x, shape.y, shape.radius, shape.radius) for sign in signs)
+    ]
+    return Scene(height, width, tuple(shapes), (*seed, _WITH_SIGNS), signs)
+
+
+def make_sign_practice_scene(seed: Sequence[int]) -> Scene:
+    """A scene as full of signs as it gets: of the same number of pixels there is more to learn."""
+    random = np.random.default_rng([*seed, _WITH_SIGNS])
+    height, width = _image_size(random)
+    colours = [str(random.choice(list(COLOURS))) for _ in range(40)]
+    return Scene(height, width, (), (*seed, _WITH_SIGNS), _placed_signs(height, width, 40, colours, random, most_tries=120))
+
+
+def _placed_signs(
+    height: int, width: int, number: int, colours: Sequence[str], random: np.random.Generator, most_tries: int = 200
+) -> tuple[Sign, ...]:
+    """Up to so many signs that do not overlap, each of the next colour; at least one."""
+    signs: list[Sign] = []
+    for attempt in range(most_tries):
+        if len(signs) == number:
+            break
+        # Smaller as it becomes hard to find room.
+        largest = LARGEST - round((LARGEST - SMALLEST) * attempt / most_tries)
+        x, y = int(random.integers(0, width)), int(random.integers(0, height))
+        sign = random_sign(colours[len(signs)], x, y, int(random.integers(SMALLEST, largest + 1)), random)
+        across, down = (value + 1 for value in sign.reach)
+        is_inside = across <= x <= width - across and down <= y <= height - down
+        if is_inside and not any(_touches(other, x, y, across, down) for other in signs):
+            signs.append(sign)
+    return tuple(signs)
+
+
+def _touches(sign: Sign, x: float, y: float, across: float, down: float) -> bool:
+    """Whether a box around a point comes within two pixels of a sign's."""
+    sign_across, sign_down = sign.reach
+    return abs(sign.x - x) < sign_across + across + 2 and abs(sign.y - y) < sign_down + down + 2
 
 
 def _image_size(random: np.random.Generator) -> tuple[int, int]:
@@ -115,6 +168,8 @@ def draw(scene: Scene) -> Image.Image:
         if shape.digit is not None:
             is_bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 130
             _paint_digit(image, shape, (10, 10, 10) if is_bright else (250, 250, 250))
+    for sign in scene.signs:
+        paint_sign(image, sign, random)
     return image
 
 

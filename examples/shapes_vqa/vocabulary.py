@@ -1,4 +1,6 @@
-"""The words of the task: what shapes can be, and what answers there are."""
+"""The words of the task: what shapes can be, what signs say, and what answers there are."""
+
+import itertools
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -15,3 +17,16 @@ COUNTS = ("one", "two", "three", "four", "five")
 QUESTION_TYPES = ("colour", "shape", "presence", "count", "relation", "digit")
 # Asked in training alone: where a shape lies, as a step towards relations.
 PLACE = "place"
+
+# Asked about scenes with signs, which are scenes of their own.
+READING = "reading"
+# Those that look least alike when they are small. "a" is a word of questions.
+LETTERS = ("c", "e", "h", "j", "k", "l", "p", "t", "u", "x")
+CHARACTERS = (*DIGITS, *LETTERS)
+CODE_LENGTH = 3
+# A letter and a digit at least, so that no code is a word or a number.
+CODES = tuple(
+    "".join(code)
+    for code in itertools.product(CHARACTERS, repeat=CODE_LENGTH)
+    if not set(code) <= set(DIGITS) and not set(code) <= set(LETTERS)
+)

@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.shapes_vqa.held_out import held_out_questions
+from examples.shapes_vqa.held_out import held_out_questions, held_out_reading
 from examples.shapes_vqa.questions import Balance, Question
-from examples.shapes_vqa.scenes import make_scene
+from examples.shapes_vqa.scenes import make_scene, make_sign_scene
 from examples.shapes_vqa.splits import TRAINING
-from examples.shapes_vqa.vocabulary import QUESTION_TYPES
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES, READING
 from hivtp_hf.evaluation.metrics import wilson_interval
 
-HELD_OUT = 2000
+HELD_OUT, HELD_OUT_READING = 2000, 334
 _TRAINING_SCENES = 6000
 _MOST = dict.fromkeys(QUESTION_TYPES, 2)
+_MOST_READING = {READING: 8}
 
 
 class FloorRow(NamedTuple):
@@ -48,7 +49,9 @@ def blind_floor(known: Iterable[Question], asked: Iterable[Question]) -> list[Fl
             n[kind] += 1
             right[kind] += bool(guesses) and guesses[0][0] == question.answer
             chance[kind] += 1 / len(question.choices)
-    return [FloorRow(kind, n[kind], right[kind], chance[kind] / n[kind]) for kind in ("all", *QUESTION_TYPES) if n[kind]]
+    return [
+        FloorRow(kind, n[kind], right[kind], chance[kind] / n[kind]) for kind in ("all", *QUESTION_TYPES, READING) if n[kind]
+    ]
 
 
 def training_questions(scenes: int) -> Iterable[Question]:
@@ -58,8 +61,18 @@ def training_questions(scenes: int) -> Iterable[Question]:
         yield from balance.choose(make_scene((TRAINING, index)), _MOST, random)
 
 
+def training_reading(scenes: int) -> Iterable[Question]:
+    """Questions about the first scenes with signs of the training split."""
+    balance, random = Balance(), np.random.default_rng([TRAINING])
+    for index in range(scenes):
+        yield from balance.choose(make_sign_scene((TRAINING, index)), _MOST_READING, random)
+
+
 def main() -> None:
     rows = blind_floor(training_questions(_TRAINING_SCENES), (asked.question for asked in held_out_questions(HELD_OUT)))
+    # Signs are in scenes of their own, so that the rows above stay what they were; "all" counts them out.
+    reading = (asked.question for asked in held_out_reading(HELD_OUT_READING))
+    rows += blind_floor(training_reading(_TRAINING_SCENES), reading)[1:]
     print("| questions | n | blind guess, 95 % interval | chance |\n|---|---|---|---|")
     for row in rows:
         low, high = wilson_interval(row.correct, row.n)

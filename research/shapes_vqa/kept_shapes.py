@@ -13,7 +13,11 @@ import typer
 from examples.shapes_vqa.vocabulary import COUNTS
 
 from .dense_targets import dense_targets
+from .llava_next_model import LlavaNextReference
 from .recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
+
+# What the run's model is without pruning.
+_STOCK = LlavaNextReference()
 
 
 class KeptShapes(NamedTuple):
@@ -36,7 +40,8 @@ def kept_shapes(run: RecordedRun, number: int) -> dict[Chosen, KeptShapes]:
     met, on_shapes, every = Counter[Chosen](), Counter[Chosen](), Counter[Chosen]()
     shapes = cells = 0
     for index, kept in kept_of_scenes(scenes, run.settings):
-        targets = dense_targets(scenes[index])
+        scene = scenes[index]
+        targets = dense_targets(scene, _STOCK.layout_of(None, scene.height, scene.width))
         shapes += len(scenes[index].shapes)
         cells += int((targets.shape >= 0).sum())
         for chosen, (_, indices) in kept.items():

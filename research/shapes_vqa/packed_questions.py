@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.shapes_vqa.questions import Question
 
-# What the chat template writes before and behind an image, and behind a question.
-_BEFORE, _AFTER, _ASKED = "USER: ", "\n", " ASSISTANT:"
-
-
-def prompt_of(question: str) -> str:
-    """What the chat template makes of an image and a question."""
-    return f"{_BEFORE}<image>{_AFTER}{question}{_ASKED}"
+from .reference_model import ASKED, Places, ReferenceModel
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,13 @@ class PackedQuestions:
     place: Tensor
     labels: Tensor
 
+    @property
+    def answer_lengths(self) -> list[int]:
+        """How many words each answer has, its end counted."""
+        return self.question[self.labels != -100].bincount().tolist()
 
-def pack(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> PackedQuestions:
+
+def pack(reference: ReferenceModel, questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> PackedQuestions:
     """The sequence of an image's questions."""
 
     def encoded(text: str) -> list[int]:
@@ -50,7 +49,7 @@ def pack(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> P
 
     ids, numbers, places, labels = [], [], [], []
     for number, question in enumerate(questions):
-        asked = encoded(question.text + _ASKED)
+        asked = encoded(question.text + ASKED)
         said = [*encoded(question.answer), tokenizer.eos_token_id]
         # The last word is predicted and never read.
         read = [*asked, *said[:-1]]
@@ -58,34 +57,54 @@ def pack(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> P
         numbers += [number] * len(read)
         places += range(len(read))
         labels += [*[-100] * (len(asked) - 1), *said]
-    return PackedQuestions(*map(torch.tensor, (encoded(_BEFORE), encoded(_AFTER), ids, numbers, places, labels)))
+    return PackedQuestions(
+        *map(torch.tensor, (encoded(reference.before), encoded(reference.after), ids, numbers, places, labels))
+    )
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What the language model is run on; shapes begin with (images, length)."""
+    """What the language model is run on; shapes begin with (images, length), of positions with (3, images, length) where these
+    are times, rows and columns.
+
+    Attributes:
+        place: where in `embeddings` each image begins.
+    """
 
     embeddings: Tensor
     mask: Tensor
     positions: Tensor
     labels: Tensor
+    place: list[int]
 
 
-def packed_batch(images: Sequence[Tensor], packed: Sequence[PackedQuestions], words: torch.nn.Embedding) -> PackedBatch:
-    """Image features (tokens, width) and the questions about them, padded to one length.
+def packed_batch(
+    images: Sequence[Tensor],
+    places: Sequence[Places | None],
+    packed: Sequence[PackedQuestions],
+    words: torch.nn.Embedding,
+) -> PackedBatch:
+    """Image features (tokens, width), where they stand if that counts, and the questions about them, padded to one length.
 
     Returns:
         Embeddings, an additive mask (images, 1, length, length), positions, and labels of the next word.
     """
-    rows, device = [], words.weight.device
-    for features, questions in zip(images, packed, strict=True):
+    rows, device, starts = [], words.weight.device, []
+    for features, of_image, questions in zip(images, places, packed, strict=True):
         before, after, asked = (words(ids.to(device)) for ids in (questions.before, questions.after, questions.ids))
         prefix = len(before) + len(features) + len(after)
         embeddings = torch.cat((before, features.to(device, before.dtype), after, asked))
         number = torch.cat((torch.full((prefix,), -1), questions.question))
-        positions = torch.cat((torch.arange(prefix), prefix + questions.place))
         labels = torch.cat((torch.full((prefix,), -100), questions.labels))
-        rows.append((embeddings, number, positions, labels))
+        of_tokens, extent = torch.arange(len(features)), len(features)
+        if of_image is not None:
+            of_tokens, extent = of_image.of_tokens, max(of_image.rows, of_image.columns)
+        behind = len(before) + extent
+        counted = (torch.arange(len(before)), behind + torch.arange(len(after)), behind + len(after) + questions.place)
+        first, *others = (of_words.expand(*of_tokens.shape[:-1], -1) for of_words in counted)
+        all_places = torch.cat((first, len(before) + of_tokens, *others), dim=-1)
+        rows.append((embeddings, number, all_places.movedim(-1, 0), labels))
+        starts.append(len(before))
     longest = max(len(row[0]) for row in rows)
 
     def padded(index: int, value: float) -> Tensor:
@@ -98,4 +117,6 @@ def packed_batch(images: Sequence[Tensor], packed: Sequence[PackedQuestions], wo
     sees |= torch.eye(longest, dtype=torch.bool)  # padding sees itself, as a row of nothing has no softmax
     dtype = rows[0][0].dtype
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
-    return PackedBatch(padded(0, 0.0), mask[:, None].to(device), padded(2, 0).to(device), padded(3, -100).to(device))
+    of_batch = padded(2, 0)
+    of_batch = of_batch.movedim(-1, 0) if of_batch.ndim == 3 else of_batch
+    return PackedBatch(padded(0, 0.0), mask[:, None].to(device), of_batch.to(device), padded(3, -100).to(device), starts)

@@ -1,21 +1,19 @@
 """Between both stages: places are told louder."""
 
 import torch
-from transformers import LlavaNextForConditionalGeneration
-
-from .model import words
+from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 _AXES = (("left", "right"), ("above", "below"))
 
 
 @torch.no_grad()
-def scale_places(model: LlavaNextForConditionalGeneration, factor: float) -> None:
+def scale_places(model: LlavaNextForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, factor: float) -> None:
     """Multiplies what the projector says along "right" minus "left" and "below" minus "above" by a factor.
 
     Only the base tile knows a place, in about a fourth of a shape's cells, and questions are full of these words themselves.
     So the language model hears little of it: without this, relations stayed at chance while all else was learnt.
     """
-    known = {word: index for index, word in enumerate(words())}
+    known = tokenizer.get_vocab()
     embeddings = model.get_input_embeddings().weight.float()
     projection = model.model.multi_modal_projector.linear_2
     for before, behind in _AXES:

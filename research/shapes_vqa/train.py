@@ -1,6 +1,6 @@
-"""Trains the reference model: python -m research.shapes_vqa.train --output FOLDER
+"""Trains a reference model: python -m research.shapes_vqa.train --model shapes-qwen2_5-vl --output FOLDER
 
-Stopped at any time, the same command goes on from the last stored step. About two hours on two cores.
+Stopped at any time, the same command goes on from the last stored step.
 """
 
 import enum
@@ -9,32 +9,33 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from examples.shapes_vqa.scenes import make_practice_scene
+from examples.shapes_vqa.scenes import make_practice_scene, make_sign_practice_scene
 from examples.shapes_vqa.splits import PRACTICE, TRAINING, VALIDATION
-from examples.shapes_vqa.vocabulary import PLACE, QUESTION_TYPES
+from examples.shapes_vqa.vocabulary import PLACE, QUESTION_TYPES, READING
 from hivtp_hf.figures.plotting import can_plot
 
-from .checkpoint import choose_layers, write_checkpoint
-from .language_training import SeenImage, accuracy_by_type, answer_loss, seen_images
-from .model import PATCH, make_config, make_model, make_processor
+from .checkpoint import choose_layers
+from .language_training import LanguageHeads, SeenImage, accuracy_by_type, answer_loss, seen_images
 from .places import scale_places
+from .reference_model import ReferenceModel
+from .references import REFERENCES
 from .stages import Stage, run_stage, store
-from .starting_point import patches_of, set_starting_point
 from .tower_training import TowerBatch, TowerHeads, TowerScenes, dense_loss, loader, tower_batch
 from .training_log import TrainingLog
 from .training_plot import plot_training
 
 # About one image. There are many that ask for presence, and they are learnt soon.
-_MOST_QUESTIONS = {**dict.fromkeys(QUESTION_TYPES, 8), "presence": 3, PLACE: 2}
+_MOST_QUESTIONS = {**dict.fromkeys(QUESTION_TYPES, 8), "presence": 3, PLACE: 2, READING: 8}
+
+Model = enum.StrEnum("Model", {name: name for name in REFERENCES})
 
 
 class Dtype(enum.StrEnum):
@@ -58,6 +59,7 @@ class Recipe:
     language_batch: int = 8
     background_share: float = 0.08
     validation_images: int = 300
+    layer_scenes: int = 100
 
     def scaled(self, share: float) -> "Recipe":
         """A share of everything, for a try."""
@@ -65,50 +67,61 @@ class Recipe:
         return Recipe(**{**vars(self), **{name: max(2, round(share * getattr(self, name))) for name in counts}})
 
 
-def train(folder: Path, device: torch.device, dtype: torch.dtype, seed: int, recipe: Recipe) -> None:
+# A tower step of the Qwen-VL costs more, as some blocks attend over whole images, and its language model's less, as tokens are
+# fewer.
+RECIPES = {
+    "shapes-llava-next": Recipe(images=14000),
+    "shapes-qwen2_5-vl": Recipe(
+        practice_steps=1800, tower_steps=2000, tower_batch=8, images=14000, short_steps=4000, full_steps=3000
+    ),
+}
+
+
+def train(reference: ReferenceModel, folder: Path, device: torch.device, dtype: torch.dtype, seed: int, recipe: Recipe) -> None:
     """Trains, or goes on training, and writes the checkpoint into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state"
     state.mkdir(exist_ok=True)
     log = TrainingLog(folder / "training_log.csv")
-    config = make_config()
-    processor, model = make_processor(config), make_model(config, seed)
+    config = reference.make_config()
+    processor, model = reference.make_processor(config), reference.make_model(config, seed)
     random = np.random.default_rng([PRACTICE, seed])
-    examples = tower_batch(processor, [make_practice_scene((PRACTICE, seed, index)) for index in range(64)])
-    set_starting_point(model, patches_of(examples.pixel_values, PATCH, 40000, random))
-    heads = TowerHeads(
-        config.vision_config.hidden_size, config.text_config.hidden_size, config.vision_config.image_size // PATCH
-    )
-    # On CPUs the fused attention's backward pass takes longer than all else at so few tokens a tile.
-    model.model.vision_tower.set_attn_implementation("eager")
+    scenes = [(make_practice_scene, make_sign_practice_scene)[i % 2]((PRACTICE, seed, i)) for i in range(64)]
+    reference.set_starting_point(model, tower_batch(reference, processor, scenes).inputs, random)
+    reference.train_faster(model)
+    tower_heads = TowerHeads(config.vision_config.hidden_size, config.text_config.hidden_size)
+    language_heads = LanguageHeads(config.text_config.hidden_size)
     model.to(device, dtype)
-    heads.to(device)
-    train_tower(model, heads, processor, state, log, recipe)
-    scale_places(model, recipe.place_factor)
-    train_language_model(model, processor, state, log, recipe, seed)
-    write_checkpoint(model, processor, folder / "checkpoint")
+    for heads in (tower_heads, language_heads):
+        heads.to(device)
+    train_tower(reference, model, tower_heads, processor, state, log, recipe)
+    if reference.has_base_tile:
+        scale_places(model, processor.tokenizer, recipe.place_factor)
+    train_language_model(reference, model, language_heads, processor, state, log, recipe, seed)
+    reference.write(model, processor, folder / "checkpoint")
     if can_plot():
         plot_training(log, folder / "training.png")
-    print(choose_layers(folder / "checkpoint"))
+    print(choose_layers(reference, folder / "checkpoint", recipe.layer_scenes))
 
 
 def train_tower(
-    model: LlavaNextForConditionalGeneration,
+    reference: ReferenceModel,
+    model: Any,
     heads: TowerHeads,
-    processor: LlavaNextProcessor,
+    processor: Any,
     state: Path,
     log: TrainingLog,
     recipe: Recipe,
 ) -> None:
     """Both stages of the vision tower and the projector."""
-    trained = (model.model.vision_tower, model.model.multi_modal_projector, heads)
+    trained = (*reference.tower_parts(model), heads)
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
 
     def batches(split: int, steps: int, first: int) -> Iterator[TowerBatch]:
         size = recipe.tower_batch
-        return iter(loader(TowerScenes(processor, range(first * size, steps * size), size, split)))
+        return iter(loader(TowerScenes(reference, processor, range(first * size, steps * size), size, split)))
 
     for name, split, steps in (("practice", PRACTICE, recipe.practice_steps), ("tower", TRAINING, recipe.tower_steps)):
         run_stage(
@@ -118,7 +131,7 @@ def train_tower(
                 1e-3,
                 trained,
                 functools.partial(batches, split, steps),
-                lambda batch: dense_loss(model, heads, batch),
+                lambda batch: dense_loss(reference, model, processor.tokenizer, heads, batch),
                 steps_between_checks=50,
             ),
             state,
@@ -127,8 +140,10 @@ def train_tower(
 
 
 def train_language_model(
-    model: LlavaNextForConditionalGeneration,
-    processor: LlavaNextProcessor,
+    reference: ReferenceModel,
+    model: Any,
+    heads: LanguageHeads,
+    processor: Any,
     state: Path,
     log: TrainingLog,
     recipe: Recipe,
@@ -137,7 +152,7 @@ def train_language_model(
     """Both stages of the language model: few background tokens first, then all of them, as in use."""
     model.requires_grad_(False)
     model.model.language_model.requires_grad_(True)
-    images, unseen = _images(model, processor, state, log, recipe)
+    images, unseen = _images(reference, model, processor, state, log, recipe)
 
     def batches(name: str, share: float, first: int) -> Iterator[list[SeenImage]]:
         size, step = recipe.language_batch, first
@@ -153,7 +168,7 @@ def train_language_model(
         return {**{name: of_type[0] / of_type[1] for name, of_type in counts.items()}, "all": right / asked}
 
     def loss(batch: list[SeenImage]) -> tuple[Tensor, dict[str, float]]:
-        return answer_loss(model, batch), {}
+        return answer_loss(model, heads, batch)
 
     stages = (
         ("language_short", recipe.short_steps, recipe.background_share, 1e-3),
@@ -161,22 +176,21 @@ def train_language_model(
     )
     for name, steps, share, rate in stages:
         of_stage = functools.partial(batches, name, share)
-        stage = Stage(name, steps, rate, (model.model.language_model,), of_stage, loss, check, steps_between_checks=250)
+        stage = Stage(name, steps, rate, (model.model.language_model, heads), of_stage, loss, check, steps_between_checks=250)
         run_stage(stage, state, log)
 
 
 def _images(
-    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, state: Path, log: TrainingLog, recipe: Recipe
+    reference: ReferenceModel, model: Any, processor: Any, state: Path, log: TrainingLog, recipe: Recipe
 ) -> tuple[list[SeenImage], list[SeenImage]]:
     """What the language model trains on, and what it is checked on; kept in a file, as the tower's pass takes minutes."""
     file = state / "features.pt"
     if not file.exists():
         started = time.perf_counter()
         training = range(10**6, 10**6 + recipe.images)  # not those that the tower was trained on
-        images = list(tqdm(seen_images(model, processor, TRAINING, training, _MOST_QUESTIONS), total=len(training)))
-        unseen = list(
-            seen_images(model, processor, VALIDATION, range(recipe.validation_images), dict.fromkeys(QUESTION_TYPES, 1))
-        )
+        images = list(tqdm(seen_images(reference, model, processor, TRAINING, training, _MOST_QUESTIONS), total=len(training)))
+        one_each = dict.fromkeys((*QUESTION_TYPES, READING), 1)
+        unseen = list(seen_images(reference, model, processor, VALIDATION, range(recipe.validation_images), one_each))
         store({"images": images, "unseen": unseen}, file)
         questions = sum(len(image.questions) for image in images)
         log.add("features", len(images), (time.perf_counter() - started) / 60, {"questions": questions})
@@ -185,15 +199,16 @@ def _images(
 
 
 def main(
+    model: Annotated[Model, typer.Option(help="Which one.")],
     output: Annotated[Path, typer.Option(help="The folder for the checkpoint, its log and the state.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Dtype = Dtype.bfloat16,
     seed: int = 0,
     share: Annotated[float, typer.Option(help="Of every stage, for a try.")] = 1.0,
 ) -> None:
-    """Trains the reference model; stopped at any time, the same command goes on from the last stored step."""
+    """Trains a reference model; stopped at any time, the same command goes on from the last stored step."""
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    train(output, torch.device(place), getattr(torch, dtype), seed, Recipe().scaled(share))
+    train(REFERENCES[model], output, torch.device(place), getattr(torch, dtype), seed, RECIPES[model].scaled(share))
 
 
 if __name__ == "__main__":

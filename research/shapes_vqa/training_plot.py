@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from examples.shapes_vqa.vocabulary import QUESTION_TYPES
+from examples.shapes_vqa.vocabulary import QUESTION_TYPES, READING
 from hivtp_hf.figures.plotting import check_matplotlib
 from hivtp_hf.files import atomic_write
 
@@ -11,8 +11,14 @@ from .training_log import TrainingLog
 
 # What is drawn of each model's stages, and as what: shares of trained cells, and of pairs in tiles, that are told right; and
 # of unseen questions.
-_OF_TOWER = {"kind": "shape", "colour": "colour", "digit": "digit", "tile": "presence, by the class token"}
-_OF_LANGUAGE_MODEL = dict(zip(QUESTION_TYPES, QUESTION_TYPES, strict=True))
+_OF_TOWER = {
+    "kind": "shape",
+    "colour": "colour",
+    "digit": "digit",
+    "characters": "characters",
+    "tile": "presence, by the class token",
+}
+_OF_LANGUAGE_MODEL = {name: name for name in (*QUESTION_TYPES, READING)}
 
 
 def plot_training(log: TrainingLog, path: Path) -> None:
@@ -38,7 +44,7 @@ def plot_training(log: TrainingLog, path: Path) -> None:
                 values.append(value)
         above.plot(*series["loss"], color="#444444", linewidth=1)
         above.set_title(stage, fontsize=10)
-        for name, label in (_OF_TOWER if "tile" in series else _OF_LANGUAGE_MODEL).items():
+        for name, label in (_OF_TOWER if "kind" in series else _OF_LANGUAGE_MODEL).items():
             if name in series:
                 below.plot(*series[name], linewidth=1, label=label)
         below.set_ylim(0, 1)

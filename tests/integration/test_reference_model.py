@@ -11,7 +11,7 @@ from examples.shapes_vqa.reference import CHECKPOINT, a_question_of_each_type
 from examples.shapes_vqa.vocabulary import QUESTION_TYPES
 from hivtp_hf import HIVTPLlavaNextConfig, HIVTPLlavaNextForConditionalGeneration, HIVTPLlavaNextProcessor, cli
 from hivtp_hf.evaluation import evaluate_checkpoint
-from research.shapes_vqa.model import make_config
+from research.shapes_vqa.references import REFERENCES
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_its_files_are_small_and_say_what_it_is():
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "llava_next"
     assert set(config["pruning_config"]) == {"method", "importance_start_layer", "importance_num_layers"}
-    ours = make_config().to_dict()
+    ours = REFERENCES["shapes-llava-next"].make_config().to_dict()
     for part in ("vision_config", "text_config"):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             assert config[part][name] == ours[part][name]

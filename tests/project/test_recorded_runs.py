@@ -13,6 +13,7 @@ from hivtp_hf.evaluation import evaluate_checkpoint
 from research.shapes_vqa import failures, kept_shapes
 from research.shapes_vqa.dense_targets import dense_targets
 from research.shapes_vqa.recorded_runs import UNPRUNED, Chosen, RecordedRun, kept_of_scenes
+from research.shapes_vqa.references import REFERENCES
 
 pytestmark = pytest.mark.once
 
@@ -55,7 +56,8 @@ def test_kept_shapes_equal_plain_loops(run):
         lost, of_shape, on_shapes = [], [], []
         for number, of_methods in kept.items():
             indices = set(of_methods[chosen][1].tolist())
-            targets = dense_targets(scenes[number])
+            scene = scenes[number]
+            targets = dense_targets(scene, REFERENCES["shapes-llava-next"].layout_of(None, scene.height, scene.width))
             cells = list(zip(targets.positions.tolist(), targets.shape.tolist(), strict=True))
             of_shape += [position in indices for position, shape in cells if shape >= 0]
             on_shapes += [shape >= 0 for position, shape in cells if position in indices]
