@@ -123,6 +123,17 @@ def test_the_table_of_all_methods_is_what_was_measured():
             lost_and_won[method, row["ratio"]] = " / ".join(row[name] for name in names)
     ratios = ("0.5", "0.222222", "0.111111", "0.0555556")
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text, told = text.split("### With weights and original positions")
+    with_both = dict(re.findall(r"^\| `(\w+)` \| (\d+\.\d \(.*)\|$", told, flags=re.MULTILINE))
+    with (folder / "both" / "metrics.csv").open(newline="", encoding="utf-8") as table:
+        of_both = {
+            (row["method"], row["ratio"], row["question_type"]): f"{100 * int(row['correct']) / int(row['n']):.1f}"
+            for row in csv.DictReader(table)
+        }
+    assert with_both.keys() == {method for method, _, _ in of_both} - {"none"}
+    for method, cells in with_both.items():
+        expected = [f"{of_both[method, ratio, 'all']} ({of_both[method, ratio, 'count']})" for ratio in ratios]
+        assert [cell.strip() for cell in cells.split("|")[:4]] == expected
     found = dict(re.findall(r"^\| `(\w+)` \| (\d+\.\d \(.*)\|$", text, flags=re.MULTILINE))
     assert found.keys() == {method for method, _, _ in percent} - {"none", "base-only", "downsample"}
     for method, cells in found.items():
