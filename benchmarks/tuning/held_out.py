@@ -6,7 +6,6 @@ and lose against others on the same questions, with McNemar's exact p, two-sided
 """
 
 import csv
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ from hivtp_hf import VisualTokenPruningConfig
 from hivtp_hf.checkpoints import open_source
 from hivtp_hf.evaluation.answering import PartWork
 from hivtp_hf.evaluation.data import EvaluationData, checked_data, normalised
+from hivtp_hf.evaluation.paired_answers import mcnemar
 from hivtp_hf.evaluation.prompts import prompt_of
 from hivtp_hf.evaluation.variants import UNPRUNED, Variant
 
@@ -50,12 +50,6 @@ PAIRS = (
     ("hivtp, 4 to 6, by labels", "hivtp, 6 to 8, the default"),
     ("vflowopt, tuned", "vflowopt, published"),
 )
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """The two-sided p of so many against so many, where each is as likely: 1 where there are none."""
-    n = won + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n)
 
 
 def answered(data: EvaluationData) -> Iterator[dict[int, list[bool]]]:
