@@ -111,7 +111,7 @@ def test_published_the_short_way_and_loaded_without_the_package(stock, family, t
         run_client(hub, publish, home=tmp_path / "author", family=family, base=BASE, small=SMALL, pruning=PRUNING)
         pushed = hub.files(SMALL)
         assert WEIGHTS not in pushed
-        assert sum(map(len, pushed.values())) < 500_000
+        assert sum(map(len, pushed.values())) < 700_000
         config = json.loads(pushed["config.json"])
         assert config["base_model"] == {"name": BASE, "revision": pinned}
         # No code of the package is needed, and the base may move on: its commit stays the one that was named.

@@ -170,7 +170,8 @@ def test_at_least_one_token_of_every_image(family, method):
     assert (layout.num_retained, sum(layout.group_totals)) == (1, 1)
     facts = OURS[family][0].family.encoder_facts(OURS[family][0](), {})
     scores = dict.fromkeys(layout.pruning.scored_layers(facts), torch.rand(layout.num_cells))
-    evidence = VisualEvidence([layout], [torch.rand(layout.num_stock, 8)], scores, {}, facts, scores)
+    keys = dict.fromkeys(scores, torch.rand(layout.num_cells, 4))
+    evidence = VisualEvidence([layout], [torch.rand(layout.num_stock, 8)], scores, {}, facts, scores, keys=keys)
     kept = evidence.ask(METHODS[method], METHODS[method].select, layout.pruning)
     assert int(kept.sum()) == 1
 
