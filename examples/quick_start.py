@@ -10,5 +10,6 @@ prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
 image = Image.open("examples/shapes_vqa/scene.png")
 for ratio in (1.0, 1 / 2, 2 / 9):
     inputs = processor(images=image, text=prompt, return_tensors="pt", retention_ratio=ratio)
-    output = model.generate(**inputs, max_new_tokens=5)
-    print(inputs.input_ids.shape[1], "tokens:", processor.decode(output[0], skip_special_tokens=True))
+    length = inputs.input_ids.shape[1]
+    output = model.generate(**inputs, max_new_tokens=5)[0, length:]
+    print(length, "tokens:", processor.decode(output, skip_special_tokens=True))
