@@ -1,8 +1,10 @@
-"""Where a model runs."""
+"""Where a model runs, and in which precision."""
 
 from typing import Any
 
 import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def checked_device(name: str, *, timed: bool = False) -> torch.device:
@@ -29,6 +31,13 @@ def checked_device(name: str, *, timed: bool = False) -> torch.device:
             f"this machine has, such as cuda:0. torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices."
         ) from None
     return probe.device
+
+
+def checked_dtype(name: str) -> str:
+    """What `--dtype` says; a ValueError unless it is one of `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"`--dtype` is {name!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own.")
+    return name
 
 
 def placing(device: str) -> dict[str, Any]:

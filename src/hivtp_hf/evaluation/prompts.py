@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from .data import EvaluationData
+
 
 class Prompt(NamedTuple):
     """The token ids of a question with one image, by the processor's chat template.
@@ -42,6 +44,17 @@ def prompt_of(processor: Any, question: str) -> Prompt:
     place = ids.index(processor.image_token_id)
     without_image = _token_ids(processor, text.replace(processor.image_token, ""))
     return Prompt(ids[:place], ids[place + 1 :], processor.image_token_id, without_image)
+
+
+def prompts_of(processor: Any, data: EvaluationData) -> list[Prompt]:
+    """The prompts of all rows of some data. ValueError as `prompt_of`, which names the row."""
+    prompts = []
+    for number, row in enumerate(data.rows):
+        try:
+            prompts.append(prompt_of(processor, row.question))
+        except ValueError as error:
+            raise ValueError(f"{data.named(number)}: {error}") from error
+    return prompts
 
 
 def has_first_token(tokenizer: Any, text: str) -> bool:

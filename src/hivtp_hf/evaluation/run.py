@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..checkpoints import CheckpointSource, open_source
-from ..checkpoints.placing import checked_device
+from ..checkpoints.placing import checked_device, checked_dtype
 from ..figures.plotting import can_plot
 from ..files import atomic_write
 from ..pruning.evidence import Evidence
@@ -22,7 +22,7 @@ from .environment import RunEnvironment, checkpoint_identity, code_sha256, slug,
 from .metrics import MetricsRow, answers_of_variants, metrics_rows, write_metrics, write_predictions
 from .plot import draw_accuracy
 from .processes import Processes
-from .prompts import Prompt, prompt_of
+from .prompts import prompts_of
 from .run_folder import METRICS, PARTS, PLOT, PREDICTIONS, FinishedParts, check_output, run_folder
 from .variants import (
     BASE_ONLY,
@@ -37,7 +37,6 @@ from .variants import (
 )
 
 _UNPRUNED = VisualTokenPruningConfig(method="none")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Evaluation(NamedTuple):
@@ -114,10 +113,7 @@ def evaluate_checkpoint(
         asked_methods, shares = chosen_methods(methods), parsed_ratios(ratios)
         told = chosen_weights_and_positions(weights_and_positions)
         place = checked_device(processes.device, timed=True)
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own."
-            )
+        checked_dtype(dtype)
         for name, number in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
             if number < 1:
                 raise ValueError(f"`--{name}` is {number}; it must be a whole number from 1.")
@@ -131,7 +127,7 @@ def evaluate_checkpoint(
         plan = planned_variants(chosen, shares, settings, _cells_a_side(base), told)
         _check_settings(base, settings, plan)
         processor = source.load_processor(_UNPRUNED)
-        prompts = [_prompt(processor, asked, row) for row in range(len(asked.rows))]
+        prompts = prompts_of(processor, asked)
 
         model = source.load_model(_UNPRUNED, dtype=dtype, device_map={"": str(place)})
         environment = this_environment(place, model.dtype)
@@ -275,13 +271,6 @@ def _cells_a_side(base: Any) -> int | None:
     vision = base.config.vision_config
     size = getattr(vision, "image_size", None)
     return None if size is None else size // vision.patch_size
-
-
-def _prompt(processor: Any, data: EvaluationData, row: int) -> Prompt:
-    try:
-        return prompt_of(processor, data.rows[row].question)
-    except ValueError as error:
-        raise ValueError(f"{data.named(row)}: {error}") from error
 
 
 def _config(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..evaluation.answering import failing_by_row
 from ..evaluation.data import EvaluationData, ImageGroup
-from ..evaluation.prompts import Prompt, prompt_of
+from ..evaluation.prompts import prompts_of
 from ..evaluation.tower_pass import KeptTokens, pruned_tokens, see
 from ..pruning.evidence import Evidence, evidence_to_read
 from ..pruning.features import check_pruning_fits_encoder
@@ -88,7 +88,7 @@ class CalibrationPasses:
         self._model, self._processor, self._data, self._objective = model, processor, data, objective
         self._layers, self._batch_size, self._answer_tokens = list(layers), batch_size, answer_tokens
         self._parts = data.parts(batch_size)
-        self._prompts = [self._prompt(row) for row in range(len(data.rows))]
+        self._prompts = prompts_of(processor, data)
         self._kept: dict[int, Look] = {}
         # Nothing is gained by keeping what the method cannot use.
         self._bytes_left = memory * _GIB if self._serves_all(start) else 0
@@ -246,12 +246,6 @@ class CalibrationPasses:
         for start in range(0, len(rows), self._batch_size):
             yield rows[start : start + self._batch_size]
 
-    def _prompt(self, row: int) -> Prompt:
-        try:
-            return prompt_of(self._processor, self._data.rows[row].question)
-        except ValueError as error:
-            raise ValueError(f"{self._data.named(row)}: {error}") from error
-
     def _naming_the_row(self, rows: Sequence[int], work: Callable[[Sequence[int]], Any], what: str) -> Any:
         return failing_by_row(
             rows, work, self._data.named, _failure(f"passed through the language model, {what}"), "--batch-size"
@@ -274,8 +268,7 @@ def _sizes_of_memory(value: Any) -> dict[int, int]:
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
     if isinstance(value, Look):
-        fields = ("arguments", "features", "received", "class_attention", "grey_levels", "further_streams", "encoded")
-        return _sizes_of_memory([getattr(value, name) for name in fields])
+        return _sizes_of_memory([getattr(value, field.name) for field in dataclasses.fields(value)])
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     found: dict[int, int] = {}
     for part in parts:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 from .._version import __version__
 from ..checkpoints import CheckpointSource, convert_checkpoint, open_source
 from ..checkpoints.convert import folders_of
-from ..checkpoints.placing import checked_device
+from ..checkpoints.placing import checked_device, checked_dtype
 from ..evaluation.data import EvaluationData, checked_data
 from ..evaluation.environment import checkpoint_identity, code_sha256, slug, this_environment
 from ..evaluation.question_tables import rows_of_source
-from ..evaluation.run import DTYPES
 from ..evaluation.run_folder import PARTS, FinishedParts, check_output, run_folder
 from ..evaluation.variants import parsed_ratio, settings_of_methods
 from ..figures.plotting import can_plot
@@ -111,8 +110,7 @@ def tune_checkpoint(
     share, wanted = _ratio(ratio), objective_of(objective)
     names = None if search is None else [name.strip() for name in search.split(",")]
     place = checked_device(device, timed=True)
-    if dtype not in DTYPES:
-        raise ValueError(f"`--dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}, where auto is the checkpoint's own.")
+    checked_dtype(dtype)
     if method is not None:
         pruning_method(method)
     check_output(runs)
